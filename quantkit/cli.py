@@ -1,0 +1,180 @@
+"""The command line. Results go to standard output (a table, or JSON with --json), progress and errors to standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+__all__ = ["main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+
+def command(function: F) -> F:
+    """Print a QuantkitError as one message and exit with its code; anything else is a bug and keeps its traceback."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except QuantkitError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def show(data: dict[str, Any], table: Callable[[dict[str, Any]], Any], json_wanted: bool) -> None:
+    if json_wanted:
+        click.echo(json.dumps(data, indent=2))
+    else:
+        from quantkit.progress import console
+
+        console().print(table(data))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Quantise Mixture-of-Experts language models to INT4 or FP8, and measure what that costs.
+
+    Schemes: W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC, FP8 (static), FP8_BLOCK; BF16 keeps a role as it is.
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
+@click.option("--scheme", help="Scheme of every linear that no other option names. [default: W4A16]")
+@click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts.")
+@click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts.")
+@click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections.")
+@click.option("--group-size", type=int, help="Weights per scale in schemes with groups. [default: 128]")
+@click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]")
+@click.option("--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]")
+@click.option("--samples", type=int, help="Calibration windows. [default: 128]")
+@click.option("--seq-len", type=int, help="Tokens in a window. [default: 512]")
+@click.option("--seed", type=int, help="Which windows are drawn. [default: 0]")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
+@as_json
+@click.option("--quiet", is_flag=True, help="No progress.")
+@command
+def quantize(
+    model: str,
+    out: Path,
+    device: str,
+    recipe_file: Path | None,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Quantise MODEL, a local folder in Hugging Face layout or a hub name, into a new folder.
+
+    Interrupted, the same command resumes and ends with the same bytes.
+
+    \b
+    quantkit quantize MODEL -o OUT
+    quantkit quantize MODEL -o OUT --experts W4A16 --attention FP8_DYNAMIC --shared-experts FP8_DYNAMIC
+    """
+    from quantkit import pipeline
+    from quantkit.progress import console, layer_line, plan_table, size
+    from quantkit.scheme import Recipe
+
+    given = {key: value for key, value in options.items() if value is not None}
+    recipe = Recipe.read(recipe_file, given) if recipe_file else Recipe.of(given, "options")
+    screen = console(stderr=True)
+    if dry_run:
+        show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
+        return
+    progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
+    record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        saved = record["source_bytes"] / record["output_bytes"]
+        console().print(
+            f"{out}: {size(record['source_bytes'])} -> {size(record['output_bytes'])} ({saved:.2f}x smaller), verified; "
+            f"{len(record['fallbacks'])} fallbacks, {record['lent_tokens']} linears with lent tokens"
+        )
+
+
+@main.command("eval")
+@click.argument("quantized", type=click.Path(path_type=Path))
+@click.option("--baseline", required=True, type=click.Path(path_type=Path), help="The model it was made from.")
+@click.option("--text", default="stdlib-held-out", show_default=True, metavar="FILE|NAME", help="As for --calibration.")
+@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
+@click.option("--windows", default=64, show_default=True, type=click.IntRange(min=1), help="At most so many windows.")
+@click.option("--device", default="cpu", show_default=True)
+@as_json
+@command
+def evaluate(
+    quantized: Path, baseline: Path, text: str, seq_len: int, windows: int, device: str, as_json: bool
+) -> None:
+    """Measure how far QUANTIZED has moved from its baseline on text that neither has seen."""
+    from quantkit.evals.evaluate import evaluate as run
+    from quantkit.pipeline import pick_device
+    from quantkit.progress import console, eval_table
+
+    screen = console(stderr=True)
+    place = str(pick_device(device))
+    with screen.status("evaluating") as status:
+        result = run(
+            quantized,
+            baseline,
+            text,
+            seq_len=seq_len,
+            windows=windows,
+            device=place,
+            progress=lambda done, total: status.update(f"evaluating, {done} of {total} windows"),
+        )
+    show(result, eval_table, as_json)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@as_json
+@command
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what is in a checkpoint: by role the scheme, bits per weight and bytes."""
+    from quantkit.progress import inspect_table
+    from quantkit.verify import inspect as run
+
+    show(run(path), inspect_table, as_json)
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--source", type=click.Path(path_type=Path), help="The model it was made from: checks every weight's error."
+)
+@as_json
+@command
+def verify(out: Path, source: Path | None, as_json: bool) -> None:
+    """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error."""
+    from quantkit.verify import verify as run
+
+    report = run(out, source)
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    errors = "".join(
+        f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items()
+    )
+    click.echo(f"{out}: sound. {report.files} files, {report.tensors} tensors, {report.linears} linears.{errors}")
+
+
+if __name__ == "__main__":
+    main()

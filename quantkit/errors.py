@@ -1,0 +1,51 @@
+"""Every error a user can meet, as one tree. The command line prints the message and exits with `exit_code`.
+
+QuantkitError
+├── ConfigError        a config.json, recipe or option asks for something that is unknown or contradictory
+├── CheckpointError    a shard, an index or a tensor is missing, truncated, hostile or not finite
+├── CalibrationError   the calibration or evaluation text cannot serve
+├── OutputError        the destination exists, is in use, is full, or belongs to another job
+└── VerificationError  what lies on disk is not what it claims to be
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "OutputError",
+    "QuantkitError",
+    "VerificationError",
+]
+
+
+class QuantkitError(Exception):
+    """What went wrong, where, what was seen, what is allowed, and the fix: one message, no traceback."""
+
+    exit_code = 2
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(f"{problem}\nFix: {fix}" if fix else problem)
+        self.problem = problem
+        self.fix = fix
+
+
+class ConfigError(QuantkitError):
+    """A config.json, recipe or option asks for something that is unknown or contradictory."""
+
+
+class CheckpointError(QuantkitError):
+    """A shard, an index or a tensor is missing, truncated, hostile or not finite."""
+
+
+class CalibrationError(QuantkitError):
+    """The calibration or evaluation text cannot serve: too short, empty, not UTF-8, no such field."""
+
+
+class OutputError(QuantkitError):
+    """The destination exists, is in use, is full, or belongs to another job."""
+
+
+class VerificationError(QuantkitError):
+    """What lies on disk is not what it claims to be."""

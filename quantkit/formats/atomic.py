@@ -1,0 +1,62 @@
+"""Writing files so that a name never points at something half written, even across a crash."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quantkit.errors import OutputError
+
+__all__ = ["disk_errors", "fsync_folder", "sha256", "write_bytes"]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a full, read-only or forbidden disk says into one OutputError that names the path."""
+    fixes = {
+        errno.ENOSPC: "free space and repeat the command; it resumes",
+        errno.EDQUOT: "free quota and repeat the command; it resumes",
+        errno.EROFS: "choose an output on a writable disk",
+        errno.EACCES: "choose an output folder you may write to",
+        errno.EPERM: "choose an output folder you may write to",
+        errno.EFBIG: "choose a file system (or a limit) that allows files of this size",
+    }
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in fixes:
+            raise
+        raise OutputError(f"cannot write {path}: {error.strerror}", fixes[error.errno]) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and new names in this folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Create or replace a whole file: temporary name, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

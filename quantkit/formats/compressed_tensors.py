@@ -1,0 +1,186 @@
+"""The compressed-tensors checkpoint format: names, dtypes and shapes on disk, and the `quantization_config` of config.json.
+
+Schema and presets are those of the compressed-tensors library (Apache-2.0), whose classes write the config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import ConfigError
+from quantkit.formats.dtypes import TensorPlan
+from quantkit.formats.packing import pack_rows, unpack_rows
+from quantkit.model.spec import Linear
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import PRESETS, Kind, Scheme, scheme_named
+
+__all__ = ["config", "decode", "encode", "parse", "planned"]
+
+
+def _packed(scheme: Scheme) -> bool:
+    """Weight-only integers are packed into 32-bit words; codes that meet quantised activations stay bytes."""
+    return scheme.weight.kind is Kind.INT and scheme.activation is None
+
+
+def format_of(scheme: Scheme) -> str:
+    """compressed-tensors' name for how this scheme lies on disk."""
+    if scheme.weight.kind is Kind.FLOAT:
+        return "float-quantized"
+    return "pack-quantized" if _packed(scheme) else "int-quantized"
+
+
+def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
+    """The tensors that one quantised linear becomes."""
+    out, inputs, grid = ref.out_features, ref.in_features, scheme.weight
+    scale = TensorPlan(f"{ref.key}.weight_scale", "BF16", grid.scale_shape(out, inputs))
+    if _packed(scheme):
+        plans = [
+            TensorPlan(f"{ref.key}.weight_packed", "I32", (out, inputs * grid.bits // 32)),
+            scale,
+            TensorPlan(f"{ref.key}.weight_shape", "I64", (2,)),
+        ]
+        if not grid.symmetric:
+            plans.append(TensorPlan(f"{ref.key}.weight_zero_point", "I32", (out * grid.bits // 32, scale.shape[1])))
+        return plans
+    dtype = "F8_E4M3" if grid.kind is Kind.FLOAT else "I8"
+    plans = [TensorPlan(f"{ref.key}.weight", dtype, (out, inputs)), scale]
+    return [*plans, TensorPlan(f"{ref.key}.input_scale", "BF16", (1,))] if scheme.static else plans
+
+
+def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors to write for one quantised linear; the same names, dtypes and shapes as `planned`."""
+    tensors = {f"{ref.key}.weight_scale": q.scale}
+    if _packed(scheme):
+        tensors[f"{ref.key}.weight_packed"] = pack_rows(q.codes, scheme.weight.bits)
+        tensors[f"{ref.key}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+    else:
+        tensors[f"{ref.key}.weight"] = q.codes
+    if q.zero is not None:
+        tensors[f"{ref.key}.weight_zero_point"] = pack_rows(q.zero.T.contiguous(), scheme.weight.bits).T.contiguous()
+    if q.input_scale is not None:
+        tensors[f"{ref.key}.input_scale"] = q.input_scale
+    return tensors
+
+
+def decode(ref: Linear, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedTensor:
+    """One quantised linear, from the function that reads a tensor by name."""
+    bits, zero = scheme.weight.bits, None
+    if _packed(scheme):
+        codes = unpack_rows(read(f"{ref.key}.weight_packed"), bits)
+        if not scheme.weight.symmetric:
+            zero = unpack_rows(read(f"{ref.key}.weight_zero_point").T.contiguous(), bits).T.contiguous()
+    else:
+        codes = read(f"{ref.key}.weight")
+    input_scale = read(f"{ref.key}.input_scale") if scheme.static else None
+    return QuantizedTensor(codes, read(f"{ref.key}.weight_scale"), zero, scheme.weight, input_scale)
+
+
+def _template(key: str) -> str:
+    """A regular expression for the linears that differ from this one in layer or expert number only."""
+    return "re:.*" + re.sub(r"\d+", r"\\d+", re.escape(key).replace(r"\-", "-")).removeprefix("model") + "$"
+
+
+def _targets(keys: Iterable[str], everything: Mapping[str, Scheme | None], scheme: Scheme | None) -> list[str]:
+    """Names for a group of linears: a template where all of its linears are in the group, else each by its name."""
+    whole: dict[str, bool] = {}
+    for key, other in everything.items():
+        whole[_template(key)] = whole.get(_template(key), True) and other == scheme
+    return sorted({_template(key) if whole[_template(key)] else key for key in keys})
+
+
+def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dict[str, Any]:
+    """The quantization_config for linears assigned to schemes (None: kept). The router and the head are always ignored."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # seconds to import
+
+    schemes = sorted({s for s in assigned.values() if s is not None}, key=lambda s: (s.name, s.weight.group_size or 0))
+    kept = [key for key, scheme in assigned.items() if scheme is None]
+    uniform = len(schemes) == 1 and not kept
+    groups = {
+        f"group_{i}": {
+            "targets": ["Linear"]
+            if uniform
+            else _targets([k for k, s in assigned.items() if s == scheme], assigned, scheme),
+            "format": format_of(scheme),
+            **_arguments(scheme),
+        }
+        for i, scheme in enumerate(schemes)
+    }
+    formats = {format_of(scheme) for scheme in schemes}
+    ignore = ["lm_head", *sorted({_template(router) for router in routers}), *_targets(kept, assigned, None)]
+    checked = QuantizationConfig.model_validate(
+        {
+            "config_groups": groups,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": QuantizationStatus.COMPRESSED,
+            "ignore": ignore,
+        }
+    )
+    result: dict[str, Any] = checked.model_dump(mode="json")
+    return result
+
+
+def _arguments(scheme: Scheme) -> dict[str, Any]:
+    grid, activation = scheme.weight, scheme.activation
+    weights = {
+        "num_bits": grid.bits,
+        "type": grid.kind.value,
+        "symmetric": grid.symmetric,
+        "strategy": grid.strategy.value,
+        "group_size": grid.group_size,
+        "block_structure": list(grid.block) if grid.block else None,
+        "dynamic": False,
+    }
+    if activation is None:
+        return {"weights": weights, "input_activations": None}
+    inputs = {
+        "num_bits": 8,
+        "type": activation.kind.value,
+        "symmetric": True,
+        "strategy": activation.strategy.value,
+        "group_size": activation.group_size,
+        "dynamic": activation.dynamic,
+    }
+    return {"weights": weights, "input_activations": inputs}
+
+
+def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
+    """The preset (with its group size) that a config group describes. Raises ConfigError."""
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    for preset in PRESETS:
+        scheme = scheme_named(preset, weights.get("group_size"))
+        assert scheme is not None
+        wanted = _arguments(scheme)
+        if all((weights.get(k) or None) == (v or None) for k, v in wanted["weights"].items()) and (
+            (inputs is None) == (wanted["input_activations"] is None)
+            and all((inputs.get(k) or None) == (v or None) for k, v in (wanted["input_activations"] or {}).items())
+        ):
+            return scheme
+    raise ConfigError(f"quantization_config group '{name}' is none of the schemes {[*PRESETS]}", "requantise the model")
+
+
+def _matches(target: str, key: str) -> bool:
+    return re.match(target[3:], key) is not None if target.startswith("re:") else target == key
+
+
+def parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Scheme | None]:
+    """The scheme of every linear named in `keys`, as an engine would read the config. Raises ConfigError."""
+    if quantization_config.get("quant_method") != "compressed-tensors":
+        raise ConfigError(
+            f"quantization_config has quant_method {quantization_config.get('quant_method')!r}",
+            "only compressed-tensors checkpoints can be read",
+        )
+    groups = [(_scheme_of_group(n, g), g["targets"]) for n, g in quantization_config.get("config_groups", {}).items()]
+    ignore = quantization_config.get("ignore") or []
+    assigned: dict[str, Scheme | None] = {}
+    for key in keys:
+        exact = [s for s, targets in groups if key in targets]
+        matched = [s for s, targets in groups if any(_matches(t, key) for t in targets)]
+        general = [s for s, targets in groups if "Linear" in targets]
+        kept = any(_matches(target, key) for target in ignore)
+        assigned[key] = None if kept else next(iter([*exact, *matched, *general]), None)
+    return assigned

@@ -1,0 +1,41 @@
+"""Names, dtypes and sizes of tensors on disk, in safetensors' spelling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["DTYPES", "TensorPlan", "nbytes"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return DTYPES[dtype].itemsize * math.prod(shape)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Name, dtype and shape of a tensor that will be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, self.shape)

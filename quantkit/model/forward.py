@@ -1,0 +1,166 @@
+"""The reference model: runs a `ModelSpec` over any source of weights. Every matmul goes through `weights.linear`.
+
+Cross-layer attention (CLA): a group of layers shares one raw K and V. The released code rotates and normalises K anew in
+each layer with that layer's own key norm. A score only sees q_norm_w * k_norm_w * (q_hat . k_hat), so the key that is kept
+is rotated and normalised WITHOUT a weight, once per group, and each layer folds its key-norm weight into its query. This
+is exact, and it is why a cache holds one key and one value per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantkit.model.blocks import Routing, apply_rope, attend, rms_norm, rope_tables, route
+from quantkit.model.spec import MLP, Attention, Layer, Linear, ModelSpec, MoE
+
+__all__ = [
+    "KV",
+    "Cache",
+    "LayerTrace",
+    "Tensors",
+    "Weights",
+    "attention_core",
+    "forward",
+    "head",
+    "key_value",
+    "mlp",
+    "moe",
+]
+
+KV = tuple[Tensor, Tensor]
+
+
+class Tensors(Protocol):
+    """Where tensors that are not a linear's come from: norms, router, embedding, head."""
+
+    def tensor(self, key: str) -> Tensor: ...
+
+
+class Weights(Tensors, Protocol):
+    """Where a model's numbers come from: memory, a checkpoint on disk, or a quantised one."""
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x.dtype."""
+        ...
+
+
+@dataclass
+class Cache:
+    """Generation's memory: for each CLA group ONE key (rotated, normalised, unweighted) and ONE value.
+
+    groups maps the owning layer's index to (k, v), each [batch, kv_heads, time, head_dim].
+    """
+
+    groups: dict[int, KV] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        return next((k.shape[2] for k, _ in self.groups.values()), 0)
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for kv in self.groups.values() for t in kv)
+
+    def append(self, layer: int, kv: KV) -> KV:
+        """Add the new positions of one group and return the whole of it."""
+        if layer in self.groups:
+            old_k, old_v = self.groups[layer]
+            kv = (torch.cat((old_k, kv[0]), dim=2), torch.cat((old_v, kv[1]), dim=2))
+        self.groups[layer] = kv
+        return kv
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer did: hidden [batch, time, hidden] after it, and its routing (None for a dense layer)."""
+
+    index: int
+    hidden: Tensor
+    routing: Routing | None
+
+
+def _split_heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def key_value(a: Attention, k_raw: Tensor, v_raw: Tensor, tables: tuple[Tensor, Tensor], eps: float) -> KV:
+    """The K and V that a group keeps, from the raw projections [batch, time, kv_heads * head_dim]."""
+    k = apply_rope(_split_heads(k_raw, a.head_dim), *tables)
+    return (rms_norm(k, None, eps) if a.k_norm else k), _split_heads(v_raw, a.head_dim)
+
+
+def attention_core(
+    a: Attention, q_raw: Tensor, kv: KV, tables: tuple[Tensor, Tensor], weights: Tensors, eps: float
+) -> Tensor:
+    """From the raw query projection [batch, time, heads * head_dim] to the input of o_proj, same shape."""
+    q = apply_rope(_split_heads(q_raw, a.head_dim), *tables)
+    if a.q_norm and a.k_norm:
+        q = rms_norm(q, weights.tensor(a.q_norm), eps) * weights.tensor(a.k_norm).to(q.dtype)
+    return attend(q, *kv)
+
+
+def mlp(spec: MLP, x: Tensor, weights: Weights) -> Tensor:
+    """down(silu(gate(x)) * up(x)); x [n, hidden]."""
+    return weights.linear(spec.down, F.silu(weights.linear(spec.gate, x)) * weights.linear(spec.up, x))
+
+
+def moe(spec: MoE, x: Tensor, weights: Weights) -> tuple[Tensor, Routing]:
+    """Shared expert plus the weighted routed ones; x [n, hidden]. An expert without a token is not called."""
+    routing = route(x, weights.tensor(spec.router.weight), spec.top_k, spec.renormalise)
+    order = routing.experts.flatten().argsort(stable=True)  # (token, slot) pairs, expert by expert
+    tokens = order // spec.top_k
+    counts = torch.bincount(routing.experts.flatten(), minlength=len(spec.experts)).tolist()
+    parts = zip(spec.experts, x[tokens].split(counts), strict=True)
+    y = torch.cat([mlp(expert, part, weights) for expert, part in parts if len(part)])
+    y = y * routing.weights.flatten()[order, None].to(y.dtype)
+    out = mlp(spec.shared, x, weights) if spec.shared else torch.zeros_like(x)
+    return out.index_add(0, tokens, y.to(out.dtype)), routing
+
+
+def _layer(
+    layer: Layer,
+    h: Tensor,
+    kv: KV | None,
+    cache: Cache | None,
+    tables: tuple[Tensor, Tensor],
+    weights: Weights,
+    eps: float,
+) -> tuple[Tensor, KV, Routing | None]:
+    a = layer.attention
+    x = rms_norm(h, weights.tensor(layer.input_norm), eps)
+    if a.k is not None and a.v is not None:
+        kv = key_value(a, weights.linear(a.k, x), weights.linear(a.v, x), tables, eps)
+        kv = cache.append(layer.index, kv) if cache is not None else kv
+    if kv is None:
+        raise ValueError(f"layer {layer.index} borrows K/V from layer {a.kv_from}, which has not run")
+    h = h + weights.linear(a.o, attention_core(a, weights.linear(a.q, x), kv, tables, weights, eps))
+    x = rms_norm(h, weights.tensor(layer.post_attention_norm), eps).flatten(0, 1)
+    if isinstance(layer.mlp, MoE):
+        out, routing = moe(layer.mlp, x, weights)
+    else:
+        out, routing = mlp(layer.mlp, x, weights), None
+    return h + out.view_as(h), kv, routing
+
+
+def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache | None = None) -> Iterator[LayerTrace]:
+    """Run the layers over int64 input_ids [batch, time], yielding after each. With a cache, ids continue what it holds."""
+    start = cache.length if cache is not None else 0
+    positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+    tables = rope_tables(spec.rope, positions)
+    h = F.embedding(input_ids, weights.tensor(spec.embedding)).float()
+    shared: dict[int, KV] = {}
+    for layer in spec.layers:
+        owner = layer.attention.kv_from
+        h, shared[owner], routing = _layer(layer, h, shared.get(owner), cache, tables, weights, spec.eps)
+        yield LayerTrace(layer.index, h, routing)
+
+
+def head(spec: ModelSpec, weights: Weights, hidden: Tensor) -> Tensor:
+    """Final norm and output head: hidden [..., hidden] -> float32 logits [..., vocab]."""
+    x = rms_norm(hidden, weights.tensor(spec.final_norm), spec.eps)
+    return F.linear(x, weights.tensor(spec.head or spec.embedding).to(x.dtype)).float()

@@ -1,0 +1,38 @@
+"""Which architectures are known: `model_type` in config.json to the function that builds the `ModelSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from quantkit.errors import ConfigError
+from quantkit.model import hunyuan_a13b, hunyuan_large
+from quantkit.model.spec import ModelSpec
+
+__all__ = ["ARCHITECTURES", "build_spec"]
+
+ARCHITECTURES: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
+    "hunyuan": hunyuan_large.build,
+    "hunyuan_v1_moe": hunyuan_a13b.build,
+}
+
+
+def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
+    """config.json -> ModelSpec. Raises ConfigError for an unknown architecture or a value it does not know."""
+    name = config.get("model_type")
+    if name not in ARCHITECTURES:
+        raise ConfigError(
+            f"{where}: unknown architecture, model_type {name!r}",
+            f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model",
+        )
+    try:
+        return ARCHITECTURES[name](dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{where}: '{field}' is {first.get('input')!r}: {first['msg']}",
+            "quantkit refuses what its reference model does not compute; check config.json",
+        ) from error

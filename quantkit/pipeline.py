@@ -1,0 +1,383 @@
+"""`quantize`: plan, open, walk, commit, verify, publish. OUT exists only when it is complete and verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import quantkit
+from quantkit.calib import tokens
+from quantkit.calib.tape import Tape
+from quantkit.calib.walk import Apply, Walk, embed, walk_layer
+from quantkit.errors import ConfigError, OutputError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.atomic import fsync_folder, sha256, write_bytes
+from quantkit.formats.reader import INDEX, CheckpointReader
+from quantkit.formats.writer import ShardWriter
+from quantkit.journal import Journal
+from quantkit.kernels.reference import round_activation
+from quantkit.model.spec import Layer, Linear
+from quantkit.plan import Plan, Unit, make_plan, needs_tokens
+from quantkit.quant.solve import solve
+from quantkit.scheme import Recipe, Scheme
+from quantkit.stats import LinearStats
+from quantkit.verify import verify
+
+__all__ = ["Progress", "RunRecord", "Step", "describe", "find_model", "peak_memory", "pick_device", "quantize"]
+
+# What goes from the source folder to OUT beside the weights.
+CARRIED = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model"),
+    *("generation_config.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
+    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: `done` of `total` layers are quantised. error: the mean relative output error of this layer's linears."""
+
+    layer: int
+    done: int
+    total: int
+    seconds: float
+    eta_seconds: float
+    peak_memory_bytes: int
+    error: float | None
+    least_coverage: float | None
+    fallbacks: int
+
+
+Progress = Callable[[Step], None]
+RunRecord = dict[str, Any]
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:N. Raises ConfigError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device '{name}' is not supported", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices", "use --device cpu")
+    return device
+
+
+def find_model(model: str | Path) -> Path:
+    """A local folder, or a Hugging Face hub name, whose files are downloaded (into the hub's cache). Raises ConfigError."""
+    path = Path(model)
+    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["config.json", "*.safetensors", INDEX, *CARRIED]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{model}' is no local folder, and the hub did not give it: {error}".splitlines()[0],
+            "check the name, log in with 'hf auth login', or give a local folder",
+        ) from error
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> RunRecord:
+    """Quantise the checkpoint `model` into the new folder `out`; returns what run.json there says.
+
+    Interrupted, the same call resumes and ends with the same bytes. Raises a QuantkitError, and leaves no `out`, when
+    anything is wrong.
+    """
+    source, target, recipe = find_model(model), Path(out), recipe or Recipe()
+    if target.exists():
+        raise OutputError(f"{target} exists", "remove it, or choose another OUT")
+    job = _Job(source, target, recipe, pick_device(device))
+    try:
+        return job.run(progress or (lambda step: None))
+    finally:
+        job.journal.close()
+
+
+def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
+    """What `quantize` would do, from headers alone (--dry-run). Raises what it would refuse."""
+    pick_device(device)
+    if Path(out).exists():
+        raise OutputError(f"{out} exists", "remove it, or choose another OUT")
+    plan = make_plan(CheckpointReader(find_model(model)), recipe)
+    return {
+        "architecture": plan.spec.architecture,
+        "layers": len(plan.spec.layers),
+        "roles": plan.by_role(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "tape_bytes": plan.tape_bytes,
+        "shards": sum(len(unit.shards) for unit in plan.units),
+        "calibrated": plan.calibrated,
+        "notes": list(plan.notes),
+        "recipe": recipe.model_dump(),
+    }
+
+
+def code_digest() -> str:
+    """sha256 over quantkit's own source: another version may round differently, so it is another job."""
+    root, digest = Path(quantkit.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Job:
+    def __init__(self, source: Path, target: Path, recipe: Recipe, device: torch.device) -> None:
+        self.start, self.device, self.target = time.monotonic(), device, target
+        self.reader = CheckpointReader(source)
+        self.plan: Plan = make_plan(self.reader, recipe)
+        self.ids = self._tokens(recipe) if self.plan.calibrated else None
+        self.partial = target.with_name(target.name + ".partial")
+        self.work = self.partial / ".work"
+        self._check_space()
+        key = {
+            "source": self.reader.fingerprint(),
+            "recipe": recipe.model_dump_json(),
+            "tokens": tokens.digest(self.ids) if self.ids is not None else "",
+            "quantkit": code_digest(),
+            "torch": torch.__version__,
+            "device": str(device),
+        }
+        self.journal = Journal(self.work, key)
+        self.key, self.resumed_at, self.layers_done = key, len(self.journal.units), 0
+
+    def _tokens(self, recipe: Recipe) -> Tensor:
+        tokenizer = tokens.load_tokenizer(self.reader.folder)
+        texts = tokens.documents(recipe.calibration, self.reader.folder)
+        ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
+        if int(ids.max()) >= self.plan.spec.vocab:
+            raise ConfigError(
+                f"the tokenizer gives id {int(ids.max())}, but the model's vocabulary ends at {self.plan.spec.vocab - 1}",
+                "use the tokenizer that belongs to this model",
+            )
+        return ids
+
+    def _check_space(self) -> None:
+        folder = next(p for p in (self.partial, *self.partial.absolute().parents) if p.exists())
+        present = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file()) if self.partial.exists() else 0
+        needed = self.plan.output_bytes + self.plan.tape_bytes - present
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OutputError(
+                f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
+            )
+
+    def run(self, progress: Progress) -> RunRecord:
+        units = self.plan.units
+        self._drop_orphans()
+        tape = self._input_tape(len(self.journal.units))
+        for index in range(len(self.journal.units), len(units)):
+            begun = time.monotonic()
+            following = self._next_tape(index, tape)
+            outcomes = _UnitRun(self, units[index], progress).run(tape, following)
+            if following is not None and following is not tape:
+                following.sync()
+            hashes = {shard.file: sha256(self.partial / shard.file) for shard in units[index].shards}
+            seconds = time.monotonic() - begun
+            self.journal.commit({"unit": index, "shards": hashes, "linears": outcomes, "seconds": round(seconds, 3)})
+            if tape is not None and following is not tape:
+                tape.remove()
+            tape = following
+        return self._publish()
+
+    def _drop_orphans(self) -> None:
+        """Remove what a killed run left behind and no journal line vouches for."""
+        kept = {name for unit in self.journal.units for name in unit["shards"]}
+        tape = f"tape-{len(self.journal.units)}.f32"
+        for path in [*self.partial.iterdir(), *self.work.iterdir()]:
+            if path.is_file() and path.name not in {*kept, "journal", "lock", tape}:
+                path.unlink()
+
+    def _tape(self, index: int, create: bool) -> Tape:
+        assert self.ids is not None
+        path, rows = self.work / f"tape-{index}.f32", self.ids.numel()
+        return (Tape.create if create else Tape)(path, rows, self.plan.spec.hidden)
+
+    def _input_tape(self, index: int) -> Tape | None:
+        """The tape that unit `index` reads: none for unit 0 and without calibration."""
+        return self._tape(index, create=False) if self.plan.calibrated and 0 < index < len(self.plan.units) else None
+
+    def _next_tape(self, index: int, tape: Tape | None) -> Tape | None:
+        return self._tape(index + 1, create=True) if self.plan.calibrated else tape
+
+    def step(self, layer: Layer, outcomes: dict[str, dict[str, Any]]) -> Step:
+        """What to tell about a layer that has just been quantised."""
+        elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
+        of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
+        covered = [o["coverage"] for o in of_layer if o["coverage"] is not None]
+        self.layers_done += 1
+        return Step(
+            layer=layer.index,
+            done=layer.index + 1,
+            total=total,
+            seconds=elapsed,
+            eta_seconds=elapsed / self.layers_done * (total - layer.index - 1),
+            peak_memory_bytes=peak_memory(),
+            error=sum(o["error"] for o in of_layer) / len(of_layer) if of_layer else None,
+            least_coverage=min(covered) if covered else None,
+            fallbacks=sum(bool(o["fallback"]) for o in of_layer),
+        )
+
+    def _publish(self) -> RunRecord:
+        weight_map = {t.name: s.file for unit in self.plan.units for s in unit.shards for t in s.tensors}
+        index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
+        for name, data in ((INDEX, index), ("config.json", config)):
+            write_bytes(self.partial / name, json.dumps(data, indent=2).encode() + b"\n")
+        for path in sorted(self.reader.folder.iterdir()):
+            if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in CARRIED):
+                write_bytes(self.partial / path.name, path.read_bytes())
+        hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
+        for path in self.partial.iterdir():
+            if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
+                hashes.setdefault(path.name, sha256(path))
+        sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+        write_bytes(self.partial / "SHA256SUMS", sums.encode())
+        verify(self.partial, self.reader.folder)
+        record = self._record()
+        write_bytes(self.partial / "run.json", json.dumps(record, indent=2).encode() + b"\n")
+        os.rename(self.partial, self.target)
+        fsync_folder(self.target.absolute().parent)
+        shutil.rmtree(self.target / ".work")
+        return record
+
+    def _record(self) -> RunRecord:
+        linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
+        fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
+        return {
+            "schema_version": 1,
+            "quantkit": quantkit.__version__,
+            "job": self.key,
+            "model": str(self.reader.folder),
+            "recipe": self.plan.recipe.model_dump(),
+            "calibration_tokens": 0 if self.ids is None else self.ids.numel(),
+            "roles": self.plan.by_role(),
+            "source_bytes": self.plan.source_bytes,
+            "output_bytes": self.plan.output_bytes,
+            "fallbacks": fallbacks,
+            "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
+            "linears": linears,
+            "resumed_at_unit": self.resumed_at,
+            "seconds": round(sum(unit["seconds"] for unit in self.journal.units), 2),
+            "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
+            "peak_memory_bytes": peak_memory(),
+            "notes": list(self.plan.notes),
+        }
+
+
+class _UnitRun:
+    """One unit: its shards open for writing, its layers walked or simply rounded."""
+
+    def __init__(self, job: _Job, unit: Unit, progress: Progress) -> None:
+        self.job, self.unit, self.plan, self.progress = job, unit, job.plan, progress
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        self.shard_of = {t.name: i for i, shard in enumerate(unit.shards) for t in shard.tensors}
+
+    def run(self, tape: Tape | None, following: Tape | None) -> dict[str, dict[str, Any]]:
+        with ExitStack() as stack:
+            self.writers = [stack.enter_context(ShardWriter(self.job.partial, s)) for s in self.unit.shards]
+            for key in self.unit.kept:
+                self._write(key, self.job.reader.tensor(key))
+            if following is None:
+                for layer in self.unit.layers:
+                    for group in layer.same_input():
+                        self.quantise(group, None)
+                    self.progress(self.job.step(layer, self.outcomes))
+            else:
+                self._walk(tape, following)
+        return self.outcomes
+
+    def _walk(self, tape: Tape | None, following: Tape) -> None:
+        ids = self.job.ids
+        assert ids is not None
+        walk = Walk(
+            spec=self.plan.spec,
+            weights=self.job.reader,
+            windows=(ids.shape[0], ids.shape[1]),
+            device=self.job.device,
+            scratch=self.job.work,
+            quantise=self.quantise,
+            wants=self.wants,
+        )
+        if tape is None:
+            embed(walk, ids, following)
+            return
+        a = self.plan.spec.layers[0].attention
+        kv = walk.tape("kv", 2 * a.kv_heads * a.head_dim)
+        for layer in self.unit.layers:
+            walk_layer(walk, layer, tape, following, kv)
+            self.progress(self.job.step(layer, self.outcomes))
+            tape = following
+        kv.remove()
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        self.writers[self.shard_of[name]].write(name, tensor)
+
+    def wants(self, refs: Sequence[Linear]) -> bool | None:
+        """What statistics these linears need: none (None), the range (False), or the Hessian too (True)."""
+        scheme = self.plan.schemes[refs[0].key]
+        if scheme is None or not needs_tokens(self.plan.recipe, scheme):
+            return None
+        return self.plan.recipe.method_of(scheme) == "gptq"
+
+    @torch.inference_mode()
+    def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
+        """Quantise linears that read one input, write them, and return how to apply each as an engine would."""
+        scheme = self.plan.schemes[refs[0].key]
+        stored = [self.job.reader.tensor(ref.weight) for ref in refs]
+        weights = [weight.to(self.job.device).float() for weight in stored]
+        if scheme is None:
+            for ref, weight in zip(refs, stored, strict=True):
+                self._write(ref.weight, weight)
+            return [_apply(weight, None, None) for weight in weights]
+        applies = []
+        for ref, (q, outcome) in zip(
+            refs, solve(weights, scheme, self.plan.recipe.method_of(scheme), stats), strict=True
+        ):
+            for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
+                self._write(name, tensor)
+            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome)}
+            applies.append(_apply(q.dequantize(), scheme, q.input_scale))
+        return applies
+
+
+def _apply(weight: Tensor, scheme: Scheme | None, input_scale: Tensor | None) -> Apply:
+    activation = scheme.activation if scheme else None
+
+    def run(x: Tensor) -> Tensor:
+        return F.linear(x if activation is None else round_activation(x, activation, input_scale), weight)
+
+    return run

@@ -1,0 +1,104 @@
+"""What people see: one line per layer while work runs, and tables of results. The only module besides cli that prints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quantkit.pipeline import Step
+
+__all__ = ["clock", "console", "eval_table", "inspect_table", "layer_line", "plan_table", "size"]
+
+
+def size(count: float) -> str:
+    """Bytes for people: decimal units, as disks and hubs state them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def layer_line(step: Step) -> str:
+    """`layer 3  [4/64]  error -28.1 dB  coverage 3.4  1:02  ETA 15:31  peak 812.0 MB`."""
+    parts = [f"layer {step.layer}", f"[{step.done}/{step.total}]"]
+    if step.error is not None:
+        parts.append(f"error {10 * math.log10(max(step.error, 1e-12)):.1f} dB")
+    if step.least_coverage is not None:
+        parts.append(f"coverage {step.least_coverage:.1f}")
+    if step.fallbacks:
+        parts.append(f"{step.fallbacks} fallbacks")
+    parts += [clock(step.seconds), f"ETA {clock(step.eta_seconds)}", f"peak {size(step.peak_memory_bytes)}"]
+    return "  ".join(parts)
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """What a run would do: by role the scheme and bits per weight, then sizes."""
+    table = Table(title=f"{plan['architecture']}, {plan['layers']} layers")
+    for name in ("role", "scheme", "linears", "weights", "bits/weight"):
+        table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
+    for role, row in plan["roles"].items():
+        cells = [
+            ", ".join(row["schemes"]),
+            f"{row['linears']:,}",
+            f"{row['weights']:,}",
+            f"{row['bits_per_weight']:.3f}",
+        ]
+        table.add_row(role, *cells)
+    table.caption = (
+        f"{size(plan['source_bytes'])} -> {size(plan['output_bytes'])} in {plan['shards']} shards; "
+        f"scratch disk {size(plan['tape_bytes'])}"
+        + ("" if plan["calibrated"] else "; no calibration needed")
+        + "".join(f"\n{note}" for note in plan["notes"])
+    )
+    return table
+
+
+def inspect_table(found: dict[str, Any]) -> Table:
+    table = Table(title=f"{found['path']}: {found['architecture']}, {found['layers']} layers, {found['shards']} shards")
+    for name in ("role", "scheme", "tensors", "weights", "bytes", "bits/weight"):
+        table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
+    for role, row in [*found["roles"].items(), ("total", found["total"])]:
+        scheme = ", ".join(row.get("schemes", []))
+        cells = [f"{row['tensors']:,}", f"{row['weights']:,}", size(row["bytes"]), f"{row['bits_per_weight']:.3f}"]
+        table.add_row(role, scheme, *cells, style="bold" if role == "total" else None)
+    return table
+
+
+def eval_table(result: dict[str, Any]) -> Table:
+    """Figures with their 95 % intervals."""
+    table = Table(
+        title=f"{result['quantized']} against {result['baseline']}, {result['tokens']:,} tokens of {result['text']}"
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column(f"95 % interval ({result['units']} {result['bootstrap_unit']}s)", justify="right")
+    rows: list[tuple[str, str, float]] = [
+        ("perplexity, baseline", "perplexity.baseline", result["perplexity"]["baseline"]),
+        ("perplexity, quantized", "perplexity.quantized", result["perplexity"]["quantized"]),
+        ("perplexity ratio", "perplexity.ratio", result["perplexity"]["ratio"]),
+        *((f"KL {name}, nats", f"kl.{name}", value) for name, value in result["kl"].items()),
+        ("top-1 agreement", "top1_agreement", result["top1_agreement"]),
+        ("router agreement", "router_agreement", result["router_agreement"]),
+    ]
+    for label, key, value in rows:
+        interval = result["ci95"].get(key)
+        table.add_row(label, f"{value:.5f}", f"{interval[0]:.5f} .. {interval[1]:.5f}" if interval else "")
+    worst = max(result["layers"], key=lambda row: row["hidden_error"])
+    table.caption = (
+        f"largest error of a hidden state: {worst['hidden_error']:.2e} of its energy, after layer {worst['layer']}"
+    )
+    return table
+
+
+def console(stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False)

@@ -1,0 +1,79 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, and let the columns to come repair each error.
+
+With H the mean of x x^T at the layer's input and U the upper Cholesky factor of H^-1, rounding column i leaves
+e = (w_i - q_i) / U_ii, and the best repair of the rest is W[:, i:] -= e U[i, i:] (their Algorithm 1). Columns are visited
+by falling diag(H), while scales belong to the original order ("static groups"), so the file needs no permutation.
+Scales are searched before, weighted by diag(H): on small models that is worth as much as the repair itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.qtensor import QuantizedTensor, expand
+from quantkit.quant.grid import encode, search_scale
+from quantkit.scheme import Grid, Kind
+
+__all__ = ["DAMPING", "NotPositive", "gptq"]
+
+DAMPING = (0.05, 0.2, 1.0)  # fractions of mean(diag H) added to the diagonal: the first that Cholesky accepts
+_BLOCK = 128  # columns repaired at once; only speed depends on it
+
+
+class NotPositive(Exception):
+    """The Hessian is not positive definite under any damping, so there is nothing to solve."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    quantized: QuantizedTensor
+    damping: float
+
+
+def _inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
+    """Upper U with U^T U = (H + damping)^-1, and the damping used. Raises NotPositive."""
+    mean = hessian.diagonal().mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        raise NotPositive
+    for damping in DAMPING:
+        damped = hessian + torch.diag((damping * mean).expand(len(hessian)))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper, damping
+    raise NotPositive
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Solved:
+    """Quantise float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
+
+    A feature that calibration never excited has a zero row in H: it is rounded to nearest and repairs nothing.
+    Raises NotPositive when no damping makes H invertible.
+    """
+    importance = hessian.diagonal()
+    scale, zero = search_scale(weight, grid, importance)
+    shape = (weight.shape[0], weight.shape[1])
+    order = importance.argsort(descending=True, stable=True)
+    U, damping = _inverse_factor(hessian[order][:, order])
+    W = weight[:, order].clone()
+    step = expand(scale.float(), grid, shape).expand(shape)[:, order]
+    offset = None if zero is None else expand(zero.float(), grid, shape).expand(shape)[:, order]
+    Q = torch.empty(shape, dtype=torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8, device=weight.device)
+    for start in range(0, shape[1], _BLOCK):
+        stop = min(start + _BLOCK, shape[1])
+        errors = torch.zeros(shape[0], stop - start, device=weight.device)
+        for i in range(start, stop):
+            s, z = step[:, i], None if offset is None else offset[:, i]
+            Q[:, i] = encode(W[:, i], s, z, grid)
+            value = Q[:, i].float() * s if z is None else (Q[:, i].float() - z) * s
+            e = (W[:, i] - value) / U[i, i]
+            W[:, i:stop] -= e[:, None] * U[i, None, i:stop]
+            errors[:, i - start] = e
+        W[:, stop:] -= errors @ U[start:stop, stop:]
+    codes = torch.empty_like(Q)
+    codes.view(torch.int8)[:, order] = Q.view(torch.int8)
+    return Solved(QuantizedTensor(codes, scale, zero, grid), damping)

@@ -1,0 +1,108 @@
+"""Run a checkpoint as it lies on disk, quantised or not, on the reference kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantkit.errors import ConfigError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.reader import CheckpointReader
+from quantkit.kernels import reference
+from quantkit.model.forward import Cache, LayerTrace, forward, head
+from quantkit.model.registry import build_spec
+from quantkit.model.spec import Linear
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import Scheme
+
+__all__ = ["CheckpointWeights", "Model", "load", "schemes_of"]
+
+
+def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
+    """The scheme of every linear of a checkpoint; None where it is not quantised."""
+    spec = build_spec(reader.config, str(reader.folder / "config.json"))
+    keys = [ref.key for ref in spec.linears()]
+    quantization = reader.config.get("quantization_config")
+    return compressed_tensors.parse(quantization, keys) if quantization else dict.fromkeys(keys)
+
+
+class CheckpointWeights:
+    """`forward.Weights` read from disk. Activations are rounded as each linear's scheme says; arithmetic is float32.
+
+    hold: keep what has been read, in its stored (compressed) form. Without it memory is bounded by one linear.
+    """
+
+    def __init__(self, reader: CheckpointReader, device: torch.device, hold: bool) -> None:
+        self.reader, self.device, self.hold = reader, device, hold
+        self.schemes = schemes_of(reader)
+        self._plain: dict[str, Tensor] = {}
+        self._quantized: dict[str, QuantizedTensor] = {}
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        scheme = self.schemes.get(ref.key)
+        if scheme is None:
+            return F.linear(x, self.tensor(ref.weight).to(x.dtype))
+        return reference.linear(x, self.quantized(ref, scheme), scheme.activation)
+
+    def quantized(self, ref: Linear, scheme: Scheme) -> QuantizedTensor:
+        if ref.key in self._quantized:
+            return self._quantized[ref.key]
+        q = compressed_tensors.decode(ref, scheme, lambda key: self.reader.tensor(key).to(self.device))
+        if self.hold:
+            self._quantized[ref.key] = q
+        return q
+
+    def tensor(self, key: str) -> Tensor:
+        if key in self._plain:
+            return self._plain[key]
+        value = self.reader.tensor(key).to(self.device)
+        if self.hold:
+            self._plain[key] = value
+        return value
+
+
+class Model:
+    """A loaded checkpoint. `spec` says what it is, `weights` where its numbers come from."""
+
+    def __init__(self, folder: Path, device: torch.device, hold: bool = True) -> None:
+        reader = CheckpointReader(folder)
+        self.folder, self.device = folder, device
+        self.spec = build_spec(reader.config, str(folder / "config.json"))
+        self.weights = CheckpointWeights(reader, device, hold)
+
+    def layers(self, input_ids: Tensor, cache: Cache | None = None) -> Iterator[LayerTrace]:
+        """Layer after layer over int64 [batch, time]; hidden states float32 [batch, time, hidden], and routing."""
+        self._check(input_ids)
+        return forward(self.spec, self.weights, input_ids.to(self.device), cache)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """float32 [..., hidden] after the last layer -> float32 logits [..., vocab]."""
+        return head(self.spec, self.weights, hidden)
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+        """int64 [batch, time] -> float32 [batch, time, vocab]. With a cache, the ids continue what it holds.
+
+        Raises ConfigError for ids of another dtype or shape, or outside the vocabulary.
+        """
+        hidden = torch.empty(0)
+        for trace in self.layers(input_ids, cache):
+            hidden = trace.hidden
+        return self.head(hidden)
+
+    def _check(self, input_ids: Tensor) -> None:
+        if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
+            seen = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ConfigError(f"input_ids are {seen}", "give int64 [batch, time] with at least one token")
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.spec.vocab:
+            raise ConfigError(f"input_ids span {low}..{high}", f"the vocabulary is 0..{self.spec.vocab - 1}")
+
+
+def load(path: str | Path, device: str = "cpu") -> Model:
+    """A quantised or unquantised checkpoint folder, ready for `logits`. Raises QuantkitError when it is not sound."""
+    return Model(Path(path), torch.device(device))

@@ -1,0 +1,60 @@
+"""`LinearStats`: what calibration has seen at the input of a linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LinearStats"]
+
+
+@dataclass
+class LinearStats:
+    """Sums over calibration tokens at one linear's input x [in].
+
+    hessian: float32 [in, in], sum of weight * x x^T; None when no algorithm asks for it. amax: largest |x| of the
+    tokens that the layer really sends here; lent_amax: of those lent to it, because the real ones were too few (see
+    calib/walk.py). tokens and lent count them; mass is the sum of their weights.
+    """
+
+    in_features: int
+    hessian: Tensor | None
+    amax: float = 0.0
+    lent_amax: float = 0.0
+    tokens: int = 0
+    lent: int = 0
+    mass: float = 0.0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device, with_hessian: bool) -> LinearStats:
+        return cls(in_features, torch.zeros(in_features, in_features, device=device) if with_hessian else None)
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [n, in], tokens that the layer really sends here."""
+        if len(x):
+            self._accumulate(x, 1.0)
+            self.amax = max(self.amax, x.abs().max().item())
+            self.tokens += len(x)
+
+    def lend(self, x: Tensor, weight: float) -> None:
+        """Take in x [n, in], tokens from elsewhere, each counting `weight` of a real one."""
+        if len(x):
+            self._accumulate(x, weight)
+            self.lent_amax = max(self.lent_amax, x.abs().max().item())
+            self.lent += len(x)
+
+    def _accumulate(self, x: Tensor, weight: float) -> None:
+        if self.hessian is not None:
+            self.hessian.addmm_(x.float().T, x.float(), alpha=weight)
+        self.mass += weight * len(x)
+
+    @property
+    def coverage(self) -> float:
+        """Real tokens per input feature; below 1 the Hessian of the real tokens alone is singular."""
+        return self.tokens / self.in_features
+
+    def mean_hessian(self) -> Tensor | None:
+        """Weighted mean of x x^T, [in, in]; None without a Hessian or without a token."""
+        return self.hessian / self.mass if self.hessian is not None and self.mass > 0 else None

@@ -1,0 +1,199 @@
+"""Independent checks of a checkpoint on disk: `verify` re-reads what was written, `inspect` says what is in it.
+
+Shares no code with the writer, the walk or the algorithms: only the reader, and the definition of the format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import QuantkitError, VerificationError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.atomic import sha256
+from quantkit.formats.reader import CheckpointReader
+from quantkit.model.registry import build_spec
+from quantkit.model.spec import Linear, ModelSpec
+from quantkit.runtime import schemes_of
+from quantkit.scheme import Kind, Scheme
+
+__all__ = ["SUMS", "VerifyReport", "inspect", "verify"]
+
+SUMS = "SHA256SUMS"
+_UNSUMMED = {SUMS, "run.json"}
+# ||W - Q|| / ||W|| that no sound rounding reaches on a weight of any usual distribution, and every wrong layout exceeds.
+_WORST_ERROR = {(Kind.INT, 4): 0.5, (Kind.INT, 8): 0.1, (Kind.FLOAT, 8): 0.1}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given."""
+
+    files: int
+    tensors: int
+    linears: int
+    errors: dict[str, dict[str, float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": True,
+            "files": self.files,
+            "tensors": self.tensors,
+            "linears": self.linears,
+            "errors": self.errors,
+        }
+
+
+def verify(folder: Path, source: Path | None = None) -> VerifyReport:
+    """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values, and with `source` the error of each.
+
+    Raises VerificationError listing what is wrong.
+    """
+    problems: list[str] = []
+    files = _check_hashes(folder, problems)
+    reader = CheckpointReader(folder)
+    spec = build_spec(reader.config, str(folder / "config.json"))
+    schemes = schemes_of(reader)
+    original = CheckpointReader(source) if source else None
+    _check_names(reader, spec, schemes, problems)
+    errors: dict[str, list[float]] = {}
+    if not problems:
+        for ref in spec.linears():
+            try:
+                error = _check_linear(reader, original, ref, schemes[ref.key])
+            except QuantkitError as broken:
+                problems.append(broken.problem)
+                continue
+            if error is not None:
+                errors.setdefault(ref.role.value, []).append(error)
+        _check_kept(reader, original, spec, problems)
+    if problems:
+        shown = "\n  ".join(problems[:10])
+        raise VerificationError(
+            f"{folder}: {len(problems)} problems:\n  {shown}", "quantise again, or copy the files again"
+        )
+    summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
+    return VerifyReport(files, len(reader.entries), len(schemes), summary)
+
+
+def _check_hashes(folder: Path, problems: list[str]) -> int:
+    path = folder / SUMS
+    if not path.is_file():
+        problems.append(f"no {SUMS}: this is not a finished quantkit output")
+        return 0
+    listed = dict(reversed(line.split("  ", 1)) for line in path.read_text("utf-8").splitlines() if "  " in line)
+    for name, digest in listed.items():
+        if Path(name).name != name or not (folder / name).is_file():
+            problems.append(f"{name} is listed in {SUMS} but missing")
+        elif sha256(folder / name) != digest:
+            problems.append(f"{name} does not have the hash that {SUMS} states")
+    present = {p.name for p in folder.iterdir() if p.is_file()} - _UNSUMMED
+    problems += [f"{name} is not listed in {SUMS}" for name in sorted(present - listed.keys())]
+    return len(listed)
+
+
+def _check_names(
+    reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None], problems: list[str]
+) -> None:
+    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {k: (None, shape) for k, shape in spec.tensors().items()}
+    for ref in spec.linears():
+        scheme = schemes[ref.key]
+        if scheme is not None:
+            del expected[ref.weight]
+            expected.update({t.name: (t.dtype, t.shape) for t in compressed_tensors.planned(ref, scheme)})
+    optional = {"lm_head.weight"}
+    problems += [f"tensor '{key}' is missing" for key in sorted(expected.keys() - reader.entries.keys())]
+    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys() - optional)]
+    for key, (dtype, shape) in expected.items():
+        entry = reader.entries.get(key)
+        if entry and (entry.shape != shape or (dtype and entry.dtype != dtype)):
+            problems.append(f"tensor '{key}' is {entry.dtype} {entry.shape}, expected {dtype or 'any float'} {shape}")
+
+
+def _check_linear(
+    reader: CheckpointReader, original: CheckpointReader | None, ref: Linear, scheme: Scheme | None
+) -> float | None:
+    """Decode one linear; its relative error against the source. Raises VerificationError, CheckpointError."""
+    if scheme is None:
+        return None
+    q = compressed_tensors.decode(ref, scheme, reader.tensor)
+    if not (q.scale.float() > 0).all():
+        raise VerificationError(f"'{ref.key}.weight_scale' holds values that are not positive")
+    stored = reader.entries.get(f"{ref.key}.weight_shape")
+    if stored and reader.tensor(f"{ref.key}.weight_shape").tolist() != [ref.out_features, ref.in_features]:
+        raise VerificationError(f"'{ref.key}.weight_shape' is not {[ref.out_features, ref.in_features]}")
+    if original is None:
+        return None
+    weight = original.tensor(ref.weight).float()
+    error = float((q.dequantize() - weight).norm() / weight.norm().clamp(min=1e-30))
+    if error > _WORST_ERROR[scheme.weight.kind, scheme.weight.bits]:
+        raise VerificationError(f"'{ref.key}' differs from its source by {error:.1%}: more than {scheme.name} can lose")
+    return error
+
+
+def _check_kept(
+    reader: CheckpointReader, original: CheckpointReader | None, spec: ModelSpec, problems: list[str]
+) -> None:
+    """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
+    for key in sorted(spec.tensors().keys() & reader.entries.keys()):
+        if reader.entries[key].dtype in ("F8_E4M3", "I8"):
+            continue  # a quantised weight under its own name
+        try:
+            kept = reader.tensor(key)
+            same = original is None or _identical(kept, original.tensor(key))
+        except QuantkitError as broken:
+            problems.append(broken.problem)
+            continue
+        if not same:
+            problems.append(f"tensor '{key}' should be unchanged but differs from the source")
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds: per role the schemes, linears, weights, bytes and bits per weight; the same in total."""
+    reader = CheckpointReader(folder)
+    spec = build_spec(reader.config, str(folder / "config.json"))
+    schemes = schemes_of(reader)
+    roles: dict[str, dict[str, Any]] = {}
+    counted = 0
+
+    def count(role: str, scheme: str, weights: int, size: int) -> None:
+        row = roles.setdefault(role, {"schemes": [], "tensors": 0, "weights": 0, "bytes": 0})
+        row["schemes"] += [scheme] if scheme not in row["schemes"] else []
+        row["tensors"] += 1
+        row["weights"] += weights
+        row["bytes"] += size
+
+    for ref in spec.linears():
+        scheme = schemes[ref.key]
+        names = [t.name for t in compressed_tensors.planned(ref, scheme)] if scheme else [ref.weight]
+        size = sum(reader.entry(name).nbytes for name in names)
+        label = scheme.name if scheme else reader.entry(ref.weight).dtype
+        count(ref.role.value, label, ref.out_features * ref.in_features, size)
+        counted += size
+    others = spec.tensors().keys() - {ref.weight for ref in spec.linears()}
+    for key in sorted({*others, "lm_head.weight"} & reader.entries.keys()):
+        entry = reader.entries[key]
+        role = "embedding and head" if key in (spec.embedding, "lm_head.weight") else "norms and router"
+        count(role, entry.dtype, torch.Size(entry.shape).numel(), entry.nbytes)
+        counted += entry.nbytes
+    for row in roles.values():
+        row["bits_per_weight"] = round(8 * row["bytes"] / row["weights"], 3)
+    total = {key: sum(row[key] for row in roles.values()) for key in ("tensors", "weights", "bytes")}
+    return {
+        "path": str(folder),
+        "architecture": spec.architecture,
+        "layers": len(spec.layers),
+        "quantized": any(schemes.values()),
+        "shards": len(reader.shards),
+        "roles": roles,
+        "total": {**total, "bits_per_weight": round(8 * total["bytes"] / total["weights"], 3)},
+        "unknown_bytes": sum(entry.nbytes for entry in reader.entries.values()) - counted,
+    }
