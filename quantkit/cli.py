@@ -120,9 +120,7 @@ def quantize(
 @click.option("--device", default="cpu", show_default=True)
 @as_json
 @command
-def evaluate(
-    quantized: Path, baseline: Path, text: str, seq_len: int, windows: int, device: str, as_json: bool
-) -> None:
+def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: int, device: str, as_json: bool) -> None:
     """Measure how far QUANTIZED has moved from its baseline on text that neither has seen."""
     from quantkit.evals.evaluate import evaluate as run
     from quantkit.pipeline import pick_device
@@ -157,9 +155,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--source", type=click.Path(path_type=Path), help="The model it was made from: checks every weight's error."
-)
+@click.option("--source", type=click.Path(path_type=Path), help="The model it was made from: checks every weight's error.")
 @as_json
 @command
 def verify(out: Path, source: Path | None, as_json: bool) -> None:
@@ -170,9 +166,7 @@ def verify(out: Path, source: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return
-    errors = "".join(
-        f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items()
-    )
+    errors = "".join(f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items())
     click.echo(f"{out}: sound. {report.files} files, {report.tensors} tensors, {report.linears} linears.{errors}")
 
 

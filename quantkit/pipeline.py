@@ -364,9 +364,7 @@ class _UnitRun:
                 self._write(ref.weight, weight)
             return [_apply(weight, None, None) for weight in weights]
         applies = []
-        for ref, (q, outcome) in zip(
-            refs, solve(weights, scheme, self.plan.recipe.method_of(scheme), stats), strict=True
-        ):
+        for ref, (q, outcome) in zip(refs, solve(weights, scheme, self.plan.recipe.method_of(scheme), stats), strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
             self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome)}

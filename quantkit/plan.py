@@ -146,9 +146,7 @@ def _assign(reader: CheckpointReader, spec: ModelSpec, recipe: Recipe) -> dict[s
         for group in layer.same_input():
             _same_scheme(group, schemes, "engines fuse them into one weight")
         if isinstance(layer.mlp, MoE):
-            _same_scheme(
-                [ref for e in layer.mlp.experts for ref in e.linears()], schemes, "engines fuse a layer's experts"
-            )
+            _same_scheme([ref for e in layer.mlp.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
     return schemes
 
 

@@ -73,9 +73,7 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         _check_kept(reader, original, spec, problems)
     if problems:
         shown = "\n  ".join(problems[:10])
-        raise VerificationError(
-            f"{folder}: {len(problems)} problems:\n  {shown}", "quantise again, or copy the files again"
-        )
+        raise VerificationError(f"{folder}: {len(problems)} problems:\n  {shown}", "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
     return VerifyReport(files, len(reader.entries), len(schemes), summary)
 
@@ -96,9 +94,7 @@ def _check_hashes(folder: Path, problems: list[str]) -> int:
     return len(listed)
 
 
-def _check_names(
-    reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None], problems: list[str]
-) -> None:
+def _check_names(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None], problems: list[str]) -> None:
     expected: dict[str, tuple[str | None, tuple[int, ...]]] = {k: (None, shape) for k, shape in spec.tensors().items()}
     for ref in spec.linears():
         scheme = schemes[ref.key]
@@ -135,9 +131,7 @@ def _check_linear(
     return error
 
 
-def _check_kept(
-    reader: CheckpointReader, original: CheckpointReader | None, spec: ModelSpec, problems: list[str]
-) -> None:
+def _check_kept(reader: CheckpointReader, original: CheckpointReader | None, spec: ModelSpec, problems: list[str]) -> None:
     """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
     for key in sorted(spec.tensors().keys() & reader.entries.keys()):
         if reader.entries[key].dtype in ("F8_E4M3", "I8"):

@@ -91,9 +91,7 @@ class CheckpointReader:
                     "do not use this checkpoint, or fetch its index again from a source you trust",
                 )
             if not (self.folder / shard).is_file():
-                raise CheckpointError(
-                    f"shard {self.folder / shard} does not exist; '{key}' should be in it", "fetch it"
-                )
+                raise CheckpointError(f"shard {self.folder / shard} does not exist; '{key}' should be in it", "fetch it")
         return weight_map
 
     def _read_header(self, shard: str) -> None:
@@ -108,9 +106,7 @@ class CheckpointReader:
                         )
                     dtype, shape = str(view.get_dtype()), tuple(view.get_shape())
                     if dtype not in DTYPES:
-                        raise CheckpointError(
-                            f"{path}: tensor '{key}' has unknown dtype {dtype}", f"allowed: {[*DTYPES]}"
-                        )
+                        raise CheckpointError(f"{path}: tensor '{key}' has unknown dtype {dtype}", f"allowed: {[*DTYPES]}")
                     self.entries[key] = Entry(shard, dtype, shape)
         except (SafetensorError, OSError) as error:
             size = path.stat().st_size if path.exists() else 0
@@ -130,9 +126,7 @@ class CheckpointReader:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: tensor '{key}' cannot be read: {error}", "fetch that shard again"
-            ) from error
+            raise CheckpointError(f"{path}: tensor '{key}' cannot be read: {error}", "fetch that shard again") from error
         if tensor.dtype.is_floating_point:
             # The sum of |x| is finite if and only if all are (in float64 it cannot overflow), and it is one pass.
             wide = tensor.float() if tensor.element_size() == 1 else tensor

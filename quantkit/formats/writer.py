@@ -72,14 +72,10 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None and self._pending:
-                raise ValueError(
-                    f"shard {self.path.name} misses {len(self._pending)} tensors: {min(self._pending)}, ..."
-                )
+                raise ValueError(f"shard {self.path.name} misses {len(self._pending)} tensors: {min(self._pending)}, ...")
             with disk_errors(self.path):
                 if kind is None:
                     self._file.flush()
