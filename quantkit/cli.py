@@ -21,7 +21,10 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 
 
 def command(function: F) -> F:
-    """Print a QuantkitError as one message and exit with its code; anything else is a bug and keeps its traceback."""
+    """Print a QuantkitError as one message and exit with its code, and what the system says of a path likewise.
+
+    Anything else is a bug and keeps its traceback.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -30,6 +33,16 @@ def command(function: F) -> F:
         except QuantkitError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            click.echo(
+                f"error: {error.filename}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True
+            )
+            sys.exit(QuantkitError.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command resumes a quantization", err=True)
+            sys.exit(130)
 
     return wrapped  # type: ignore[return-value]
 

@@ -25,7 +25,7 @@ from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.errors import ConfigError, OutputError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.atomic import fsync_folder, sha256, write_bytes
+from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
 from quantkit.formats.reader import INDEX, CheckpointReader
 from quantkit.formats.writer import ShardWriter
 from quantkit.journal import Journal
@@ -103,6 +103,21 @@ def find_model(model: str | Path) -> Path:
         ) from error
 
 
+def _refuse_present(target: Path) -> None:
+    """Raise OutputError when OUT is there (even as a link to nothing), or OUT.partial is somebody else's."""
+    if os.path.lexists(target) or not target.name or target.name == "..":
+        raise OutputError(f"{target} exists", "remove it, or choose another OUT")
+    partial = target.with_name(target.name + ".partial")
+    if (
+        os.path.lexists(partial)
+        and not (partial / ".work").is_dir()
+        and not (partial.is_dir() and not any(partial.iterdir()))
+    ):
+        raise OutputError(
+            f"{partial}, where the work would go, exists and is not quantkit's", "move it, or choose another OUT"
+        )
+
+
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -117,8 +132,7 @@ def quantize(
     anything is wrong.
     """
     source, target, recipe = find_model(model), Path(out), recipe or Recipe()
-    if target.exists():
-        raise OutputError(f"{target} exists", "remove it, or choose another OUT")
+    _refuse_present(target)
     job = _Job(source, target, recipe, pick_device(device))
     try:
         return job.run(progress or (lambda step: None))
@@ -129,8 +143,7 @@ def quantize(
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
     """What `quantize` would do, from headers alone (--dry-run). Raises what it would refuse."""
     pick_device(device)
-    if Path(out).exists():
-        raise OutputError(f"{out} exists", "remove it, or choose another OUT")
+    _refuse_present(Path(out))
     plan = make_plan(CheckpointReader(find_model(model)), recipe)
     return {
         "architecture": plan.spec.architecture,
@@ -177,10 +190,11 @@ class _Job:
     def _tokens(self, recipe: Recipe) -> Tensor:
         tokenizer = tokens.load_tokenizer(self.reader.folder)
         texts = tokens.documents(recipe.calibration, self.reader.folder)
-        ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
+        ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
         if int(ids.max()) >= self.plan.spec.vocab:
             raise ConfigError(
-                f"the tokenizer gives id {int(ids.max())}, but the model's vocabulary ends at {self.plan.spec.vocab - 1}",
+                f"{self.reader.folder / 'tokenizer.json'} gives id {int(ids.max())}, but the vocabulary ends "
+                f"at {self.plan.spec.vocab - 1}",
                 "use the tokenizer that belongs to this model",
             )
         return ids
@@ -258,7 +272,8 @@ class _Job:
         for name, data in ((INDEX, index), ("config.json", config)):
             write_bytes(self.partial / name, json.dumps(data, indent=2).encode() + b"\n")
         for path in sorted(self.reader.folder.iterdir()):
-            if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in CARRIED):
+            wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+            if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
                 write_bytes(self.partial / path.name, path.read_bytes())
         hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
         for path in self.partial.iterdir():
@@ -269,7 +284,8 @@ class _Job:
         verify(self.partial, self.reader.folder)
         record = self._record()
         write_bytes(self.partial / "run.json", json.dumps(record, indent=2).encode() + b"\n")
-        os.rename(self.partial, self.target)
+        with disk_errors(self.target):
+            os.rename(self.partial, self.target)
         fsync_folder(self.target.absolute().parent)
         shutil.rmtree(self.target / ".work")
         return record

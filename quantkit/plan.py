@@ -106,9 +106,10 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
 
 def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
     expected = spec.tensors()
-    optional = set() if spec.head else {"lm_head.weight"}  # a tied head may be stored once more; it is carried over
+    if "lm_head.weight" in reader.entries:  # a tied head may be stored once more; it is carried over
+        expected["lm_head.weight"] = expected[spec.embedding]
     missing = sorted(expected.keys() - reader.entries.keys())
-    extra = sorted(reader.entries.keys() - expected.keys() - optional)
+    extra = sorted(reader.entries.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
             f"{reader.folder}: tensors do not match architecture {spec.architecture}: {len(missing)} missing "
@@ -129,7 +130,7 @@ def _assign(reader: CheckpointReader, spec: ModelSpec, recipe: Recipe) -> dict[s
     schemes: dict[str, Scheme | None] = {}
     for ref in spec.linears():
         scheme = recipe.scheme_of(ref)
-        problem = scheme.weight.misfit(ref.out_features, ref.in_features) if scheme else None
+        problem = scheme.misfit(ref.out_features, ref.in_features) if scheme else None
         if problem:
             assert scheme
             raise ConfigError(

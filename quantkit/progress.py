@@ -101,4 +101,4 @@ def eval_table(result: dict[str, Any]) -> Table:
 
 
 def console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)  # a path may hold brackets

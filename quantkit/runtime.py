@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.errors import ConfigError
+from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import reference
 from quantkit.model.forward import Cache, LayerTrace, forward, head
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear
+from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
-__all__ = ["CheckpointWeights", "Model", "load", "schemes_of"]
+__all__ = ["CheckpointWeights", "Model", "load", "misfits", "schemes_of"]
 
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
@@ -27,7 +27,28 @@ def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
     spec = build_spec(reader.config, str(reader.folder / "config.json"))
     keys = [ref.key for ref in spec.linears()]
     quantization = reader.config.get("quantization_config")
-    return compressed_tensors.parse(quantization, keys) if quantization else dict.fromkeys(keys)
+    try:
+        return compressed_tensors.parse(quantization, keys) if quantization else dict.fromkeys(keys)
+    except ConfigError as error:
+        raise ConfigError(f"{reader.folder / 'config.json'}: {error.problem}", error.fix) from error
+
+
+def misfits(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
+    """What is missing, unexpected, or of another dtype or shape than the architecture and the schemes say."""
+    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {k: (None, shape) for k, shape in spec.tensors().items()}
+    for ref in spec.linears():
+        scheme = schemes[ref.key]
+        if scheme is not None:
+            del expected[ref.weight]
+            expected.update({t.name: (t.dtype, t.shape) for t in compressed_tensors.planned(ref, scheme)})
+    optional = {"lm_head.weight"}
+    problems = [f"tensor '{key}' is missing" for key in sorted(expected.keys() - reader.entries.keys())]
+    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys() - optional)]
+    for key, (dtype, shape) in expected.items():
+        entry = reader.entries.get(key)
+        if entry and (entry.shape != shape or (dtype and entry.dtype != dtype)):
+            problems.append(f"tensor '{key}' is {entry.dtype} {entry.shape}, expected {dtype or 'any float'} {shape}")
+    return problems
 
 
 class CheckpointWeights:
@@ -73,6 +94,11 @@ class Model:
         self.folder, self.device = folder, device
         self.spec = build_spec(reader.config, str(folder / "config.json"))
         self.weights = CheckpointWeights(reader, device, hold)
+        if problems := misfits(reader, self.spec, self.weights.schemes):
+            raise CheckpointError(
+                f"{folder}: {len(problems)} tensors do not match config.json: {problems[0]}",
+                "check config.json, or fetch both again",
+            )
 
     def layers(self, input_ids: Tensor, cache: Cache | None = None) -> Iterator[LayerTrace]:
         """Layer after layer over int64 [batch, time]; hidden states float32 [batch, time, hidden], and routing."""

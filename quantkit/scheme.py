@@ -70,16 +70,6 @@ class Grid:
         assert self.block
         return (-(-out_features // self.block[0]), -(-in_features // self.block[1]))
 
-    def misfit(self, out_features: int, in_features: int) -> str | None:
-        """Why this grid cannot hold a weight of that shape, or None."""
-        if self.group_size and self.strategy is Strategy.GROUP and in_features % self.group_size:
-            return f"in_features {in_features} is not a multiple of group size {self.group_size}"
-        if self.kind is Kind.INT and self.bits == 4 and in_features % 8:
-            return f"in_features {in_features} is not a multiple of 8, which packing eight codes to a word needs"
-        if not self.symmetric and out_features % 8:
-            return f"out_features {out_features} is not a multiple of 8, which packing zero points needs"
-        return None
-
 
 @dataclass(frozen=True)
 class Activation:
@@ -102,6 +92,19 @@ class Scheme:
     @property
     def static(self) -> bool:
         return self.activation is not None and not self.activation.dynamic
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """Why a weight of that shape cannot take this scheme, or None."""
+        grid, groups = self.weight, self.activation.group_size if self.activation else None
+        if grid.strategy is Strategy.GROUP and grid.group_size and in_features % grid.group_size:
+            return f"in_features {in_features} is not a multiple of group size {grid.group_size}"
+        if groups and in_features % groups:
+            return f"in_features {in_features} is not a multiple of {groups}, the activation's group"
+        if grid.kind is Kind.INT and grid.bits == 4 and in_features % 8:
+            return f"in_features {in_features} is not a multiple of 8, which packing eight codes to a word needs"
+        if not grid.symmetric and out_features % 8:
+            return f"out_features {out_features} is not a multiple of 8, which packing zero points needs"
+        return None
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Codes, scales and zero points on disk, in bits per weight."""
@@ -166,7 +169,7 @@ class Recipe(BaseModel):
     calibration: str = "stdlib"
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=8)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @field_validator("scheme", "experts", "shared_experts", "attention")
     @classmethod
@@ -196,7 +199,7 @@ class Recipe(BaseModel):
         """A recipe from a YAML file; `overrides` (options given on the command line) win. Raises ConfigError."""
         try:
             data = yaml.safe_load(path.read_text("utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"recipe {path} cannot be read: {error}", "give a YAML file of recipe fields") from error
         if not isinstance(data, dict):
             raise ConfigError(
@@ -212,5 +215,6 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            allowed = ", ".join(cls.model_fields)
-            raise ConfigError(f"{where}: field '{name}': {first['msg']}", f"fields are {allowed}") from error
+            known = f"fields are {', '.join(cls.model_fields)}"
+            fix = known if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
+            raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error

@@ -5,6 +5,7 @@ Shares no code with the writer, the walk or the algorithms: only the reader, and
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
-from quantkit.runtime import schemes_of
+from quantkit.runtime import misfits, schemes_of
 from quantkit.scheme import Kind, Scheme
 
 __all__ = ["SUMS", "VerifyReport", "inspect", "verify"]
@@ -59,7 +60,7 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     spec = build_spec(reader.config, str(folder / "config.json"))
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
-    _check_names(reader, spec, schemes, problems)
+    problems += misfits(reader, spec, schemes)
     errors: dict[str, list[float]] = {}
     if not problems:
         for ref in spec.linears():
@@ -80,34 +81,19 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
 
 def _check_hashes(folder: Path, problems: list[str]) -> int:
     path = folder / SUMS
-    if not path.is_file():
+    if not os.path.isfile(path):
         problems.append(f"no {SUMS}: this is not a finished quantkit output")
         return 0
-    listed = dict(reversed(line.split("  ", 1)) for line in path.read_text("utf-8").splitlines() if "  " in line)
+    lines = path.read_text("utf-8", errors="replace").splitlines()
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
     for name, digest in listed.items():
-        if Path(name).name != name or not (folder / name).is_file():
+        if Path(name).name != name or not os.path.isfile(folder / name):
             problems.append(f"{name} is listed in {SUMS} but missing")
         elif sha256(folder / name) != digest:
             problems.append(f"{name} does not have the hash that {SUMS} states")
     present = {p.name for p in folder.iterdir() if p.is_file()} - _UNSUMMED
     problems += [f"{name} is not listed in {SUMS}" for name in sorted(present - listed.keys())]
     return len(listed)
-
-
-def _check_names(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None], problems: list[str]) -> None:
-    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {k: (None, shape) for k, shape in spec.tensors().items()}
-    for ref in spec.linears():
-        scheme = schemes[ref.key]
-        if scheme is not None:
-            del expected[ref.weight]
-            expected.update({t.name: (t.dtype, t.shape) for t in compressed_tensors.planned(ref, scheme)})
-    optional = {"lm_head.weight"}
-    problems += [f"tensor '{key}' is missing" for key in sorted(expected.keys() - reader.entries.keys())]
-    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys() - optional)]
-    for key, (dtype, shape) in expected.items():
-        entry = reader.entries.get(key)
-        if entry and (entry.shape != shape or (dtype and entry.dtype != dtype)):
-            problems.append(f"tensor '{key}' is {entry.dtype} {entry.shape}, expected {dtype or 'any float'} {shape}")
 
 
 def _check_linear(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             f"{folder} has no tokenizer.json", "add one: quantkit runs no tokenizer code that comes with a model"
         )
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception for a file it cannot parse
         raise CheckpointError(f"{path} is not a tokenizer: {error}", "fetch the file again") from error
+    tokenizer.no_truncation()  # the file may ask for them, for a use of its own
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def documents(source: str, folder: Path) -> list[str]:
@@ -40,7 +44,7 @@ def documents(source: str, folder: Path) -> list[str]:
     if source in NAMED:
         return named_documents(source)
     path = Path(source)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CalibrationError(f"text '{source}' is neither a file nor one of {', '.join(NAMED)}", f"give {_FORMATS}")
     try:
         if path.suffix == ".txt":
@@ -56,12 +60,12 @@ def documents(source: str, folder: Path) -> list[str]:
 
 def _jsonl(path: Path, folder: Path) -> list[str]:
     texts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path} line {number} is not JSON: {error}", "one JSON object a line") from error
         if isinstance(row, dict) and isinstance(row.get("text"), str):
             texts.append(row["text"])
@@ -69,6 +73,10 @@ def _jsonl(path: Path, folder: Path) -> list[str]:
             texts.append(_chat(row["messages"], folder, f"{path} line {number}"))
         else:
             raise CalibrationError(f"{path} line {number} has neither 'text' nor 'messages'", "add one of them")
+        try:
+            texts[-1].encode()
+        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+            raise CalibrationError(f"{path} line {number} is not Unicode text: {error}", "repair or drop it") from error
     return texts
 
 
@@ -94,34 +102,46 @@ def _parquet(path: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, columns=["text"])
+        names = pyarrow.parquet.read_schema(path).names
+        if "text" not in names:
+            raise CalibrationError(f"{path} has columns {names}, none of them 'text'", "rename the one that holds text")
+        values = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise CalibrationError(f"{path} cannot be read: {error}", "give a parquet file with a 'text' column") from error
-    if "text" not in table.column_names:
-        raise CalibrationError(f"{path} has no 'text' column", "rename the column that holds the text to 'text'")
-    return [str(value) for value in table.column("text").to_pylist() if value]
+    if other := {type(value).__name__ for value in values} - {"str", "NoneType"}:
+        raise CalibrationError(f"column 'text' of {path} holds {', '.join(sorted(other))}", "give a column of strings")
+    return [value for value in values if value]
 
 
-def calibration_windows(tokenizer: Tokenizer, texts: list[str], samples: int, seq_len: int, seed: int) -> Tensor:
-    """int64 [samples, seq_len]: the documents joined, cut into windows, `samples` of them drawn evenly at random.
+def calibration_windows(
+    tokenizer: Tokenizer, texts: list[str], samples: int, seq_len: int, seed: int, name: str = "given"
+) -> Tensor:
+    """int64 [samples, seq_len]: documents in random order, joined, cut into windows, `samples` of them drawn at random.
 
-    Raises CalibrationError when the text is too short for that many.
+    Documents are taken until they give twice the tokens needed, so that a huge corpus costs no more than a large one.
+    Raises CalibrationError when all of them give too few.
     """
-    parts = [np.array(encoding.ids, dtype=np.int64) for encoding in tokenizer.encode_batch(texts)]
-    stream = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-    count = len(stream) // seq_len
+    generator = np.random.default_rng(seed)
+    parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    total, wanted = 0, 2 * samples * seq_len
+    for index in generator.permutation(len(texts)):
+        if total >= wanted:
+            break
+        parts.append(np.array(tokenizer.encode(texts[index]).ids, dtype=np.int64))
+        total += len(parts[-1])
+    count = total // seq_len
     if count < samples:
         raise CalibrationError(
-            f"the calibration text has {len(stream):,} tokens: {count} windows of {seq_len}, and {samples} are asked for",
+            f"the calibration text '{name}' has {total:,} tokens: {count} windows of {seq_len}, and {samples} are asked for",
             "give more text, or lower --samples or --seq-len",
         )
-    chosen = np.sort(np.random.default_rng(seed).permutation(count)[:samples])
-    return torch.from_numpy(stream[: count * seq_len].reshape(count, seq_len)[chosen])
+    chosen = np.sort(generator.permutation(count)[:samples])
+    return torch.from_numpy(np.concatenate(parts)[: count * seq_len].reshape(count, seq_len)[chosen])
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Windows to score. ids int64 [n, seq_len], right-padded with 0; lengths int64 [n]; unit int64 [n].
+    """Windows to score. ids int64 [n, longest window], right-padded with 0; lengths int64 [n]; unit int64 [n].
 
     unit: which document a window belongs to, or itself when there is but one: what the bootstrap resamples.
     """
@@ -132,16 +152,16 @@ class EvalSet:
     unit_name: str
 
 
-def evaluation_set(tokenizer: Tokenizer, texts: list[str], seq_len: int, max_windows: int) -> EvalSet:
-    """The first windows of every document in turn, until `max_windows`. Raises CalibrationError when nothing can be scored."""
+def evaluation_set(tokenizer: Tokenizer, texts: list[str], seq_len: int, max_windows: int, name: str = "given") -> EvalSet:
+    """The first windows of every document in turn, until `max_windows`. Raises CalibrationError when there is none."""
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     cuts = [[ids[i : i + seq_len] for i in range(0, len(ids), seq_len)] for ids in encoded]
     # Round-robin: every document gives its first window before any gives its second.
     order = sorted((w, d) for d, windows in enumerate(cuts) for w in range(len(windows)) if len(windows[w]) >= 2)
     chosen = sorted((d, w) for w, d in order[:max_windows])
     if not chosen:
-        raise CalibrationError("the evaluation text has no document of two tokens or more", "give more text")
-    ids = torch.zeros(len(chosen), seq_len, dtype=torch.int64)
+        raise CalibrationError(f"the evaluation text '{name}' has no document of two tokens or more", "give more text")
+    ids = torch.zeros(len(chosen), max(len(cuts[d][w]) for d, w in chosen), dtype=torch.int64)
     for row, (d, w) in enumerate(chosen):
         ids[row, : len(cuts[d][w])] = torch.tensor(cuts[d][w])
     lengths = torch.tensor([len(cuts[d][w]) for d, w in chosen])

@@ -50,8 +50,8 @@ def evaluate(
     models = [Model(Path(path), place, hold=False) for path in (baseline, quantized)]
     _check_pair(models)
     tokenizer = tokens.load_tokenizer(models[0].folder)
-    data = tokens.evaluation_set(tokenizer, tokens.documents(text, models[0].folder), seq_len, windows)
-    step = max(1, _BATCH_TOKENS // seq_len)
+    data = tokens.evaluation_set(tokenizer, tokens.documents(text, models[0].folder), seq_len, windows, text)
+    step = max(1, _BATCH_TOKENS // data.ids.shape[1])
     parts, layers = [], _LayerErrors(len(models[0].spec.layers))
     for start in range(0, len(data.ids), step):
         rows = slice(start, start + step)

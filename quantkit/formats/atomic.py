@@ -23,6 +23,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EROFS: "choose an output on a writable disk",
         errno.EACCES: "choose an output folder you may write to",
         errno.EPERM: "choose an output folder you may write to",
+        errno.ENOTDIR: "choose an output whose parent is a folder",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.EEXIST: "remove it, or choose another OUT",
+        errno.ENOTEMPTY: "remove it, or choose another OUT",
         errno.EFBIG: "choose a file system (or a limit) that allows files of this size",
     }
     try:

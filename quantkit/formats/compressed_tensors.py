@@ -151,6 +151,8 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
 def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     """The preset (with its group size) that a config group describes. Raises ConfigError."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    if (size := weights.get("group_size")) is not None and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f"quantization_config group '{name}' has group_size {size!r}", "requantise the model")
     for preset in PRESETS:
         scheme = scheme_named(preset, weights.get("group_size"))
         assert scheme is not None
@@ -169,6 +171,13 @@ def _matches(target: str, key: str) -> bool:
 
 def parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Scheme | None]:
     """The scheme of every linear named in `keys`, as an engine would read the config. Raises ConfigError."""
+    try:
+        return _parse(quantization_config, keys)
+    except (AttributeError, KeyError, TypeError, re.error) as error:
+        raise ConfigError(f"quantization_config is malformed: {error!r}", "fetch config.json again") from error
+
+
+def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Scheme | None]:
     if quantization_config.get("quant_method") != "compressed-tensors":
         raise ConfigError(
             f"quantization_config has quant_method {quantization_config.get('quant_method')!r}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +46,7 @@ def load_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", "give a model folder in Hugging Face layout") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}", "fetch the file again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not a JSON object", "fetch the file again")
@@ -56,7 +57,7 @@ class CheckpointReader:
     """A checked, lazily read checkpoint folder. `entries` maps every tensor's name to where and what it is."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
             raise CheckpointError(f"{folder} is not a folder", "give a model folder in Hugging Face layout")
         self.folder = folder
         self.config = load_json(folder / "config.json")
@@ -90,7 +91,7 @@ class CheckpointReader:
                     "same folder, is allowed",
                     "do not use this checkpoint, or fetch its index again from a source you trust",
                 )
-            if not (self.folder / shard).is_file():
+            if not os.path.isfile(self.folder / shard):
                 raise CheckpointError(f"shard {self.folder / shard} does not exist; '{key}' should be in it", "fetch it")
         return weight_map
 
@@ -128,15 +129,16 @@ class CheckpointReader:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: tensor '{key}' cannot be read: {error}", "fetch that shard again") from error
         if tensor.dtype.is_floating_point:
-            # The sum of |x| is finite if and only if all are (in float64 it cannot overflow), and it is one pass.
+            # A finite sum of |x| says that all are finite, in one pass; one that is not (float64 may overflow) says: look.
             wide = tensor.float() if tensor.element_size() == 1 else tensor
             if not torch.isfinite(wide.abs().sum(dtype=torch.float64)):
-                bad = (~torch.isfinite(wide)).flatten()
-                raise CheckpointError(
-                    f"{path}: tensor '{key}' holds {int(bad.sum())} NaN or infinite values, the first at flat index "
-                    f"{int(bad.nonzero()[0])}",
-                    "fetch that shard again, or repair the checkpoint: a weight must be finite",
-                )
+                bad = (~torch.isfinite(wide)).flatten().nonzero()
+                if len(bad):
+                    raise CheckpointError(
+                        f"{path}: tensor '{key}' holds {len(bad)} NaN or infinite values, the first at flat index "
+                        f"{int(bad[0])}",
+                        "fetch that shard again, or repair the checkpoint: a weight must be finite",
+                    )
         return tensor
 
     @cached_property

@@ -19,6 +19,7 @@ class A13BConfig(HunyuanConfig):
     """`use_cla`, `use_mla` and skipped MoE layers exist as keys but never as features of a released model."""
 
     moe_topk: int = Field(default=1, gt=1)
+    rope_parameters: dict[str, Any] | None = None
     use_cla: Literal[False] = False
     use_mla: Literal[False] = False
     moe_layer_num_skipped: Literal[0] = 0
@@ -31,8 +32,8 @@ def build(config: dict[str, Any]) -> ModelSpec:
     """config.json -> ModelSpec; pydantic's ValidationError names the field that is not understood."""
     # transformers 5 writes the RoPE fields together, as `rope_parameters`.
     rope = config.get("rope_parameters")
-    if rope is not None:
+    if isinstance(rope, dict):
         scaled = rope.get("rope_type", "default") != "default"
         scaling = {"type": rope["rope_type"], "alpha": rope.get("alpha")} if scaled else None
-        config = {**config, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        config = {**config, "rope_theta": rope.get("rope_theta"), "rope_scaling": scaling}
     return build_spec(A13BConfig.model_validate(config), "hunyuan_a13b", bf16_frequencies=False)

@@ -6,9 +6,9 @@ Layer i is a cross layer when use_cla and i % cla_share_factor != 0: no k_proj a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quantkit.model.spec import MLP, Attention, Layer, Linear, ModelSpec, MoE, Role, Rope
 
@@ -18,18 +18,18 @@ __all__ = ["HunyuanConfig", "build"]
 class RopeScaling(BaseModel):
     """Only the static NTK form is released: base = theta * alpha ** (d / (d - 2)), whatever the length."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
     type: Literal["dynamic"]
-    alpha: float = Field(gt=0)
+    alpha: float = Field(gt=0, le=1e9)
     factor: float = 1.0
 
 
 class HunyuanConfig(BaseModel):
     """The fields that change the mathematics. A value outside what is written here is refused, not guessed."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
     hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=1000)
     vocab_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0)
     num_attention_heads: int = Field(gt=0)
@@ -45,7 +45,7 @@ class HunyuanConfig(BaseModel):
     use_qk_norm: bool = True
     use_cla: bool = False
     cla_share_factor: int = Field(default=1, gt=0)
-    num_experts: int = Field(default=1, gt=0)
+    num_experts: int = Field(default=1, gt=0, le=1000)
     moe_topk: int = Field(default=1, gt=0)
     moe_intermediate_size: int | None = Field(default=None, gt=0)
     use_mixed_mlp_moe: bool = False
@@ -59,9 +59,23 @@ class HunyuanConfig(BaseModel):
         """Hunyuan-A13B's config writes a list with one value per layer."""
         if not isinstance(value, list):
             return value
-        if len(set(value)) != 1:
+        if not value or any(other != value[0] for other in value):
             raise ValueError("layers differ, which the reference model does not compute")
         return value[0]
+
+    @model_validator(mode="after")
+    def _go_together(self) -> Self:
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if head_dim < 4 or head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}, and must be even and at least 4")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if 1 < self.num_experts < self.moe_topk:
+            raise ValueError(f"moe_topk {self.moe_topk} is more than num_experts {self.num_experts}")
+        return self
 
 
 def mlp_spec(prefix: str, hidden: int, intermediate: int, role: Role) -> MLP:

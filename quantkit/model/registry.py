@@ -22,7 +22,7 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
 def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     """config.json -> ModelSpec. Raises ConfigError for an unknown architecture or a value it does not know."""
     name = config.get("model_type")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: unknown architecture, model_type {name!r}",
             f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model",
@@ -32,7 +32,8 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
+        seen = f"'{field}' is {first.get('input')!r}: " if field else ""  # no field: two that do not go together
         raise ConfigError(
-            f"{where}: '{field}' is {first.get('input')!r}: {first['msg']}",
+            f"{where}: {seen}{first['msg']}",
             "quantkit refuses what its reference model does not compute; check config.json",
         ) from error

@@ -1,0 +1,170 @@
+"""Shards written tensor by tensor are safetensors; a checkpoint's config says to engines what lies on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from quantkit.errors import ConfigError, OutputError
+from quantkit.formats import compressed_tensors as ct
+from quantkit.formats.atomic import write_bytes
+from quantkit.formats.dtypes import DTYPES, TensorPlan
+from quantkit.formats.reader import CheckpointReader
+from quantkit.formats.writer import ShardPlan, ShardWriter
+from quantkit.journal import Journal
+from quantkit.model.registry import build_spec
+from quantkit.model.spec import Linear, Role
+from quantkit.qtensor import QuantizedTensor
+from quantkit.quant.solve import rtn, solve
+from quantkit.scheme import PRESETS, Recipe, scheme_named
+from quantkit.stats import LinearStats
+from tests.conftest import CONFIG
+
+
+def test_shard_is_what_safetensors_reads(tmp_path: Path) -> None:
+    tensors = {
+        name: torch.arange(n).to(dtype) for n, (name, dtype) in enumerate(DTYPES.items(), start=3) if name != "BOOL"
+    } | {"empty": torch.empty(0, 4), "matrix": torch.randn(3, 5), "scalar": torch.tensor(7.0)}
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    plan = ShardPlan("a.safetensors", [TensorPlan(k, dtype_names[t.dtype], tuple(t.shape)) for k, t in tensors.items()])
+    with ShardWriter(tmp_path, plan) as writer:
+        for key in sorted(tensors, reverse=True):  # any order
+            writer.write(key, tensors[key])
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert loaded[key].dtype is tensor.dtype
+        assert torch.equal(loaded[key].view(torch.uint8), tensor.view(torch.uint8)) if tensor.ndim else True
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_shard_appears_only_when_complete(tmp_path: Path) -> None:
+    plan = ShardPlan("a.safetensors", [TensorPlan("x", "F32", (2,)), TensorPlan("y", "F32", (2,))])
+    with pytest.raises(ValueError, match="misses 1 tensors: y"), ShardWriter(tmp_path, plan) as writer:
+        writer.write("x", torch.zeros(2))
+    with pytest.raises(ValueError, match="planned F32"), ShardWriter(tmp_path, plan) as writer:
+        writer.write("x", torch.zeros(3))
+    with pytest.raises(KeyError), ShardWriter(tmp_path, plan) as writer:
+        writer.write("z", torch.zeros(2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_bytes_replaces_whole_files(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "f", b"one")
+    write_bytes(tmp_path / "f", b"two")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_bytes() == b"two"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_encode_is_as_planned_and_decodes_to_itself(name: str) -> None:
+    scheme = scheme_named(name, 32)
+    assert scheme is not None
+    ref, w = Linear("a.b", 48, 64, Role.EXPERTS), torch.randn(48, 64)
+    stats = LinearStats.empty(64, w.device, with_hessian=False)
+    stats.add(torch.randn(4, 64))
+    ((q, _),) = solve([w], scheme, "rtn", stats)
+    tensors = ct.encode(ref, scheme, q)
+    planned = {t.name: (DTYPES[t.dtype], t.shape) for t in ct.planned(ref, scheme)}
+    assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == planned
+    again = ct.decode(ref, scheme, lambda key: tensors[key])
+    assert torch.equal(again.dequantize(), q.dequantize())
+    bits = 8 * sum(t.nbytes for t in ct.planned(ref, scheme) if not t.name.endswith(("_shape", "input_scale"))) / (48 * 64)
+    assert bits == pytest.approx(scheme.bits_per_weight(48, 64))
+
+
+def test_quantized_tensor_checks_itself() -> None:
+    q, grid = rtn(torch.randn(8, 32), PRESETS["W8A8"]), PRESETS["W8A8"].weight
+    for broken in (
+        {"codes": q.codes.float()},
+        {"scale": q.scale[:4]},
+        {"zero": torch.zeros(8, 1, dtype=torch.int8)},
+    ):
+        with pytest.raises(ValueError, match=r"codes|scale|zero"):
+            QuantizedTensor(**{"codes": q.codes, "scale": q.scale, "zero": None, "grid": grid, **broken})
+
+
+RECIPES = {
+    "uniform": Recipe(group_size=32),
+    "per role": Recipe(experts="W4A16", attention="FP8_DYNAMIC", shared_experts="BF16", group_size=32),
+    "rules": Recipe(
+        scheme="W8A8",
+        rules=(
+            {"match": "model.layers.0.*", "scheme": "BF16"},  # type: ignore[arg-type]
+            {"match": "*.experts.*", "scheme": "W4A16_ASYM"},  # type: ignore[arg-type]
+        ),
+        group_size=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
+def test_config_says_what_the_recipe_means(recipe: Recipe) -> None:
+    """Read back by our parser, and by the library's own matching, which engines share."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from compressed_tensors.utils.match import match_name
+
+    spec = build_spec(CONFIG, "test")
+    assigned = {ref.key: recipe.scheme_of(ref) for ref in spec.linears()}
+    routers = [f"model.layers.{i}.mlp.gate.wg" for i in range(4)]
+    config = ct.config(assigned, routers)
+    assert ct.parse(config, assigned) == assigned
+    theirs = QuantizationConfig.model_validate(config)
+    assert theirs.ignore is not None
+    for key in [*routers, "lm_head"]:
+        assert any(match_name(key, target) for target in theirs.ignore), key
+    for key, scheme in assigned.items():
+        ignored = any(match_name(key, target) for target in theirs.ignore)
+        assert ignored == (scheme is None), key
+        if scheme is not None:
+            groups = [g for g in theirs.config_groups.values() if any(match_name(key, t) for t in g.targets)]
+            found = groups or [g for g in theirs.config_groups.values() if g.targets == ["Linear"]]
+            assert len(found) == 1 and found[0].weights.num_bits == scheme.weight.bits, key
+
+
+def test_foreign_configs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="quant_method 'gptq'"):
+        ct.parse({"quant_method": "gptq"}, [])
+    strange = {"weights": {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}}
+    with pytest.raises(ConfigError, match="group_0"):
+        ct.parse({"quant_method": "compressed-tensors", "config_groups": {"group_0": {**strange, "targets": []}}}, [])
+
+
+def test_reader_is_lazy_and_complete(make_model: Callable[..., Path]) -> None:
+    folder = make_model()
+    reader = CheckpointReader(folder)
+    assert len(reader.entries) == len(build_spec(CONFIG, "test").tensors()) and len(reader.shards) == 2
+    key = "model.layers.1.mlp.experts.2.down_proj.weight"
+    assert reader.entry(key).nbytes == 128 * 64 * 2 and reader.tensor(key).shape == (128, 64)
+    first = reader.fingerprint()
+    os.utime(folder / reader.shards[0], ns=(1, 1))
+    assert reader.fingerprint() != first
+
+
+def test_journal_replays_the_longest_valid_prefix(tmp_path: Path) -> None:
+    key = {"source": "a", "recipe": "b"}
+    journal = Journal(tmp_path / "work", key)
+    journal.commit({"unit": 0})
+    journal.commit({"unit": 1})
+    with pytest.raises(OutputError, match="another process"):
+        Journal(tmp_path / "work", key)
+    journal.close()
+    whole = journal.path.read_bytes()
+    for cut in range(len(whole)):
+        journal.path.write_bytes(whole[:cut])
+        again = Journal(tmp_path / "work", key)
+        assert again.units == [{"unit": i} for i in range(max(0, whole[:cut].count(b"\n") - 1))]
+        again.close()
+    journal.path.write_bytes(whole.replace(b'"unit": 1', b'"unit": 7'))
+    damaged = Journal(tmp_path / "work", key)
+    assert damaged.units == [{"unit": 0}]
+    damaged.commit({"unit": 1})
+    damaged.close()
+    with pytest.raises(OutputError, match="differ: recipe"):
+        Journal(tmp_path / "work", {**key, "recipe": "c"})

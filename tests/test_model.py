@@ -1,0 +1,187 @@
+"""The reference model against outputs of Hunyuan-Large's released code, and against the mistakes that are easy to make.
+
+Golden data and its tolerance: tests/golden-hunyuan-large, float32. Rounding noise moves logits by at most 2.4e-5; the
+smallest of the mistakes below by 3.9.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantkit.errors import ConfigError
+from quantkit.model import blocks
+from quantkit.model import forward as fw
+from quantkit.model.forward import Cache, forward, head
+from quantkit.model.registry import build_spec
+from quantkit.model.spec import Linear, ModelSpec, MoE
+from tests.conftest import CONFIG, random_weights
+
+GOLDEN = Path(__file__).parent / "golden-hunyuan-large"
+TOLERANCE = 1e-4
+
+
+class InMemory:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        return F.linear(x, self.tensors[ref.weight])
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+def golden(top_k: int) -> tuple[ModelSpec, InMemory, dict[str, Tensor]]:
+    config = json.loads((GOLDEN / "config.json").read_text())
+    spec = build_spec({**config, "moe_topk": top_k}, "golden")
+    expected = load_file(GOLDEN / ("golden.safetensors" if top_k == 1 else "golden-topk2.safetensors"))
+    return spec, InMemory(load_file(GOLDEN / "model.safetensors")), expected
+
+
+def check_against_golden(spec: ModelSpec, weights: InMemory, expected: dict[str, Tensor]) -> None:
+    ids = expected["input_ids"]
+    hidden = torch.empty(0)
+    for trace in forward(spec, weights, ids):
+        hidden, prefix = trace.hidden, f"layers.{trace.index}"
+        assert trace.routing is not None
+        k = trace.routing.experts.shape[1]
+        assert torch.equal(trace.routing.experts.view(*ids.shape, k), expected[f"{prefix}.selected_experts"]), prefix
+        torch.testing.assert_close(
+            trace.routing.weights.view(*ids.shape, k), expected[f"{prefix}.applied_weights"], atol=TOLERANCE, rtol=0
+        )
+        torch.testing.assert_close(hidden, expected[f"{prefix}.hidden"], atol=TOLERANCE, rtol=0)
+    logits = head(spec, weights, hidden)
+    torch.testing.assert_close(logits, expected["logits"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_matches_the_released_code(top_k: int) -> None:
+    check_against_golden(*golden(top_k))
+
+
+def renormalised_top1(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
+    def layer(original: object) -> object:
+        assert isinstance(original, fw.Layer) and isinstance(original.mlp, MoE)
+        return dataclasses.replace(original, mlp=dataclasses.replace(original.mlp, renormalise=True))
+
+    return dataclasses.replace(spec, layers=tuple(layer(x) for x in spec.layers))  # type: ignore[misc]
+
+
+def norm_before_rope(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
+    def early(a, q_raw, kv, tables, weights, eps):  # type: ignore[no-untyped-def]
+        q = fw._split_heads(q_raw, a.head_dim)
+        q = blocks.apply_rope(blocks.rms_norm(q, weights.tensor(a.q_norm), eps), *tables)
+        return blocks.attend(q, *kv)
+
+    def early_kv(a, k_raw, v_raw, tables, eps):  # type: ignore[no-untyped-def]
+        k = blocks.rms_norm(fw._split_heads(k_raw, a.head_dim), golden(1)[1].tensor(a.k_norm), eps)
+        return blocks.apply_rope(k, *tables), fw._split_heads(v_raw, a.head_dim)
+
+    monkeypatch.setattr(fw, "attention_core", early)
+    monkeypatch.setattr(fw, "key_value", early_kv)
+    return spec
+
+
+def leader_key_norm(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
+    layers = []
+    for layer in spec.layers:
+        owner = spec.layers[layer.attention.kv_from]
+        attention = dataclasses.replace(layer.attention, k_norm=owner.attention.k_norm)
+        layers.append(dataclasses.replace(layer, attention=attention))
+    return dataclasses.replace(spec, layers=tuple(layers))
+
+
+def no_key_norm_on_cross_layers(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
+    original = fw.attention_core
+
+    def without(a, q_raw, kv, tables, weights, eps):  # type: ignore[no-untyped-def]
+        if a.k is not None:
+            return original(a, q_raw, kv, tables, weights, eps)
+        q = blocks.apply_rope(fw._split_heads(q_raw, a.head_dim), *tables)
+        return blocks.attend(blocks.rms_norm(q, weights.tensor(a.q_norm), eps), *kv)
+
+    monkeypatch.setattr(fw, "attention_core", without)
+    return spec
+
+
+@pytest.mark.parametrize("mistake", [renormalised_top1, norm_before_rope, leader_key_norm, no_key_norm_on_cross_layers])
+def test_golden_check_notices(
+    mistake: Callable[[pytest.MonkeyPatch, ModelSpec], ModelSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, weights, expected = golden(1)
+    with pytest.raises(AssertionError):
+        check_against_golden(mistake(monkeypatch, spec), weights, expected)
+
+
+def last_hidden(spec: ModelSpec, weights: InMemory, ids: Tensor, cache: Cache | None = None) -> Tensor:
+    *_, last = forward(spec, weights, ids, cache)
+    return last.hidden
+
+
+@pytest.mark.parametrize("steps", [[48], [47, 1], [10, 1, 1, 20, 16], [1] * 48])
+def test_cached_and_uncached_agree(steps: list[int]) -> None:
+    spec, weights, expected = golden(1)
+    ids, cache = expected["input_ids"], Cache()
+    parts = [head(spec, weights, last_hidden(spec, weights, part, cache)) for part in ids.split(steps, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected["logits"], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4])
+def test_cache_holds_one_key_and_value_per_group(share: int) -> None:
+    config = {**CONFIG, "cla_share_factor": share}
+    spec = build_spec(config, "test")
+    weights = InMemory({key: value.float() for key, value in random_weights(config).items()})
+    cache, ids = Cache(), torch.arange(30).view(2, 15)
+    last_hidden(spec, weights, ids, cache)
+    kv_heads, head_dim, float32 = 2, 32, 4
+    assert cache.nbytes() == (4 // share) * 2 * ids.numel() * kv_heads * head_dim * float32
+    assert sorted(cache.groups) == list(range(0, 4, share))
+
+
+def test_hunyuan_large_as_released() -> None:
+    """Parameter count and cache bytes of the real model, from its config alone (no weights)."""
+    config = {**CONFIG, "hidden_size": 6400, "intermediate_size": 18304, "num_hidden_layers": 64, "vocab_size": 129024}
+    spec = build_spec({**config, "num_attention_heads": 80, "num_key_value_heads": 8, "num_experts": 16}, "real")
+    shapes = spec.tensors()
+    assert len(shapes) == 3778
+    assert round(sum(torch.Size(s).numel() for s in shapes.values()) / 1e9, 2) == 388.70
+    a = spec.layers[0].attention
+    assert len(spec.groups()) * 2 * a.kv_heads * a.head_dim * 2 == 81_920  # bytes of BF16 cache per token
+
+
+def test_untied_head_and_no_token_dropped() -> None:
+    config = {**CONFIG, "tie_word_embeddings": False, "moe_topk": 2}
+    spec = build_spec(config, "test")
+    tensors = {key: value.float() for key, value in random_weights(config).items()}
+    for layer in spec.layers:  # a router that sends every token to the same two experts
+        assert isinstance(layer.mlp, MoE)
+        tensors[layer.mlp.router.weight] = torch.zeros_like(tensors[layer.mlp.router.weight])
+    ids = torch.randint(0, 257, (1, 40), generator=torch.Generator().manual_seed(0))
+    whole = last_hidden(spec, InMemory(tensors), ids)
+    single = last_hidden(spec, InMemory(tensors), ids[:, :1])
+    torch.testing.assert_close(whole[:, :1], single, atol=1e-5, rtol=1e-5)
+    assert head(spec, InMemory(tensors), whole).shape == (1, 40, 257)
+    assert spec.head == "lm_head.weight" and spec.head in tensors
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("rope_scaling", {"type": "yarn", "alpha": 1.0}),
+        ("moe_topk", [1, 2]),
+    ],
+)
+def test_unknown_values_are_refused(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=field.split("_")[0]):
+        build_spec({**CONFIG, field: value}, "config.json")

@@ -1,0 +1,137 @@
+"""Kill `quantkit quantize` at any moment; the same command must finish with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quantkit import pipeline
+from quantkit.errors import OutputError
+from quantkit.scheme import Recipe
+from tests.conftest import SMALL
+
+# Forks a child per attempt from one process that has imported everything, so that a kill costs no import.
+CHILD = """
+import json, os, sys, time
+import torch
+torch.set_num_threads(1)
+from quantkit import pipeline
+from quantkit.scheme import Recipe
+import compressed_tensors.quantization
+model, out, recipe = sys.argv[1], sys.argv[2], Recipe(**json.loads(sys.argv[3]))
+print("ready", flush=True)
+for line in sys.stdin:  # the delay in seconds after which to be killed, or 'run'
+    child = os.fork()
+    if child == 0:
+        pipeline.quantize(model, out, recipe)
+        os._exit(0)
+    if line.strip() != "run":
+        time.sleep(float(line))
+        os.kill(child, 9)
+    _, status = os.waitpid(child, 0)
+    print(status, flush=True)
+"""
+
+
+class Runner:
+    def __init__(self, model: Path, out: Path, recipe: Recipe) -> None:
+        arguments = [sys.executable, "-c", CHILD, str(model), str(out), recipe.model_dump_json()]
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout and self.process.stdout.readline() == "ready\n"
+
+    def __call__(self, order: str) -> int:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
+    recipe = Recipe(experts="W4A16", attention="FP8", **SMALL)
+    undisturbed = Runner(model, tmp_path / "a", recipe)
+    begun = time.monotonic()
+    assert undisturbed("run") == 0
+    duration = time.monotonic() - begun
+    undisturbed.close()
+    expected = (tmp_path / "a" / "SHA256SUMS").read_bytes()
+    dice, kills, resumed = random.Random(0), 0, set()
+    for attempt in range(3):
+        out = tmp_path / f"b{attempt}"
+        runner = Runner(model, out, recipe)
+        while not out.exists():
+            # Mostly short, to hit every stage; sometimes long, so that it gets on.
+            order = "run" if kills and dice.random() < 0.1 else str(dice.uniform(0.02, 0.7) * duration)
+            if runner(order) == 0:
+                break
+            kills += 1
+            if not out.exists() and (journal := out.with_name(out.name + ".partial") / ".work" / "journal").exists():
+                resumed.add(journal.read_bytes().count(b"\n"))
+                if dice.random() < 0.3:  # a torn tail, as a power cut may leave
+                    with open(journal, "ab") as file:
+                        file.write(os.urandom(7))
+        runner.close()
+        assert (out / "SHA256SUMS").read_bytes() == expected
+        assert json.loads((out / "run.json").read_text())["linears"].keys()
+        assert sorted(p.name for p in out.iterdir() if p.name != ".work") == sorted(
+            p.name for p in (tmp_path / "a").iterdir()
+        )
+    assert kills >= 6 and len(resumed) >= 2  # the test met several stages of the job
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_interrupted_and_resumed(stop_after: int, model: Path, tmp_path: Path) -> None:
+    recipe, out = Recipe(**SMALL), tmp_path / "out"
+    whole = pipeline.quantize(model, tmp_path / "whole", recipe)
+
+    def stop(step: pipeline.Step) -> None:
+        if step.layer == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model, out, recipe, progress=stop)
+    assert not out.exists() and (tmp_path / "out.partial").exists()
+    with pytest.raises(OutputError, match="another job; these differ: recipe"):
+        pipeline.quantize(model, out, Recipe(**{**SMALL, "seed": 1}))
+    record = pipeline.quantize(model, out, recipe)
+    assert record["resumed_at_unit"] == {0: 1, 1: 1, 3: 2}[stop_after]
+    assert record["linears"] == whole["linears"]
+    assert (out / "SHA256SUMS").read_bytes() == (tmp_path / "whole" / "SHA256SUMS").read_bytes()
+
+
+def test_two_at_once(model: Path, tmp_path: Path) -> None:
+    """The second process is told so, and the first is not disturbed."""
+
+    def second(step: pipeline.Step) -> None:
+        if step.layer == 0:
+            command = [sys.executable, "-m", "quantkit.cli", "quantize", str(model), "-o", str(tmp_path / "out")]
+            options = ["--samples", "8", "--seq-len", "64", "--group-size", "32"]
+            result = subprocess.run([*command, *options], capture_output=True, text=True)
+            assert result.returncode == 2 and "is being written by another process" in result.stderr, result.stderr
+
+    pipeline.quantize(model, tmp_path / "out", Recipe(**SMALL), progress=second)
+
+
+def test_ctrl_c_leaves_no_output(model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantkit.cli", "quantize", str(model), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, *"--group-size 32 --samples 64 --seq-len 128".split()], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    process.stderr.readline()  # the first layer is done
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait() == 130 and "Traceback" not in rest and "resume" in rest
+    assert not (tmp_path / "out").exists()

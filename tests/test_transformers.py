@@ -1,0 +1,117 @@
+"""transformers' own loader reads what quantkit writes, and computes the same logits.
+
+It has no Hunyuan-Large, so the model is a tiny Hunyuan-A13B (`hunyuan_v1_moe`), saved by transformers itself. It
+decompresses experts at load and does not round their activations, so agreement in FP8 is judged by that rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import quantkit
+from quantkit.kernels.reference import round_activation
+from quantkit.model.forward import forward
+from quantkit.model.spec import Linear, Role
+from quantkit.runtime import Model
+from quantkit.scheme import Recipe
+from tests.conftest import SMALL, byte_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def a13b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.HunYuanMoEV1Config(
+        vocab_size=257,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=4,
+        moe_topk=2,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        rope_parameters={"rope_type": "dynamic", "alpha": 1000.0, "rope_theta": 10000.0, "factor": 1.0},
+    )
+    folder = tmp_path_factory.mktemp("a13b") / "model"
+    transformers.HunYuanMoEV1ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+IDS = torch.randint(1, 257, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def theirs(folder: Path) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits: Tensor = model(IDS).logits.float()
+    return logits
+
+
+class Emulated:
+    """quantkit's reading of a checkpoint with transformers' two departures, both in experts only: packed weights are
+    rounded to bfloat16 when they are unpacked, and inputs are not rounded to FP8."""
+
+    def __init__(self, model: Model) -> None:
+        self.weights = model.weights
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        scheme = self.weights.schemes[ref.key]
+        if scheme is None:
+            return self.weights.linear(ref, x)
+        q = self.weights.quantized(ref, scheme)
+        weight, expert = q.dequantize(), ref.role is Role.EXPERTS
+        if scheme.activation is not None and not expert:
+            x = round_activation(x, scheme.activation, q.input_scale)
+        return F.linear(x, weight.bfloat16().float() if expert and scheme.activation is None else weight)
+
+    def tensor(self, key: str) -> Tensor:
+        return self.weights.tensor(key)
+
+
+def emulated(folder: Path) -> Tensor:
+    model = quantkit.load(folder)
+    *_, last = forward(model.spec, Emulated(model), IDS)
+    return model.head(last.hidden)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Median over tokens of |a - b| / |b|: a token whose expert flips by rounding does not count."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+
+
+def test_unquantised_logits_agree(a13b: Path) -> None:
+    torch.testing.assert_close(quantkit.load(a13b).logits(IDS), theirs(a13b), atol=1e-4, rtol=1e-4)
+
+
+INT4 = {**SMALL}
+MIXED = {**SMALL, "method": "rtn", "attention": "BF16"}
+
+
+@pytest.mark.parametrize("fields", [INT4, MIXED, {"scheme": "W8A16", "group_size": 32}], ids=["W4A16", "kept", "W8A16"])
+def test_integer_weights_agree(fields: dict[str, Any], a13b: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantkit.quantize(a13b, out, Recipe(**fields))
+    logits, ours, base = theirs(out), quantkit.load(out).logits(IDS), quantkit.load(a13b).logits(IDS)
+    torch.testing.assert_close(emulated(out), logits, atol=1e-4, rtol=1e-4)
+    assert relative(ours, logits) < 0.02 < relative(ours, base) or fields["scheme"] == "W8A16"
+
+
+@pytest.mark.parametrize("fields", [{"scheme": "FP8_DYNAMIC"}, {"scheme": "BF16", "attention": "FP8_DYNAMIC"}], ids=str)
+def test_fp8_dynamic_agrees(fields: dict[str, str], a13b: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantkit.quantize(a13b, out, Recipe(**fields))
+    logits, ours = theirs(out), quantkit.load(out).logits(IDS)
+    # A code on the edge between two FP8 values may fall to either side: most tokens agree closely, not all.
+    assert relative(emulated(out), logits) < 1e-4
+    assert relative(ours, logits) < relative(ours, quantkit.load(a13b).logits(IDS))
