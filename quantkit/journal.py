@@ -30,7 +30,7 @@ class Journal:
         self.folder, self.path = folder, folder / "journal"
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "lock", "w")
+            self._lock = open(folder / "lock", "w")  # noqa: SIM115 (held until close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

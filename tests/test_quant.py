@@ -10,10 +10,10 @@ from torch import Tensor
 
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.kernels.reference import linear, round_activation
+from quantkit.qtensor import expand
 from quantkit.quant.gptq import DAMPING, NotPositive, gptq
 from quantkit.quant.grid import minmax_scale, search_scale
 from quantkit.quant.solve import rtn, solve
-from quantkit.qtensor import expand
 from quantkit.scheme import PRESETS, Activation, Kind, Scheme, Strategy, scheme_named
 from quantkit.stats import LinearStats
 

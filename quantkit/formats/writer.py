@@ -57,7 +57,7 @@ class ShardWriter:
         self._temporary = folder / f".{plan.file}.{os.getpid()}.tmp"
         header, self._pending = plan.layout()
         with disk_errors(self.path):
-            self._file = open(self._temporary, "xb")
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 (closed by __exit__)
             self._file.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
