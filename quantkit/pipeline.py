@@ -230,6 +230,8 @@ class _Job:
     def _drop_orphans(self) -> None:
         """Remove what a killed run left behind and no journal line vouches for."""
         kept = {name for unit in self.journal.units for name in unit["shards"]}
+        if gone := sorted(name for name in kept if not (self.partial / name).is_file()):
+            raise OutputError(f"{self.partial} has lost {gone[0]}", f"remove {self.partial} and repeat the command")
         tape = f"tape-{len(self.journal.units)}.f32"
         for path in [*self.partial.iterdir(), *self.work.iterdir()]:
             if path.is_file() and path.name not in {*kept, "journal", "lock", tape}:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.errors import OutputError
 from quantkit.formats.atomic import disk_errors
 
 __all__ = ["Tape"]
@@ -19,6 +20,8 @@ class Tape:
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
         self.path, self.shape = path, (rows, width)
+        if not path.is_file() or path.stat().st_size != rows * width * 4:  # numpy would lengthen a short one with zeros
+            raise OutputError(f"{path} is gone or has another size", f"remove {path.parent.parent} and repeat the command")
 
     @classmethod
     def create(cls, path: Path, rows: int, width: int) -> Tape:

@@ -123,8 +123,9 @@ def _batch(
     targets = ids.roll(-1, dims=1).flatten()[scored]
     columns: list[list[Tensor]] = [[], [], [], []]
     for part in chunks(len(targets), models[0].spec.vocab):
-        logits = [model.head(h[part]) for model, h in zip(models, hidden, strict=True)]
-        for column, values in zip(columns, score(*logits, targets[part].to(logits[0].device)), strict=True):
+        base_logits, quant_logits = (model.head(h[part]) for model, h in zip(models, hidden, strict=True))
+        scored_part = score(base_logits, quant_logits, targets[part].to(base_logits.device))
+        for column, values in zip(columns, scored_part, strict=True):
             column.append(values.cpu())
     router = torch.stack(agreements).mean(0).cpu() if agreements else torch.ones(len(targets), dtype=torch.float64)
     units = unit[:, None].expand(ids.shape).flatten()[scored]

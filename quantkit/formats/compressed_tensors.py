@@ -148,6 +148,13 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
     return {"weights": weights, "input_activations": inputs}
 
 
+def _agrees(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> bool:
+    """Whether a config's arguments are the wanted ones; a missing key, None and False mean the same there."""
+    if found is None or wanted is None:
+        return found is wanted
+    return all((found.get(key) or None) == (value or None) for key, value in wanted.items())
+
+
 def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     """The preset (with its group size) that a config group describes. Raises ConfigError."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
@@ -157,10 +164,7 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
         scheme = scheme_named(preset, weights.get("group_size"))
         assert scheme is not None
         wanted = _arguments(scheme)
-        if all((weights.get(k) or None) == (v or None) for k, v in wanted["weights"].items()) and (
-            (inputs is None) == (wanted["input_activations"] is None)
-            and all((inputs.get(k) or None) == (v or None) for k, v in (wanted["input_activations"] or {}).items())
-        ):
+        if _agrees(weights, wanted["weights"]) and _agrees(inputs, wanted["input_activations"]):
             return scheme
     raise ConfigError(f"quantization_config group '{name}' is none of the schemes {[*PRESETS]}", "requantise the model")
 

@@ -28,4 +28,5 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_rows`: int32 [rows, m] -> int8 [rows, m * 32 / bits]."""
     mask = 2**bits - 1
     digits = torch.stack([((words >> (bits * i)) & mask) for i in range(32 // bits)], dim=-1)
-    return (digits - 2 ** (bits - 1)).to(torch.int8).flatten(1)
+    codes: Tensor = (digits - 2 ** (bits - 1)).to(torch.int8).flatten(1)
+    return codes

@@ -85,7 +85,8 @@ class LayerTrace:
 
 
 def _split_heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (-1, head_dim))
+    return heads.transpose(1, 2)
 
 
 def key_value(a: Attention, k_raw: Tensor, v_raw: Tensor, tables: tuple[Tensor, Tensor], eps: float) -> KV:

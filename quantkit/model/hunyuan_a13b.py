@@ -25,7 +25,7 @@ class A13BConfig(HunyuanConfig):
     moe_layer_num_skipped: Literal[0] = 0
     use_mixed_mlp_moe: Literal[True] = True
     norm_topk_prob: Literal[True] = True
-    routed_scaling_factor: Literal[1.0] = 1.0
+    routed_scaling_factor: float = Field(default=1.0, ge=1.0, le=1.0)
 
 
 def build(config: dict[str, Any]) -> ModelSpec:

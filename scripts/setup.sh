@@ -1,0 +1,21 @@
+#!/bin/sh
+# Make .venv and install quantkit with the versions in constraints.txt. Called by make.
+set -eu
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "quantkit needs Python 3.11 or newer; '$python' is $("$python" --version 2>&1). Set PYTHON=/path/to/python3." >&2
+    exit 2
+}
+"$python" -m venv .venv || {
+    echo "'$python -m venv' does not work here; on Debian or Ubuntu: apt-get install python3-venv" >&2
+    exit 2
+}
+pip=".venv/bin/python -m pip install --disable-pip-version-check --quiet"
+torch=$(grep '^torch==' constraints.txt)
+# PyPI's Linux build of torch brings gigabytes of CUDA. The CPU build lies on PyTorch's own index.
+if [ "$(uname)" = Linux ] && [ -z "${QUANTKIT_CUDA:-}" ]; then
+    $pip --no-deps --retries 1 --timeout 20 --index-url https://download.pytorch.org/whl/cpu "$torch" 2>/dev/null ||
+        echo "PyTorch's CPU index is not reachable: taking $torch from the default index" >&2
+fi
+$pip --constraint constraints.txt "$torch"
+$pip --constraint constraints.txt --editable '.[test]'
