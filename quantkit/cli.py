@@ -136,7 +136,7 @@ def quantize(
 def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: int, device: str, as_json: bool) -> None:
     """Measure how far QUANTIZED has moved from its baseline on text that neither has seen."""
     from quantkit.evals.evaluate import evaluate as run
-    from quantkit.pipeline import pick_device
+    from quantkit.host import pick_device
     from quantkit.progress import console, eval_table
 
     screen = console(stderr=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,11 +22,13 @@ import quantkit
 from quantkit.calib import tokens
 from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
-from quantkit.errors import ConfigError, OutputError
+from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
+from quantkit.formats.folder import CARRIED, find_model, refuse_present
 from quantkit.formats.reader import INDEX, CheckpointReader
 from quantkit.formats.writer import ShardWriter
+from quantkit.host import peak_memory, pick_device
 from quantkit.journal import Journal
 from quantkit.kernels.reference import round_activation
 from quantkit.model.spec import Layer, Linear
@@ -37,14 +38,7 @@ from quantkit.scheme import Recipe, Scheme
 from quantkit.stats import LinearStats
 from quantkit.verify import verify
 
-__all__ = ["Progress", "RunRecord", "Step", "describe", "find_model", "peak_memory", "pick_device", "quantize"]
-
-# What goes from the source folder to OUT beside the weights.
-CARRIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model"),
-    *("generation_config.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
-    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
-)
+__all__ = ["Progress", "RunRecord", "Step", "describe", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -66,58 +60,6 @@ Progress = Callable[[Step], None]
 RunRecord = dict[str, Any]
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:N. Raises ConfigError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device '{name}' is not supported", "use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices", "use --device cpu")
-    return device
-
-
-def find_model(model: str | Path) -> Path:
-    """A local folder, or a Hugging Face hub name, whose files are downloaded (into the hub's cache). Raises ConfigError."""
-    path = Path(model)
-    if path.exists() or str(model).count("/") != 1 or str(model).startswith((".", "/", "~")):
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=["config.json", "*.safetensors", INDEX, *CARRIED]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"'{model}' is no local folder, and the hub did not give it: {error}".splitlines()[0],
-            "check the name, log in with 'hf auth login', or give a local folder",
-        ) from error
-
-
-def _refuse_present(target: Path) -> None:
-    """Raise OutputError when OUT is there (even as a link to nothing), or OUT.partial is somebody else's."""
-    if os.path.lexists(target) or not target.name or target.name == "..":
-        raise OutputError(f"{target} exists", "remove it, or choose another OUT")
-    partial = target.with_name(target.name + ".partial")
-    if (
-        os.path.lexists(partial)
-        and not (partial / ".work").is_dir()
-        and not (partial.is_dir() and not any(partial.iterdir()))
-    ):
-        raise OutputError(
-            f"{partial}, where the work would go, exists and is not quantkit's", "move it, or choose another OUT"
-        )
-
-
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -132,7 +74,7 @@ def quantize(
     anything is wrong.
     """
     source, target, recipe = find_model(model), Path(out), recipe or Recipe()
-    _refuse_present(target)
+    refuse_present(target)
     job = _Job(source, target, recipe, pick_device(device))
     try:
         return job.run(progress or (lambda step: None))
@@ -143,7 +85,7 @@ def quantize(
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
     """What `quantize` would do, from headers alone (--dry-run). Raises what it would refuse."""
     pick_device(device)
-    _refuse_present(Path(out))
+    refuse_present(Path(out))
     plan = make_plan(CheckpointReader(find_model(model)), recipe)
     return {
         "architecture": plan.spec.architecture,
@@ -183,6 +125,7 @@ class _Job:
             "quantkit": code_digest(),
             "torch": torch.__version__,
             "device": str(device),
+            "threads": str(torch.get_num_threads()),  # how a sum is split decides its last bits
         }
         self.journal = Journal(self.work, key)
         self.key, self.resumed_at, self.layers_done = key, len(self.journal.units), 0
@@ -283,7 +226,11 @@ class _Job:
                 hashes.setdefault(path.name, sha256(path))
         sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
         write_bytes(self.partial / "SHA256SUMS", sums.encode())
-        verify(self.partial, self.reader.folder)
+        try:
+            verify(self.partial, self.reader.folder)
+        except VerificationError:
+            shutil.rmtree(self.partial)  # resuming would only meet the same bytes again
+            raise
         record = self._record()
         write_bytes(self.partial / "run.json", json.dumps(record, indent=2).encode() + b"\n")
         with disk_errors(self.target):

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.dtypes import TensorPlan
+from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardPlan
 from quantkit.model.registry import build_spec
@@ -22,7 +22,6 @@ from quantkit.scheme import Recipe, Scheme, Strategy
 __all__ = ["Plan", "Unit", "make_plan"]
 
 MAX_SHARD_BYTES = 5_000_000_000
-_FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -118,10 +117,10 @@ def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
         )
     for key, shape in expected.items():
         entry = reader.entries[key]
-        if entry.shape != shape or entry.dtype not in _FLOATS:
+        if entry.shape != shape or entry.dtype not in FLOATS:
             raise CheckpointError(
-                f"{reader.folder / entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}, expected one of "
-                f"{_FLOATS} {shape}",
+                f"{reader.folder / entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}, expected "
+                f"{' or '.join(FLOATS)} {shape}",
                 "check config.json against the weights",
             )
 

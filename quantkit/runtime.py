@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
+from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import reference
 from quantkit.model.forward import Cache, LayerTrace, forward, head
@@ -35,19 +36,22 @@ def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
 
 def misfits(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
     """What is missing, unexpected, or of another dtype or shape than the architecture and the schemes say."""
-    expected: dict[str, tuple[str | None, tuple[int, ...]]] = {k: (None, shape) for k, shape in spec.tensors().items()}
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    expected = {key: (FLOATS, shape) for key, shape in spec.tensors().items()}
+    if "lm_head.weight" in reader.entries:  # a tied head may be stored once more
+        expected["lm_head.weight"] = expected[spec.embedding]
     for ref in spec.linears():
         scheme = schemes[ref.key]
         if scheme is not None:
             del expected[ref.weight]
-            expected.update({t.name: (t.dtype, t.shape) for t in compressed_tensors.planned(ref, scheme)})
-    optional = {"lm_head.weight"}
+            expected.update({t.name: ((t.dtype,), t.shape) for t in compressed_tensors.planned(ref, scheme)})
     problems = [f"tensor '{key}' is missing" for key in sorted(expected.keys() - reader.entries.keys())]
-    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys() - optional)]
-    for key, (dtype, shape) in expected.items():
+    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys())]
+    for key, (dtypes, shape) in expected.items():
         entry = reader.entries.get(key)
-        if entry and (entry.shape != shape or (dtype and entry.dtype != dtype)):
-            problems.append(f"tensor '{key}' is {entry.dtype} {entry.shape}, expected {dtype or 'any float'} {shape}")
+        if entry and (entry.shape != shape or entry.dtype not in dtypes):
+            seen = f"{entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}"
+            problems.append(f"{seen}, expected {' or '.join(dtypes)} {shape}")
     return problems
 
 
@@ -119,6 +123,15 @@ class Model:
         for trace in self.layers(input_ids, cache):
             hidden = trace.hidden
         return self.head(hidden)
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, new_tokens: int) -> Tensor:
+        """Greedy continuation: int64 [batch, time] -> int64 [batch, time + new_tokens], with one K/V per CLA group."""
+        cache, ids = Cache(), input_ids
+        for _ in range(new_tokens):
+            following = self.logits(ids[:, cache.length :], cache)[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat((ids, following.to(ids.device)), dim=1)
+        return ids
 
     def _check(self, input_ids: Tensor) -> None:
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from quantkit.calib import hy_tiktoken
 from quantkit.calib.corpus import NAMED, named_documents
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.formats.reader import load_json
@@ -24,11 +25,14 @@ _FORMATS = "a .txt, .jsonl (with 'text' or 'messages') or .parquet file (with a 
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of a model folder. Raises CheckpointError when there is none that can be read."""
+    """tokenizer.json of a model folder, or Hunyuan's hy.tiktoken. Raises CheckpointError when there is none to be read."""
     path = folder / "tokenizer.json"
+    if not path.is_file() and (folder / hy_tiktoken.FILE).is_file():
+        return hy_tiktoken.load(folder / hy_tiktoken.FILE)
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no tokenizer.json", "add one: quantkit runs no tokenizer code that comes with a model"
+            f"{folder} has neither tokenizer.json nor {hy_tiktoken.FILE}",
+            "add one: quantkit runs no tokenizer code that comes with a model",
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))

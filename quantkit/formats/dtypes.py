@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["DTYPES", "TensorPlan", "nbytes"]
+__all__ = ["DTYPES", "FLOATS", "TensorPlan", "nbytes"]
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -22,6 +22,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATS = ("BF16", "F16", "F32")  # what a weight that is not quantised may be
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
