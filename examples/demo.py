@@ -23,6 +23,10 @@ RUNS = {
     "INT4 (W4A16, GPTQ)": ["--scheme", "W4A16"],
     "FP8 (FP8_DYNAMIC)": ["--scheme", "FP8_DYNAMIC"],
 }
+FIGURES = (
+    *("size", "bits per weight", "bits per weight, experts", "perplexity", "KL(BF16 || quantised), mean", "KL, p99"),
+    *("top-1 agreement", "router agreement", "seconds to quantise", "peak memory"),
+)
 
 
 def quantkit(*arguments: object) -> dict[str, Any]:
@@ -35,18 +39,19 @@ def quantkit(*arguments: object) -> dict[str, Any]:
     return parsed
 
 
-def row(name: str, record: dict[str, Any], found: dict[str, Any], result: dict[str, Any]) -> list[str]:
+def column(record: dict[str, Any], found: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """One column of the table: what was saved, what was lost, what it cost."""
     ppl, kl = result["perplexity"], result["kl"]
     return [
-        name,
         f"{found['total']['bytes'] / 1e6:.1f} MB",
         f"{found['total']['bits_per_weight']:.2f}",
+        f"{found['roles']['experts']['bits_per_weight']:.2f}",
         f"{ppl['baseline']:.3f} -> {ppl['quantized']:.3f}",
-        f"{kl['mean']:.4f}",
-        f"{kl['p99']:.4f}",
+        f"{kl['mean']:.4f} nats",
+        f"{kl['p99']:.4f} nats",
         f"{result['top1_agreement']:.1%}",
         f"{result['router_agreement']:.1%}",
-        f"{record['wall_seconds_of_last_run']:.0f}",
+        f"{record['wall_seconds_of_last_run']:.0f} s",
         f"{record['peak_memory_bytes'] / 1e6:.0f} MB",
     ]
 
@@ -56,33 +61,19 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     base = quantkit("inspect", MODEL)["total"]
-    table = Table(title="tiny-hunyuan: cross-layer attention, 16 experts top-1 and a shared one")
-    table.add_column("model")
-    for column in (
-        "size",
-        "bits/\nweight",
-        "perplexity",
-        "KL\nmean",
-        "KL\np99",
-        "top-1\nagree",
-        "router\nagree",
-        "sec.",
-        "peak\nmemory",
-    ):
-        table.add_column(column, justify="right")
-    table.add_row("BF16", f"{base['bytes'] / 1e6:.1f} MB", f"{base['bits_per_weight']:.2f}", *[""] * 7)
+    columns = {"BF16": [f"{base['bytes'] / 1e6:.1f} MB", f"{base['bits_per_weight']:.2f}", "16.00", *[""] * 7]}
+    tokens = 0
     for name, options in RUNS.items():
         out = OUT / options[-1]
-        console.print(
-            f"[bold]{name}[/bold]: quantkit quantize examples/tiny-hunyuan -o .demo/{out.name} {' '.join(options)}"
-        )
+        console.print(f"[bold]{name}[/bold]: quantkit quantize examples/tiny-hunyuan {' '.join(options)}", soft_wrap=True)
         record = quantkit("quantize", MODEL, "-o", out, *options)
         result = quantkit("eval", out, "--baseline", MODEL)
-        table.add_row(*row(name, record, quantkit("inspect", out), result))
-    table.caption = (
-        f"{result['tokens']:,} tokens of held-out Python modules; KL(BF16 || quantised) in nats a token. "
-        "Embedding, router and norms stay BF16."
-    )
+        columns[name] = column(record, quantkit("inspect", out), result)
+        tokens = result["tokens"]
+    table = Table("", *columns, title="tiny-hunyuan: cross-layer attention, 16 experts top-1 and a shared one")
+    for cells in zip(FIGURES, *columns.values(), strict=True):
+        table.add_row(*cells)
+    table.caption = f"{tokens:,} tokens of Python modules that neither training nor calibration has seen"
     console.print(table)
 
 

@@ -73,9 +73,7 @@ def quantize(
     Interrupted, the same call resumes and ends with the same bytes. Raises a QuantkitError, and leaves no `out`, when
     anything is wrong.
     """
-    source, target, recipe = find_model(model), Path(out), recipe or Recipe()
-    refuse_present(target)
-    job = _Job(source, target, recipe, pick_device(device))
+    job = _Job(_prepare(model, out, recipe or Recipe(), device))
     try:
         return job.run(progress or (lambda step: None))
     finally:
@@ -83,10 +81,8 @@ def quantize(
 
 
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
-    """What `quantize` would do, from headers alone (--dry-run). Raises what it would refuse."""
-    pick_device(device)
-    refuse_present(Path(out))
-    plan = make_plan(CheckpointReader(find_model(model)), recipe)
+    """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer."""
+    plan = _prepare(model, out, recipe, device).plan
     return {
         "architecture": plan.spec.architecture,
         "layers": len(plan.spec.layers),
@@ -109,48 +105,75 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
-class _Job:
-    def __init__(self, source: Path, target: Path, recipe: Recipe, device: torch.device) -> None:
-        self.start, self.device, self.target = time.monotonic(), device, target
-        self.reader = CheckpointReader(source)
-        self.plan: Plan = make_plan(self.reader, recipe)
-        self.ids = self._tokens(recipe) if self.plan.calibrated else None
-        self.partial = target.with_name(target.name + ".partial")
-        self.work = self.partial / ".work"
-        self._check_space()
-        key = {
+@dataclass(frozen=True)
+class _Ready:
+    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated."""
+
+    reader: CheckpointReader
+    plan: Plan
+    ids: Tensor | None
+    target: Path
+    device: torch.device
+    start: float
+
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
+
+    def key(self) -> dict[str, str]:
+        """All that decides the bytes of the result."""
+        return {
             "source": self.reader.fingerprint(),
-            "recipe": recipe.model_dump_json(),
+            "recipe": self.plan.recipe.model_dump_json(),
             "tokens": tokens.digest(self.ids) if self.ids is not None else "",
             "quantkit": code_digest(),
             "torch": torch.__version__,
-            "device": str(device),
+            "device": str(self.device),
             "threads": str(torch.get_num_threads()),  # how a sum is split decides its last bits
         }
-        self.journal = Journal(self.work, key)
-        self.key, self.resumed_at, self.layers_done = key, len(self.journal.units), 0
 
-    def _tokens(self, recipe: Recipe) -> Tensor:
-        tokenizer = tokens.load_tokenizer(self.reader.folder)
-        texts = tokens.documents(recipe.calibration, self.reader.folder)
-        ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
-        if int(ids.max()) >= self.plan.spec.vocab:
-            raise ConfigError(
-                f"{self.reader.folder / 'tokenizer.json'} gives id {int(ids.max())}, but the vocabulary ends "
-                f"at {self.plan.spec.vocab - 1}",
-                "use the tokenizer that belongs to this model",
-            )
-        return ids
 
-    def _check_space(self) -> None:
-        folder = next(p for p in (self.partial, *self.partial.absolute().parents) if p.exists())
-        present = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file()) if self.partial.exists() else 0
-        needed = self.plan.output_bytes + self.plan.tape_bytes - present
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OutputError(
-                f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
-            )
+def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> _Ready:
+    start, place, target = time.monotonic(), pick_device(device), Path(out)
+    source = find_model(model)
+    refuse_present(target)
+    reader = CheckpointReader(source)
+    plan = make_plan(reader, recipe)
+    ready = _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
+    _check_space(plan, ready.partial)
+    return ready
+
+
+def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
+    recipe = plan.recipe
+    tokenizer = tokens.load_tokenizer(reader.folder)
+    texts = tokens.documents(recipe.calibration, reader.folder)
+    ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
+    if int(ids.max()) >= plan.spec.vocab:
+        raise ConfigError(
+            f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.spec.vocab - 1}",
+            "use the tokenizer that belongs to this model",
+        )
+    return ids
+
+
+def _check_space(plan: Plan, partial: Path) -> None:
+    folder = next(p for p in (partial, *partial.absolute().parents) if p.exists())
+    present = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
+    needed, free = plan.output_bytes + plan.tape_bytes - present, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
+        )
+
+
+class _Job:
+    def __init__(self, ready: _Ready) -> None:
+        self.start, self.device, self.target = ready.start, ready.device, ready.target
+        self.reader, self.plan, self.ids = ready.reader, ready.plan, ready.ids
+        self.partial, self.work, self.key = ready.partial, ready.partial / ".work", ready.key()
+        self.journal = Journal(self.work, self.key)
+        self.resumed_at, self.layers_done = len(self.journal.units), 0
 
     def run(self, progress: Progress) -> RunRecord:
         units = self.plan.units
@@ -158,23 +181,26 @@ class _Job:
         tape = self._input_tape(len(self.journal.units))
         for index in range(len(self.journal.units), len(units)):
             begun = time.monotonic()
-            following = self._next_tape(index, tape)
+            following = self._tape(index + 1, create=True) if self.plan.calibrated else None
             outcomes = _UnitRun(self, units[index], progress).run(tape, following)
-            if following is not None and following is not tape:
+            if following is not None:
                 following.sync()
             hashes = {shard.file: sha256(self.partial / shard.file) for shard in units[index].shards}
             seconds = time.monotonic() - begun
             self.journal.commit({"unit": index, "shards": hashes, "linears": outcomes, "seconds": round(seconds, 3)})
-            if tape is not None and following is not tape:
+            if tape is not None:
                 tape.remove()
             tape = following
         return self._publish()
 
     def _drop_orphans(self) -> None:
         """Remove what a killed run left behind and no journal line vouches for."""
-        kept = {name for unit in self.journal.units for name in unit["shards"]}
-        if gone := sorted(name for name in kept if not (self.partial / name).is_file()):
-            raise OutputError(f"{self.partial} has lost {gone[0]}", f"remove {self.partial} and repeat the command")
+        kept = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
+        for name, digest in kept.items():
+            if not (self.partial / name).is_file() or sha256(self.partial / name) != digest:
+                raise OutputError(
+                    f"{self.partial / name} is no longer what was written", f"remove {self.partial} and repeat the command"
+                )
         tape = f"tape-{len(self.journal.units)}.f32"
         for path in [*self.partial.iterdir(), *self.work.iterdir()]:
             if path.is_file() and path.name not in {*kept, "journal", "lock", tape}:
@@ -188,9 +214,6 @@ class _Job:
     def _input_tape(self, index: int) -> Tape | None:
         """The tape that unit `index` reads: none for unit 0 and without calibration."""
         return self._tape(index, create=False) if self.plan.calibrated and 0 < index < len(self.plan.units) else None
-
-    def _next_tape(self, index: int, tape: Tape | None) -> Tape | None:
-        return self._tape(index + 1, create=True) if self.plan.calibrated else tape
 
     def step(self, layer: Layer, outcomes: dict[str, dict[str, Any]]) -> Step:
         """What to tell about a layer that has just been quantised."""

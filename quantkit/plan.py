@@ -84,7 +84,7 @@ def needs_tokens(recipe: Recipe, scheme: Scheme | None) -> bool:
 def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     """Check the checkpoint against its architecture and the recipe against both. Raises CheckpointError, ConfigError."""
     where = str(reader.folder / "config.json")
-    if "quantization_config" in reader.config:
+    if reader.config.get("quantization_config"):
         raise ConfigError(f"{where} says the model is already quantised", "start from the BF16 model")
     spec = build_spec(reader.config, where)
     _check_names(reader, spec)

@@ -1,4 +1,4 @@
-"""Hunyuan-Large's own tokenizer file, `hy.tiktoken`, as a `tokenizers.Tokenizer`, without the code that comes with the model.
+"""Hunyuan-Large's own tokenizer file, `hy.tiktoken`, as a `tokenizers.Tokenizer`, without running the model's own code.
 
 The file has a base64 token a line, in order of rank; 127,957 of them in the released model. Special tokens follow the
 last rank. Text is normalised to NFC and split by the pattern below (each digit alone) before byte-level BPE.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
-from quantkit.formats.atomic import disk_errors
+from quantkit.formats.atomic import disk_errors, fsync_folder
 
 __all__ = ["Tape"]
 
@@ -51,6 +51,7 @@ class Tape:
         """Make what was written durable."""
         with disk_errors(self.path), open(self.path, "rb") as file:
             os.fsync(file.fileno())
+        fsync_folder(self.path.parent)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from quantkit.evals.divergence import (
     score,
     summary,
 )
+from quantkit.formats.folder import find_model
 from quantkit.runtime import Model
 
 __all__ = ["evaluate"]
@@ -47,7 +48,7 @@ def evaluate(
     """
     begun = time.monotonic()
     place = torch.device(device)
-    models = [Model(Path(path), place, hold=False) for path in (baseline, quantized)]
+    models = [Model(find_model(path), place, hold=False) for path in (baseline, quantized)]
     _check_pair(models)
     tokenizer = tokens.load_tokenizer(models[0].folder)
     data = tokens.evaluation_set(tokenizer, tokens.documents(text, models[0].folder), seq_len, windows, text)

@@ -1,0 +1,175 @@
+"""Where nothing may be written, disks that fill up, and outputs that are not what they claim: see test_bad_input.py."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import quantkit
+from quantkit.scheme import Recipe
+from tests.conftest import CONFIG, random_weights, write_checkpoint
+from tests.test_bad_input import QUICK, SHORT, Break, accepted, edit, not_quantized, refused, replace
+
+
+def test_places_that_are_taken(model: Path, tmp_path: Path) -> None:
+    """OUT exists in any form, or what lies at OUT.partial is not ours: nothing there is touched."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nothing")
+    for name in ("folder", "file", "link", "model", "nothing/..", ""):
+        assert "exists" in refused("quantize", model, "-o", f"{tmp_path}/{name}", *QUICK)
+    assert "not a folder" in refused("quantize", tmp_path / "file", "-o", tmp_path / "out", *QUICK)
+    assert "parent" in refused("quantize", model, "-o", tmp_path / "file" / "out", *QUICK)
+    assert "name too long" in refused("quantize", model, "-o", tmp_path / ("n" * 250), *QUICK)
+    own = model.rename(tmp_path / "own.partial")
+    before = sorted(path.name for path in own.iterdir())
+    assert "own.partial" in refused("quantize", own, "-o", tmp_path / "own", *QUICK)
+    assert sorted(path.name for path in own.iterdir()) == before and (tmp_path / "file").read_text() == "mine"
+    accepted("quantize", own, "-o", own / "[/new] folder" / "out", *QUICK)
+
+
+def test_hub_names_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("quantkit-nobody/nothing", "no model/here"):
+        message = refused("quantize", name, "-o", tmp_path / "out", *QUICK)
+        assert f"'{name}' is no local folder" in message and "log in" in message
+
+
+def stop(step: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_partial_of_another_job(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32), progress=stop)
+    message = not_quantized(model, "--seed", "1", *QUICK)
+    assert "out.partial belongs to another job" in message and "recipe" in message
+    kept = next((tmp_path / "out.partial").glob("*.safetensors"))
+    kept.unlink()
+    assert f"{kept.name} is no longer what was written" in not_quantized(model, *QUICK)
+
+
+def test_a_tape_that_was_cut_is_not_filled_with_zeros(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    options = Recipe(calibration=str(tmp_path / "a.txt"), samples=2, seq_len=16, group_size=32)
+    with pytest.raises(KeyboardInterrupt):
+        quantkit.quantize(model, tmp_path / "out", options, progress=stop)
+    (tape,) = (tmp_path / "out.partial" / ".work").glob("tape-1.f32")
+    os.truncate(tape, 100)
+    assert "tape-1.f32" in not_quantized(model, "--calibration", tmp_path / "a.txt", *SHORT)
+
+
+class Full(io.BufferedWriter):
+    """A file on a disk that has no room beyond 100 kB."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(io.FileIO(path, mode.replace("b", "")))
+
+    def write(self, data: Any) -> int:
+        if self.tell() > 100_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+def test_disk_fills_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the work it is refused; in the middle of it, the same command resumes once there is room."""
+    command = ("quantize", model, "-o", tmp_path / "out", "--quiet", *QUICK)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        message = refused(*command)
+        assert "1,000 bytes free" in message and "needed" in message and not (tmp_path / "out.partial").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("quantkit.formats.writer.open", Full, raising=False)
+        message = refused(*command)
+        assert "00002-of-00003.safetensors: No space left" in message and "resumes" in message
+    assert not (tmp_path / "out").exists() and not [*(tmp_path / "out.partial").glob(".*.tmp")]
+    accepted(*command)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["resumed_at_unit"] == 1
+    accepted("verify", tmp_path / "out", "--source", model)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and its quantised checkpoint, for tests that copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_checkpoint(folder / "model", CONFIG, random_weights(CONFIG))
+    accepted("quantize", folder / "model", "-o", folder / "out", *QUICK)
+    return folder
+
+
+def flip(out: Path) -> None:
+    shard = out / "model-00002-of-00003.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+
+
+def scheme(change: Callable[[dict[str, Any]], object]) -> Break:
+    return edit("config.json", lambda config: change(config["quantization_config"]))
+
+
+def group(change: Callable[[dict[str, Any]], object]) -> Break:
+    return scheme(lambda q: change(q["config_groups"]["group_0"]))
+
+
+SUMS = "SHA256SUMS"
+TAMPERED: dict[str, tuple[Break, str]] = {
+    "byte": (flip, "model-00002-of-00003.safetensors does not have the hash"),
+    "file added": (replace("extra.py", b""), "extra.py is not listed"),
+    "file removed": (replace("tokenizer.json", None), "tokenizer.json is listed"),
+    "shard removed": (replace("model-00002-of-00003.safetensors", None), "does not exist"),
+    "no sums": (replace(SUMS, None), f"no {SUMS}"),
+    "sums are no text": (replace(SUMS, b"\xff\n"), "is not listed"),
+    "sums leave the folder": (replace(SUMS, b"abc  ../model/config.json\n"), "../model/config.json is listed"),
+    "sums with a long name": (replace(SUMS, b"abc  " + b"n" * 300), "is listed"),
+}
+SCHEMES: dict[str, tuple[Break, str]] = {
+    "text": (edit("config.json", lambda c: c.update(quantization_config="x")), "config.json: quantization_config"),
+    "another tool": (scheme(lambda q: q.update(quant_method="gptq")), "config.json: quantization_config"),
+    "groups in a list": (scheme(lambda q: q.update(config_groups=[1])), "config.json: quantization_config"),
+    "3 bits": (group(lambda g: g["weights"].update(num_bits=3)), "none of the schemes"),
+    "no targets": (group(lambda g: g.pop("targets")), "'targets'"),
+    "target no pattern": (group(lambda g: g.update(targets=["re:("])), "malformed"),
+    "groups of 0": (group(lambda g: g["weights"].update(group_size=0)), "group_size 0"),
+    "groups of 64": (group(lambda g: g["weights"].update(group_size=64)), "weight_scale"),
+}
+
+
+def spoilt(finished: Path, folder: Path, spoil: Break) -> Path:
+    out = Path(shutil.copytree(finished / "out", folder / "out"))
+    spoil(out)
+    return out
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_verify_tampered(case: str, finished: Path, tmp_path: Path) -> None:
+    out = spoilt(finished, tmp_path, TAMPERED[case][0])
+    message = refused("verify", out)
+    assert str(out) in message and TAMPERED[case][1] in message, message
+
+
+@pytest.mark.parametrize("case", SCHEMES)
+def test_schemes_that_are_none(case: str, finished: Path, tmp_path: Path) -> None:
+    out = spoilt(finished, tmp_path, SCHEMES[case][0])
+    for message in (refused("verify", out), refused("eval", out, "--baseline", finished / "model")):
+        assert str(out) in message and SCHEMES[case][1] in message, message
+    if case != "groups of 64":
+        assert SCHEMES[case][1] in refused("inspect", out)
+
+
+def test_models_that_do_not_belong_together(finished: Path, make_model: Callable[..., Path]) -> None:
+    other = make_model("other", num_hidden_layers=2)
+    message = refused("eval", finished / "out", "--baseline", other)
+    assert str(other) in message and str(finished / "out") in message and "--baseline" in message
+    assert "other has no tensor" in refused("verify", finished / "out", "--source", other)
+    assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", *QUICK)
+    assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", "--dry-run")
