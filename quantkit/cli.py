@@ -156,6 +156,28 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@command
+def generate(path: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int, device: str) -> None:
+    """Continue a prompt with a checkpoint, quantised or not, printing text as it comes."""
+    import quantkit
+    from quantkit.host import pick_device
+    from quantkit.text import stream_text
+
+    model = quantkit.load(path, str(pick_device(device)))
+    click.echo(prompt, nl=False)
+    for piece in stream_text(model, prompt, max_tokens, temperature=temperature, top_p=top_p, seed=seed):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
 @as_json
 @command
 def inspect(path: Path, as_json: bool) -> None:

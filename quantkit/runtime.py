@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from quantkit.model.forward import Cache, LayerTrace, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
+from quantkit.sampling import sample
 from quantkit.scheme import Scheme
 
 __all__ = ["CheckpointWeights", "Model", "load", "misfits", "schemes_of"]
@@ -95,7 +97,7 @@ class Model:
 
     def __init__(self, folder: Path, device: torch.device, hold: bool = True) -> None:
         reader = CheckpointReader(folder)
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.config = folder, device, reader.config
         self.spec = build_spec(reader.config, str(folder / "config.json"))
         self.weights = CheckpointWeights(reader, device, hold)
         if problems := misfits(reader, self.spec, self.weights.schemes):
@@ -124,14 +126,25 @@ class Model:
             hidden = trace.hidden
         return self.head(hidden)
 
-    @torch.inference_mode()
-    def generate(self, input_ids: Tensor, new_tokens: int) -> Tensor:
-        """Greedy continuation: int64 [batch, time] -> int64 [batch, time + new_tokens], with one K/V per CLA group."""
-        cache, ids = Cache(), input_ids
-        for _ in range(new_tokens):
-            following = self.logits(ids[:, cache.length :], cache)[:, -1].argmax(-1, keepdim=True)
-            ids = torch.cat((ids, following.to(ids.device)), dim=1)
-        return ids
+    def stream(self, input_ids: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Iterator[Tensor]:
+        """Continue int64 [batch, time] without end, yielding int64 [batch, 1]: prefill once, then a token at a time.
+
+        The cache holds one K and one V per CLA group. Raises ConfigError for a temperature below 0 or top_p outside (0, 1].
+        """
+        if temperature < 0 or not 0 < top_p <= 1:
+            raise ConfigError(f"temperature {temperature}, top_p {top_p}", "temperature >= 0 and 0 < top_p <= 1")
+        cache, generator = Cache(), torch.Generator().manual_seed(seed)
+        following = input_ids
+        while True:
+            following = sample(self.logits(following, cache)[:, -1], temperature, top_p, generator)
+            yield following
+
+    def generate(
+        self, input_ids: Tensor, new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Tensor:
+        """int64 [batch, time] -> int64 [batch, time + new_tokens], as `stream` gives them; greedy unless told."""
+        new = islice(self.stream(input_ids, temperature=temperature, top_p=top_p, seed=seed), new_tokens)
+        return torch.cat([input_ids.to(self.device), *new], dim=1)
 
     def _check(self, input_ids: Tensor) -> None:
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:

@@ -52,15 +52,6 @@ def test_every_scheme_end_to_end(scheme: str, make_model: Callable[..., Path], t
     assert 0 < moved.norm() / whole.norm() < (0.4 if "4" in scheme else 0.15 if "FP8" in scheme else 0.03)
 
 
-def test_generation_with_the_cache_is_greedy_decoding_without(model: Path, tmp_path: Path) -> None:
-    quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
-    quant, ids = quantkit.load(tmp_path / "out"), torch.arange(1, 13).view(2, 6)
-    generated = quant.generate(ids, 8)
-    assert generated.shape == (2, 14) and torch.equal(generated[:, :6], ids)
-    uncached = quant.logits(generated)[:, 5:-1].argmax(-1)
-    assert torch.equal(generated[:, 6:], uncached)
-
-
 def test_defaults_and_record(model: Path, tmp_path: Path) -> None:
     record = run("quantize", model, "-o", tmp_path / "out", "--samples", 8, "--seq-len", 64, "--group-size", 32)
     assert {o["method"] for o in record["linears"].values()} == {"gptq"}

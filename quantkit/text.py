@@ -1,0 +1,38 @@
+"""Text in, text out: a model and its tokenizer together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from tokenizers.decoders import DecodeStream
+
+from quantkit.calib.tokens import load_tokenizer
+from quantkit.errors import ConfigError
+from quantkit.runtime import Model
+
+__all__ = ["stream_text"]
+
+
+def stream_text(
+    model: Model, prompt: str, max_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+) -> Iterator[str]:
+    """Continue a prompt, yielding pieces of text that are whole characters, until max_tokens or an end token.
+
+    End tokens are config.json's eos_token_id. Raises ConfigError for a prompt without a token.
+    """
+    tokenizer = load_tokenizer(model.folder)
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise ConfigError("the prompt holds no token", "give some text")
+    end = model.config.get("eos_token_id")
+    ends = set(end) if isinstance(end, list) else {end}
+    decoder = DecodeStream(ids=[], skip_special_tokens=True)
+    stream = model.stream(torch.tensor([ids]), temperature=temperature, top_p=top_p, seed=seed)
+    for token in islice(stream, max_tokens):
+        if token.item() in ends:
+            return
+        piece = decoder.step(tokenizer, int(token.item()))
+        if piece:
+            yield piece

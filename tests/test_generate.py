@@ -1,0 +1,64 @@
+"""Sampling, and text that streams from a quantised checkpoint."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import quantkit
+from quantkit.cli import main
+from quantkit.errors import ConfigError
+from quantkit.sampling import sample
+from quantkit.scheme import Recipe
+from quantkit.text import stream_text
+from tests.conftest import byte_tokenizer
+
+PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
+
+
+def draws(temperature: float, top_p: float, count: int = 4000) -> torch.Tensor:
+    logits = PROBABILITIES.log().expand(count, 4)
+    tokens = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    assert tokens.shape == (count, 1) and tokens.dtype is torch.int64
+    return torch.bincount(tokens[:, 0], minlength=4) / count
+
+
+def test_sampling_follows_the_distribution() -> None:
+    assert draws(0.0, 1.0).tolist() == [1, 0, 0, 0]
+    torch.testing.assert_close(draws(1.0, 1.0), PROBABILITIES, atol=0.03, rtol=0)
+    torch.testing.assert_close(draws(0.5, 1.0), PROBABILITIES**2 / (PROBABILITIES**2).sum(), atol=0.03, rtol=0)
+    torch.testing.assert_close(draws(1.0, 0.8), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
+    assert draws(1.0, 1e-6).tolist() == [1, 0, 0, 0]
+
+
+def test_generation_with_the_cache_is_greedy_decoding_without(model: Path, tmp_path: Path) -> None:
+    quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    quant, ids = quantkit.load(tmp_path / "out"), torch.arange(1, 13).view(2, 6)
+    generated = quant.generate(ids, 8)
+    assert generated.shape == (2, 14) and torch.equal(generated[:, :6], ids)
+    assert torch.equal(generated[:, 6:], quant.logits(generated)[:, 5:-1].argmax(-1))
+    warm = [quant.generate(ids, 8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(warm[0], warm[1]) and not torch.equal(warm[0], warm[2])
+    with pytest.raises(ConfigError, match="top_p"):
+        next(quant.stream(ids, top_p=0.0))
+
+
+def test_text_streams_in_whole_characters(model: Path) -> None:
+    loaded = quantkit.load(model)
+    pieces = list(stream_text(loaded, "def 人", 24, temperature=1.0, seed=3))
+    prompt = torch.tensor([byte_tokenizer().encode("def 人").ids])
+    drawn = [int(t) for t in islice(loaded.stream(prompt, temperature=1.0, seed=3), 24)]
+    whole = byte_tokenizer().decode(drawn)
+    assert "".join(pieces) and whole.startswith("".join(pieces)) and "\ufffd" not in pieces[-1]
+
+
+def test_generate_command(model: Path) -> None:
+    arguments = ["generate", str(model), "--prompt", "import os", "--max-tokens", "5"]
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.startswith("import os")
+    empty = CliRunner().invoke(main, ["generate", str(model), "--prompt", ""])
+    assert empty.exit_code == 2 and "no token" in empty.stderr
