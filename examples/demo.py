@@ -24,7 +24,14 @@ RUNS = {
     "FP8 (FP8_DYNAMIC)": ["--scheme", "FP8_DYNAMIC"],
 }
 FIGURES = (
-    *("size", "bits per weight", "bits per weight, experts", "perplexity", "KL(BF16 || quantised), mean", "KL, p99"),
+    *(
+        "size",
+        "bits per weight",
+        "bits per expert weight",
+        "perplexity",
+        "KL(BF16 || model), mean",
+        "KL(BF16 || model), p99",
+    ),
     *("top-1 agreement", "router agreement", "seconds to quantise", "peak memory"),
 )
 
