@@ -56,7 +56,7 @@ def peak_of(command: list[str]) -> float:
 
 
 @click.command()
-@click.option("--width", default=384, help="Hidden and expert size.")
+@click.option("--width", default=256, help="Hidden and expert size.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "memory.json")
 def main(width: int, out: Path) -> None:
     rows: list[dict[str, Any]] = []

@@ -120,7 +120,8 @@ def quantize(
         saved = record["source_bytes"] / record["output_bytes"]
         console().print(
             f"{out}: {size(record['source_bytes'])} -> {size(record['output_bytes'])} ({saved:.2f}x smaller), verified; "
-            f"{len(record['fallbacks'])} fallbacks, {record['lent_tokens']} linears with lent tokens"
+            f"{len(record['fallbacks'])} fallbacks, {record['lent_tokens']} linears with lent tokens",
+            soft_wrap=True,
         )
 
 

@@ -1,0 +1,159 @@
+"""Speed of the CPU kernels on one matrix against torch's own; writes results/cpu_kernels.json.
+
+Goals for W4A16 g128: one token at 80 % of the machine's read bandwidth and 1.5x torch's int4 kernel; 4, 16, 64 and 256
+tokens 1.3x, 1.8x, 1.9x and 2.0x of it. For W4A16 and FP8: never more than 15 % slower than bf16 F.linear.
+
+All contenders take turns within one round and the medians of the rounds are compared, so that load from elsewhere meets
+all of them alike. Each holds several copies of its weight, more than the last-level cache, so weights come from memory.
+With one thread the clock is the processor's time, which other processes do not stretch; with more it is the wall's.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import click
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from quantkit.kernels.cpu.build import load
+from quantkit.kernels.cpu.linear import matmul, pack
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import PRESETS, Kind
+
+RESULTS = Path(__file__).parent / "results"
+OURS = ("W4A16", "W4A16_ASYM", "FP8_DYNAMIC")
+INT4_GOALS = {1: 1.5, 4: 1.3, 16: 1.8, 64: 1.9, 256: 2.0}
+BANDWIDTH_GOAL, BF16_GOAL = 0.80, 1 / 1.15
+Contender = Callable[[Tensor, int], object]  # activations, number of the round
+
+
+def weight(name: str, rows: int, inputs: int) -> QuantizedTensor:
+    """Random codes: time does not depend on them."""
+    grid = PRESETS[name].weight
+    shape = grid.scale_shape(rows, inputs)
+    if grid.kind is Kind.FLOAT:
+        codes = torch.randn(rows, inputs).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
+    else:
+        codes = torch.randint(-8, 8, (rows, inputs), dtype=torch.int8)
+    zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
+    return QuantizedTensor(codes, torch.rand(shape).add_(0.5).bfloat16(), zero, grid)
+
+
+def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Contender], dict[str, int]]:
+    """What is timed, by name, and the bytes of weight, scales and zero points that each reads."""
+    run: dict[str, Contender] = {}
+    read: dict[str, int] = {}
+
+    def copies(size: int) -> int:
+        return max(2, -(-3 * cache_bytes // size))
+
+    for name in OURS:
+        first = pack(weight(name, rows, inputs))
+        parts = [part for part in (first.weight, first.scale, first.zero) if part is not None]
+        read[name] = sum(part.numel() * part.element_size() for part in parts)
+        packed = [first, *(pack(weight(name, rows, inputs)) for _ in range(copies(read[name]) - 1))]
+        run[name] = lambda x, i, packed=packed: matmul(x, packed[i % len(packed)])  # type: ignore[misc]
+    codes = torch.randint(0, 16, (rows, inputs), dtype=torch.int32)
+    int4 = [torch._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in range(copies(rows * inputs // 2))]
+    scales = torch.rand(inputs // 128, rows, 2).bfloat16()
+    run["torch int4"] = lambda x, i: torch._weight_int4pack_mm_for_cpu(x, int4[i % len(int4)], 128, scales)
+    read["torch int4"] = rows * inputs // 2 + scales.numel() * 2
+    plain = [torch.randn(rows, inputs).bfloat16() for _ in range(copies(rows * inputs * 2))]
+    run["bf16"] = lambda x, i: F.linear(x, plain[i % len(plain)])
+    read["bf16"] = rows * inputs * 2
+    buffer = torch.randint(0, 2**40, (max(cache_bytes * 4, 2**27) // 8,))
+    run["read"] = lambda x, i: buffer.sum()  # the fastest plain reader in torch
+    read["read"] = buffer.numel() * 8
+    return run, read
+
+
+def measure(run: dict[str, Contender], x: Tensor, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each contender."""
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    for i in range(rounds + 1):
+        for name, contender in run.items():
+            start = clock()
+            contender(x, i)
+            if i:  # the first round warms up
+                seconds[name].append(clock() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def judge(tokens: int, seconds: dict[str, float], read: dict[str, int]) -> dict[str, dict[str, float | list[str]]]:
+    """Ratios of one token count, and the goals that were missed."""
+    bandwidth = read["read"] / seconds["read"]
+    rows: dict[str, dict[str, float | list[str]]] = {}
+    for name in OURS:
+        to_int4, to_bf16 = seconds["torch int4"] / seconds[name], seconds["bf16"] / seconds[name]
+        share = read[name] / seconds[name] / bandwidth
+        missed = [f"{to_bf16:.2f} < {BF16_GOAL:.2f}x bf16"] if to_bf16 < BF16_GOAL else []
+        if name == "W4A16" and to_int4 < INT4_GOALS.get(tokens, 0):
+            missed.append(f"{to_int4:.2f} < {INT4_GOALS[tokens]}x int4")
+        if name == "W4A16" and tokens == 1 and share < BANDWIDTH_GOAL:
+            missed.append(f"{share:.0%} < {BANDWIDTH_GOAL:.0%} of bandwidth")
+        rows[name] = {
+            "milliseconds": seconds[name] * 1e3,
+            "weight_gb_per_s": read[name] / seconds[name] / 1e9,
+            "share_of_read_bandwidth": share,
+            "times_torch_int4": to_int4,
+            "times_bf16": to_bf16,
+            "missed": missed,
+        }
+    for name in ("torch int4", "bf16", "read"):
+        rows[name] = {"milliseconds": seconds[name] * 1e3, "weight_gb_per_s": read[name] / seconds[name] / 1e9}
+    return rows
+
+
+def show(results: dict[int, dict[str, dict[str, float | list[str]]]], title: str) -> None:
+    table = Table(
+        "tokens", "kernel", "ms", "GB/s", "of read bandwidth", "x torch int4", "x bf16", "goals missed", title=title
+    )
+    for tokens, rows in results.items():
+        for name, row in rows.items():
+            cells = [f"{row[key]:.2f}" if key in row else "" for key in list(rows[OURS[0]])[:-1]]
+            missed = row.get("missed", [])
+            assert isinstance(missed, list)
+            table.add_row(str(tokens), name, *cells, "; ".join(missed))
+        table.add_section()
+    Console(width=150).print(table)
+
+
+@click.command()
+@click.option("--rows", default=14336)
+@click.option("--inputs", default=4096, help="A multiple of 128.")
+@click.option("--tokens", default="1,4,16,64,256", help="Comma-separated.")
+@click.option("--rounds", default=15, help="Timed rounds; a third of it from 64 tokens on.")
+@click.option("--threads", default=0, help="0: torch's default.")
+@click.option("--cache-mb", default=32, help="Last-level cache, in MB.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "cpu_kernels.json")
+def main(rows: int, inputs: int, tokens: str, rounds: int, threads: int, cache_mb: int, out: Path) -> None:
+    """Time the CPU kernels against torch's int4 kernel, bf16 F.linear and the read bandwidth."""
+    if isinstance(reason := load(), str):
+        raise click.ClickException(f"no CPU kernels: {reason}")
+    torch.manual_seed(0)
+    if threads:
+        torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
+    clock = time.process_time if threads == 1 else time.perf_counter
+    run, read = contenders(rows, inputs, cache_mb * 2**20)
+    results = {}
+    for count in map(int, tokens.split(",")):
+        x = torch.randn(count, inputs).bfloat16()
+        seconds = measure(run, x, rounds if count < 64 else max(3, rounds // 3), clock)
+        results[count] = judge(count, seconds, read)
+    show(results, f"{rows} x {inputs}, {threads} thread(s), medians")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"rows": rows, "inputs": inputs, "threads": threads, "torch": torch.__version__, "tokens": results}
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
