@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+TOOLS := .venv/.tools
 
-.PHONY: demo test check setup bench clean
+.PHONY: demo test check setup bench gpu-bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -11,12 +12,16 @@ demo: $(READY)
 test: check
 	$(BIN)/python -m pytest -n 2
 
-check: $(READY)
+check: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 setup: $(READY)
+
+$(TOOLS): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(TOOLS)
 
 $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh
@@ -25,6 +30,10 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 bench: $(READY)
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/cpu_kernels.py
+
+gpu-bench: $(TOOLS)
+	$(BIN)/python bench/gpu_kernels.py
 
 clean:
 	rm -rf .venv .demo

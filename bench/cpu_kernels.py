@@ -11,6 +11,7 @@ With one thread the clock is the processor's time, which other processes do not 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,12 +77,14 @@ def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Cont
 
 
 def measure(run: dict[str, Contender], x: Tensor, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each contender."""
-    seconds: dict[str, list[float]] = {name: [] for name in run}
+    """Median seconds of each contender. Their order is random: what ran before leaves the caches in another state."""
+    names, order = list(run), random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds + 1):
-        for name, contender in run.items():
+        order.shuffle(names)
+        for name in names:
             start = clock()
-            contender(x, i)
+            run[name](x, i)
             if i:  # the first round warms up
                 seconds[name].append(clock() - start)
     return {name: median(values) for name, values in seconds.items()}

@@ -179,11 +179,18 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, top_p
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
+@click.option("--kernels", is_flag=True, help="Show which kernel would serve each role here instead, and why.")
 @as_json
 @command
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, kernels: bool, as_json: bool) -> None:
     """Show what is in a checkpoint: by role the scheme, bits per weight and bytes."""
-    from quantkit.progress import inspect_table
+    from quantkit.progress import inspect_table, kernel_table
+
+    if kernels:
+        import quantkit
+
+        show({"path": str(path), "kernels": quantkit.load(path).explain()}, kernel_table, as_json)
+        return
     from quantkit.verify import inspect as run
 
     show(run(path), inspect_table, as_json)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from quantkit.pipeline import Step
 
-__all__ = ["clock", "console", "eval_table", "inspect_table", "layer_line", "plan_table", "size"]
+__all__ = ["clock", "console", "eval_table", "inspect_table", "kernel_table", "layer_line", "plan_table", "size"]
 
 
 def size(count: float) -> str:
@@ -71,6 +71,13 @@ def inspect_table(found: dict[str, Any]) -> Table:
         scheme = ", ".join(row.get("schemes", []))
         cells = [f"{row['tensors']:,}", f"{row['weights']:,}", size(row["bytes"]), f"{row['bits_per_weight']:.3f}"]
         table.add_row(role, scheme, *cells, style="bold" if role == "total" else None)
+    return table
+
+
+def kernel_table(found: dict[str, Any]) -> Table:
+    table = Table("role", "scheme", "linears", "kernel", "why", "elsewhere", title=f"{found['path']} on this machine")
+    for row in found["kernels"]:
+        table.add_row(*(str(row[name]) for name in ("role", "scheme", "linears", "kernel", "why", "elsewhere")))
     return table
 
 

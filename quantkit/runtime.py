@@ -1,10 +1,11 @@
-"""Run a checkpoint as it lies on disk, quantised or not, on the reference kernels."""
+"""Run a checkpoint, quantised or not: on the reference, in float32, or on the kernels that this machine has."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,20 @@ from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader
-from quantkit.kernels import reference
+from quantkit.kernels import dispatch, reference
+from quantkit.kernels.cpu.linear import PackedLinear, matmul, pack
+from quantkit.kernels.reference import quantize_activation, round_activation
 from quantkit.model.forward import Cache, LayerTrace, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
 from quantkit.sampling import sample
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, Strategy
 
-__all__ = ["CheckpointWeights", "Model", "load", "misfits", "schemes_of"]
+__all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "load", "misfits", "schemes_of"]
+
+
+Kernels = Literal["auto", "reference"]
 
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
@@ -78,10 +84,13 @@ class CheckpointWeights:
     def quantized(self, ref: Linear, scheme: Scheme) -> QuantizedTensor:
         if ref.key in self._quantized:
             return self._quantized[ref.key]
-        q = compressed_tensors.decode(ref, scheme, lambda key: self.reader.tensor(key).to(self.device))
+        q = self._decode(ref, scheme)
         if self.hold:
             self._quantized[ref.key] = q
         return q
+
+    def _decode(self, ref: Linear, scheme: Scheme) -> QuantizedTensor:
+        return compressed_tensors.decode(ref, scheme, lambda key: self.reader.tensor(key).to(self.device))
 
     def tensor(self, key: str) -> Tensor:
         if key in self._plain:
@@ -92,14 +101,44 @@ class CheckpointWeights:
         return value
 
 
-class Model:
-    """A loaded checkpoint. `spec` says what it is, `weights` where its numbers come from."""
+class KernelWeights(CheckpointWeights):
+    """The same on the kernels that `kernels.dispatch` chooses: bfloat16 products of packed weights, summed in float32.
 
-    def __init__(self, folder: Path, device: torch.device, hold: bool = True) -> None:
+    A weight is packed when it is first used and kept in that form alone; no BF16 copy of it is ever made.
+    """
+
+    def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
+        super().__init__(reader, device, hold=True)
+        self._packed: dict[str, tuple[PackedLinear, Tensor | None]] = {}
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        scheme = self.schemes.get(ref.key)
+        if scheme is None or dispatch.choose(scheme, self.device).kernel != dispatch.CPU:
+            return super().linear(ref, x)
+        if ref.key not in self._packed:
+            q = self._decode(ref, scheme)
+            self._packed[ref.key] = (pack(q), q.input_scale)
+        packed, input_scale = self._packed[ref.key]
+        if scheme.activation is None:
+            return matmul(x, packed).to(x.dtype)
+        if scheme.activation.strategy is Strategy.GROUP:
+            return matmul(round_activation(x, scheme.activation, input_scale), packed).to(x.dtype)
+        # Codes of 8 bits are exact in bfloat16, codes times a scale are not: the scale goes onto the product.
+        codes, scale = quantize_activation(x, scheme.activation, input_scale)
+        return (matmul(codes, packed) * scale).to(x.dtype)
+
+
+class Model:
+    """A loaded checkpoint. `spec` says what it is, `weights` where its numbers come from.
+
+    hold: keep weights once read. kernels: "auto" for the fastest this machine has, "reference" for float32.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, hold: bool = True, kernels: Kernels = "reference") -> None:
         reader = CheckpointReader(folder)
         self.folder, self.device, self.config = folder, device, reader.config
         self.spec = build_spec(reader.config, str(folder / "config.json"))
-        self.weights = CheckpointWeights(reader, device, hold)
+        self.weights = KernelWeights(reader, device) if kernels == "auto" else CheckpointWeights(reader, device, hold)
         if problems := misfits(reader, self.spec, self.weights.schemes):
             raise CheckpointError(
                 f"{folder}: {len(problems)} tensors do not match config.json: {problems[0]}",
@@ -146,6 +185,11 @@ class Model:
         new = islice(self.stream(input_ids, temperature=temperature, top_p=top_p, seed=seed), new_tokens)
         return torch.cat([input_ids.to(self.device), *new], dim=1)
 
+    def explain(self) -> list[dict[str, str | int]]:
+        """Which kernel serves which role, why, and what would on other hardware (`kernels.dispatch.explain`)."""
+        linears = ((ref.role.value, self.weights.schemes[ref.key]) for ref in self.spec.linears())
+        return dispatch.explain(linears, self.device)
+
     def _check(self, input_ids: Tensor) -> None:
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
             seen = f"{input_ids.dtype} {tuple(input_ids.shape)}"
@@ -155,6 +199,10 @@ class Model:
             raise ConfigError(f"input_ids span {low}..{high}", f"the vocabulary is 0..{self.spec.vocab - 1}")
 
 
-def load(path: str | Path, device: str = "cpu") -> Model:
-    """A quantised or unquantised checkpoint folder, ready for `logits`. Raises QuantkitError when it is not sound."""
-    return Model(Path(path), torch.device(device))
+def load(path: str | Path, device: str = "cpu", kernels: Kernels = "auto") -> Model:
+    """A quantised or unquantised checkpoint folder, ready for `logits`, `stream` and `generate`.
+
+    kernels: "auto" runs quantised linears on this machine's kernels (`Model.explain` says which; the first use may build
+    them), "reference" dequantises and multiplies in float32. Raises QuantkitError when the checkpoint is not sound.
+    """
+    return Model(Path(path), torch.device(device), kernels=kernels)

@@ -18,4 +18,4 @@ if [ "$(uname)" = Linux ] && [ -z "${QUANTKIT_CUDA:-}" ]; then
         echo "PyTorch's CPU index is not reachable: taking $torch from the default index" >&2
 fi
 $pip --constraint constraints.txt "$torch"
-$pip --constraint constraints.txt --editable '.[test]'
+$pip --constraint constraints.txt --editable .

@@ -9,18 +9,18 @@ from torch import Tensor
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Kind, Strategy
 
-__all__ = ["linear", "round_activation"]
+__all__ = ["linear", "quantize_activation", "round_activation"]
 
 
-def round_activation(x: Tensor, activation: Activation, input_scale: Tensor | None) -> Tensor:
-    """x [..., in] on the 8-bit grid that the scheme gives activations, back in float32.
+def quantize_activation(x: Tensor, activation: Activation, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x [..., in] as codes of 8 bits and scales, both float32; their product is the rounded x.
 
-    Dynamic: scale = amax / 448 (FLOAT) or amax / 127 (INT) over the token or over each group of features. Static:
-    input_scale [1] from calibration; what lies beyond it saturates.
+    Codes have x's shape, or [..., groups, size] when scales are per group of features; scales broadcast against them.
+    Dynamic: scale = amax / 448 (FLOAT) or amax / 127 (INT) over the token or over each group. Static: input_scale [1] from
+    calibration; what lies beyond it saturates.
     """
     x = x.float()
-    grouped = activation.strategy is Strategy.GROUP
-    if grouped:
+    if activation.strategy is Strategy.GROUP:
         assert activation.group_size
         x = x.unflatten(-1, (-1, activation.group_size))
     reach = 448.0 if activation.kind is Kind.FLOAT else 127.0
@@ -32,9 +32,14 @@ def round_activation(x: Tensor, activation: Activation, input_scale: Tensor | No
             raise ValueError("a static activation needs an input scale")
         scale = input_scale.float().to(x.device)
     codes = (x / scale).clamp(-reach, reach)
-    codes = codes.to(torch.float8_e4m3fn).float() if activation.kind is Kind.FLOAT else codes.round()
-    x = codes * scale
-    return x.flatten(-2) if grouped else x
+    return codes.to(torch.float8_e4m3fn).float() if activation.kind is Kind.FLOAT else codes.round(), scale
+
+
+def round_activation(x: Tensor, activation: Activation, input_scale: Tensor | None) -> Tensor:
+    """x [..., in] on the 8-bit grid that the scheme gives activations, back in float32: codes times scales."""
+    codes, scale = quantize_activation(x, activation, input_scale)
+    rounded = codes * scale
+    return rounded.flatten(-2) if activation.strategy is Strategy.GROUP else rounded
 
 
 def linear(x: Tensor, weight: QuantizedTensor, activation: Activation | None) -> Tensor:

@@ -1,0 +1,114 @@
+"""Builds the CUDA kernels with nvcc on first use and loads them with ctypes. No torch headers: seconds, not minutes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["FLAGS", "SOURCE", "Library", "build", "compiler", "cubin", "load", "missing"]
+
+SOURCE = Path(__file__).with_name("w4a16_decode.cu")
+BASE = ("-O3", "-std=c++17")
+# Code for Ampere and Hopper, and PTX that a later GPU's driver compiles.
+FLAGS = (
+    *BASE,
+    *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a"),
+    *("-gencode", "arch=compute_90,code=compute_90", "-shared", "-Xcompiler", "-fPIC"),
+)
+NAME = "w4a16_decode.so"
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded kernels, and the type of device whose memory they read."""
+
+    functions: ctypes.CDLL
+    device: str = "cuda"
+
+    def run(self, *arguments: int | None) -> None:
+        """quantkit_w4a16_decode: pointers to x, words, scale, zero, slots, owners, router, out; then blocks, block, total,
+        top_k, outputs, inputs, padded, group, gated; then the stream. Raises RuntimeError with CUDA's message."""
+        call = self.functions.quantkit_w4a16_decode
+        call.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 9 + [ctypes.c_void_p]
+        call.restype = ctypes.c_int
+        code = call(*arguments)
+        if code:
+            name = self.functions.quantkit_cuda_error
+            name.argtypes, name.restype = [ctypes.c_int], ctypes.c_char_p
+            raise RuntimeError(f"w4a16_decode was not launched: {name(code).decode()} (CUDA error {code})")
+
+
+def compiler() -> str | None:
+    """nvcc on PATH, or in CUDA_HOME, or in /usr/local/cuda; None where there is none."""
+    found = shutil.which("nvcc")
+    places = [Path(root) / "bin" / "nvcc" for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
+    return found or next((str(path) for path in places if path.is_file()), None)
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be built here, or None."""
+    if compiler() is None:
+        return "nvcc is not on PATH, in CUDA_HOME or in /usr/local/cuda: install the CUDA toolkit (12.0 or later)"
+    return None
+
+
+def _run(command: Sequence[str]) -> str:
+    """Standard output of a command. Raises RuntimeError with what it complained about."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}\n{done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def cubin(folder: Path, architecture: str) -> Path:
+    """The kernels for one architecture, such as 'sm_90a', for inspection. Raises RuntimeError."""
+    reason, nvcc = missing(), compiler()
+    if reason or not nvcc:
+        raise RuntimeError(reason)
+    to, virtual = folder / f"{architecture}.cubin", architecture.replace("sm_", "compute_")
+    _run([nvcc, *BASE, "-gencode", f"arch={virtual},code={architecture}", "-cubin", "-o", str(to), str(SOURCE)])
+    return to
+
+
+def build(flags: Sequence[str] = FLAGS) -> Path:
+    """The built library, from $XDG_CACHE_HOME (or ~/.cache) / quantkit / <key> if it was built before.
+
+    The key is the SHA-256 of source, nvcc's version and flags. A build happens in a folder beside, renamed when complete, so
+    a process that is killed or runs at the same time leaves nothing half-made. Raises RuntimeError.
+    """
+    reason, nvcc = missing(), compiler()
+    if reason or not nvcc:
+        raise RuntimeError(reason)
+    parts = (SOURCE.read_bytes(), _run([nvcc, "--version"]).encode(), "\0".join(flags).encode())
+    key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
+    final = root / key
+    if (final / NAME).is_file():
+        return final / NAME
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=f".{key}-") as scratch:
+        made = Path(scratch) / "done"
+        made.mkdir()
+        _run([nvcc, *flags, "-o", str(made / NAME), str(SOURCE)])
+        try:
+            made.rename(final)
+        except OSError:
+            if not (final / NAME).is_file():  # no other process was faster: the error is real
+                raise
+    return final / NAME
+
+
+def load() -> Library:
+    """Builds if need be, and loads. Raises RuntimeError with the reason."""
+    path = build()
+    try:
+        return Library(ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise RuntimeError(f"{path} cannot be loaded: {error}\nFix: delete its folder, it will be built again") from error

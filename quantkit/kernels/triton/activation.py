@@ -1,0 +1,103 @@
+"""Activations rounded to 8 bits, as quantkit.kernels.reference.round_activation defines them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.triton.lang import check, jit, on_device, simulated, tl
+from quantkit.scheme import Activation, Kind, Strategy
+
+__all__ = ["quantise", "quantise_kernel"]
+
+REACH = {Kind.FLOAT: 448.0, Kind.INT: 127.0}
+
+
+@jit
+def to_code(x: tl.tensor, scale: tl.tensor, REACH: tl.constexpr, FLOAT: tl.constexpr, SIM: tl.constexpr) -> Any:
+    """float32 -> the nearest code, ties to even, saturated.
+
+    The interpreter's float8 conversion loses the carry into the next power of two, so SIM rounds beforehand: normal numbers
+    by carrying into the 3 bits kept, the others (below 2^-6) to multiples of 2^-9.
+    """
+    y = tl.minimum(tl.maximum(tl.div_rn(x, scale), -REACH), REACH)
+    if FLOAT:
+        if SIM:
+            bits = y.to(tl.int32, bitcast=True)
+            normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+            y = tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, normal)
+        code = y.to(tl.float8e4nv)
+    else:
+        code = ((y + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23 leaves no fraction bits: adding it rounds
+    return code
+
+
+@jit
+def quantise_kernel(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    given: tl.tensor,
+    LENGTH: tl.tensor,
+    REACH: tl.constexpr,
+    FLOAT: tl.constexpr,
+    STATIC: tl.constexpr,
+    BK: tl.constexpr,
+    SIM: tl.constexpr,
+) -> None:
+    """One program a row of x [rows, LENGTH]: its largest magnitude (or the given scale), then its codes."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BK)
+    if STATIC:
+        scale = tl.load(given)
+    else:
+        top = tl.zeros((BK,), tl.float32)
+        for k in range(0, LENGTH, BK):
+            v = tl.load(x + row * LENGTH + k + at, mask=k + at < LENGTH, other=0.0).to(tl.float32)
+            top = tl.maximum(top, tl.abs(v))
+        amax = tl.max(top, 0)
+        scale = tl.where(amax > 0.0, tl.div_rn(amax, REACH), 1.0)
+    tl.store(scales + row, scale)
+    for k in range(0, LENGTH, BK):
+        v = tl.load(x + row * LENGTH + k + at, mask=k + at < LENGTH, other=0.0).to(tl.float32)
+        tl.store(codes + row * LENGTH + k + at, to_code(v, scale, REACH, FLOAT, SIM), mask=k + at < LENGTH)
+
+
+def quantise(x: Tensor, activation: Activation, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x bfloat16 or float32 [tokens, in] -> codes [tokens, in] and float32 scales [tokens, 1 or in / group_size].
+
+    Codes are float8_e4m3fn or int8. Dynamic: a scale for each token, or for each group of its features. Static: input_scale
+    [1] for all. Raises ValueError.
+    """
+    check(x.ndim == 2, f"x is {tuple(x.shape)}, not [tokens, in]")
+    check(x.dtype in (torch.bfloat16, torch.float32), f"x is {x.dtype}, not bfloat16 or float32")
+    check(activation.dynamic or input_scale is not None, "a static activation needs an input scale")
+    floats = activation.kind is Kind.FLOAT
+    length = activation.group_size if activation.strategy is Strategy.GROUP else x.shape[1]
+    check(bool(length) and x.shape[1] % (length or 1) == 0, f"{x.shape[1]} features are not whole groups of {length}")
+    assert length
+    x = x.contiguous()
+    on_device(x)
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn if floats else torch.int8, device=x.device)
+    scales = torch.empty(x.shape[0], x.shape[1] // length, dtype=torch.float32, device=x.device)
+    if x.shape[0] == 0:
+        return codes, scales
+    given = scales if activation.dynamic or input_scale is None else input_scale.to(x.device, torch.float32)
+    block = 128 if length <= 128 else 256 if simulated() else 1024
+    with torch.cuda.device_of(x):
+        quantise_kernel[(scales.numel(),)](
+            x,
+            codes,
+            scales,
+            given,
+            length,
+            REACH=REACH[activation.kind],
+            FLOAT=floats,
+            STATIC=not activation.dynamic,
+            BK=block,
+            SIM=simulated(),
+            num_warps=1 if block == 128 else 4,
+        )
+    return codes, scales

@@ -1,0 +1,63 @@
+"""Triton where it is installed, and what every wrapper asks before a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+__all__ = ["available", "check", "cut", "jit", "on_device", "simulated", "tl"]
+
+
+MISSING = "this kernel needs Triton, which is not installed\nFix: pip install 'triton>=3.6' (Linux, with an NVIDIA GPU)"
+
+
+class _Missing:
+    """Stands for a kernel where Triton is not installed: a launch says how to get it."""
+
+    def __getitem__(self, grid: object) -> NoReturn:
+        raise ImportError(MISSING)
+
+
+def available() -> bool:
+    """Whether Triton is installed (a GPU is another question)."""
+    return triton is not None
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or a kernel that explains itself where Triton is absent."""
+    return triton.jit(function) if triton is not None else _Missing()
+
+
+def simulated() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which has no bfloat16 arithmetic."""
+    return triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def check(condition: bool, problem: str) -> None:
+    """Raises ValueError(problem) unless the condition holds."""
+    if not condition:
+        raise ValueError(problem)
+
+
+def cut(size: int, by: int) -> int:
+    """How many pieces of `by` cover `size`."""
+    return -(-size // by)
+
+
+def on_device(*tensors: Tensor | None) -> None:
+    """Raises ValueError unless all tensors are contiguous, on one device, and that device can run a kernel; ImportError
+    without Triton."""
+    if not available():
+        raise ImportError(MISSING)
+    given = [t for t in tensors if t is not None]
+    check(len({t.device for t in given}) == 1, f"tensors lie on {sorted({str(t.device) for t in given})}, not on one device")
+    check(all(t.is_contiguous() for t in given), "a tensor is not contiguous")
+    check(given[0].is_cuda or simulated(), f"kernels run on a GPU, and the tensors lie on {given[0].device}")

@@ -1,0 +1,111 @@
+// Enough of CUDA to run w4a16_decode.cu on a CPU, one thread of the operating system a CUDA thread, to test its indexing.
+// mma.m16n8k16 is computed from all lanes' fragments as the PTX manual lays them out (section "Matrix Fragments for
+// mma.m16n8k16"), so a wrong fragment gives a wrong number here too.
+#pragma once
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(n)
+#define __shared__ static  // one block runs at a time
+
+using std::min;
+typedef int cudaError_t;
+typedef void *cudaStream_t;
+constexpr int cudaErrorInvalidValue = 1;
+inline int cudaGetLastError() { return 0; }
+inline const char *cudaGetErrorString(cudaError_t code) { return code ? "invalid argument" : "no error"; }
+
+struct dim3 {
+    unsigned x, y;
+    dim3(unsigned a = 1, unsigned b = 1) : x(a), y(b) {}
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
+template <class T> T __ldg(const T *p) { return *p; }
+template <class T> T __ldcs(const T *p) { return *p; }
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+inline float __bfloat162float(__nv_bfloat16 v) {
+    uint32_t bits = uint32_t(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline __nv_bfloat16 __float2bfloat16(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    return {uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+}
+inline __nv_bfloat162 __float2bfloat162_rn(float f) { return {__float2bfloat16(f), __float2bfloat16(f)}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {__float2bfloat16(__bfloat162float(a.x) - __bfloat162float(b.x)),
+            __float2bfloat16(__bfloat162float(a.y) - __bfloat162float(b.y))};
+}
+inline float __expf(float x) { return std::exp(x); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+    uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= uint32_t(both >> (8 * ((selector >> (4 * i)) & 7)) & 0xFF) << (8 * i);
+    return out;
+}
+
+constexpr int kThreads = 256;
+thread_local dim3 threadIdx, blockIdx;
+struct Warp {
+    uint32_t a[32][4], b[32][2];
+    std::barrier<> meet{32};
+};
+inline std::unique_ptr<Warp> warps[kThreads / 32];
+inline std::barrier<> block_meet{kThreads};
+inline void __syncthreads() { block_meet.arrive_and_wait(); }
+
+inline float half_of(uint32_t word, int i) { return __bfloat162float({uint16_t(word >> (16 * i))}); }
+
+inline void host_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    const int lane = threadIdx.x % 32;
+    Warp &w = *warps[threadIdx.x / 32];
+    std::copy(a, a + 4, w.a[lane]);
+    w.b[lane][0] = b0, w.b[lane][1] = b1;
+    w.meet.arrive_and_wait();
+    for (int i = 0; i < 4; i++) {  // c[i] is row lane / 4 (+ 8 for i >= 2), column lane % 4 * 2 + i % 2
+        const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            const int quarter = k % 8 / 2, upper = k / 8;
+            const uint32_t left = w.a[row % 8 * 4 + quarter][row / 8 + 2 * upper], right = w.b[column * 4 + quarter][upper];
+            c[i] += half_of(left, k % 2) * half_of(right, k % 2);
+        }
+    }
+    w.meet.arrive_and_wait();
+}
+
+template <class F> void launch(dim3 grid, F kernel) {
+    for (auto &w : warps) w = std::make_unique<Warp>();
+    std::vector<std::thread> threads;
+    for (unsigned i = 0; i < kThreads; i++) {
+        threads.emplace_back([=] {
+            for (unsigned y = 0; y < grid.y; y++)
+                for (unsigned x = 0; x < grid.x; x++) {
+                    threadIdx = dim3(i), blockIdx = dim3(x, y);
+                    kernel();
+                    block_meet.arrive_and_wait();
+                }
+        });
+    }
+    for (auto &t : threads) t.join();
+}

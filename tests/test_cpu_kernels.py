@@ -1,0 +1,277 @@
+"""The CPU kernels against their specification, and the build that makes them."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantkit.kernels import reference
+from quantkit.kernels.cpu import build
+from quantkit.kernels.cpu.linear import PackedLinear, matmul, moe_matmul, pack
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import PRESETS, Grid, Kind, Strategy
+
+LIBRARY = build.load()
+built = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no CPU kernels: {LIBRARY}")
+compiles = pytest.mark.skipif(
+    bool(build.missing_cpu_flags()) or not build.shutil.which("g++"), reason="no g++, or a processor without AVX-512 BF16"
+)
+TOKENS = (0, 1, 2, 3, 4, 5, 9, 17, 24, 25, 64, 65, 193, 300)
+INT4_CHANNEL = Grid(Kind.INT, 4, Strategy.CHANNEL)
+GRIDS = {name: scheme.weight for name, scheme in PRESETS.items()} | {
+    "INT4 channel": INT4_CHANNEL,
+    "INT4 channel asymmetric": Grid(Kind.INT, 4, Strategy.CHANNEL, symmetric=False),
+    "INT4 g32": Grid(Kind.INT, 4, Strategy.GROUP, group_size=32),
+    "INT4 g8 asymmetric": Grid(Kind.INT, 4, Strategy.GROUP, symmetric=False, group_size=8),
+    "INT4 g384": Grid(Kind.INT, 4, Strategy.GROUP, group_size=384),
+    "INT8 g24 asymmetric": Grid(Kind.INT, 8, Strategy.GROUP, symmetric=False, group_size=24),
+    "FP8 blocks of 8 x 40": Grid(Kind.FLOAT, 8, Strategy.BLOCK, block=(8, 40)),
+}
+
+
+def random_codes(grid: Grid, rows: int, inputs: int) -> Tensor:
+    if grid.kind is Kind.FLOAT:
+        return torch.randn(rows, inputs).mul(100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return torch.randint(int(grid.qmin), int(grid.qmax) + 1, (rows, inputs), dtype=torch.int8)
+
+
+def random_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
+    shape = grid.scale_shape(rows, inputs)
+    zero = None if grid.symmetric else torch.randint(int(grid.qmin), int(grid.qmax) + 1, shape, dtype=torch.int8)
+    return QuantizedTensor(random_codes(grid, rows, inputs), (torch.rand(shape) + 0.1).bfloat16(), zero, grid)
+
+
+def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
+    """Scales are powers of two and codes small integers, so that no sum of products with small integers rounds."""
+    shape = grid.scale_shape(rows, inputs)
+    codes = torch.randint(-7, 8, (rows, inputs))
+    stored = codes.to(torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8)
+    zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
+    return QuantizedTensor(stored, (2.0 ** torch.randint(-2, 2, shape)).bfloat16(), zero, grid)
+
+
+def poisoned(tokens: int, rows: int) -> Tensor:
+    return torch.full((tokens, rows), float("nan"))
+
+
+def shapes(grid: Grid) -> list[tuple[int, int]]:
+    """[rows, inputs]: rows that do not fill a block of 16, one group only, inputs that do not fill a chunk of 128."""
+    group = grid.group_size or 8
+    return [(8, group), (37, group), (40, 3 * group), (88, group * (640 // group))]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@built
+@pytest.mark.parametrize("name", GRIDS)
+def test_error_is_below_bf16(name: str) -> None:
+    grid = GRIDS[name]
+    for rows, inputs in shapes(grid):
+        q = random_weight(grid, rows, inputs)
+        packed, plain = pack(q), q.dequantize()
+        for tokens in TOKENS:
+            x = torch.randn(tokens, inputs).bfloat16()
+            y = matmul(x, packed, poisoned(tokens, rows))
+            wanted = F.linear(x.double(), plain.double())
+            allowed = 2 * (F.linear(x, plain.bfloat16()).double() - wanted).abs().max() if tokens else 0
+            assert y.dtype == torch.float32 and y.shape == wanted.shape
+            assert not tokens or (y - wanted).abs().max() <= allowed, (rows, inputs, tokens)
+
+
+@built
+@pytest.mark.parametrize("name", GRIDS)
+def test_exact_where_arithmetic_is(name: str) -> None:
+    grid = GRIDS[name]
+    for rows, inputs in shapes(grid):
+        q = exact_weight(grid, rows, inputs)
+        packed = pack(q)
+        for tokens in TOKENS:
+            x = torch.randint(-8, 9, (tokens, inputs)).float()
+            y = matmul(x, packed, poisoned(tokens, rows))
+            assert torch.equal(y, reference.linear(x, q, None)), (rows, inputs, tokens)
+
+
+@built
+@pytest.mark.parametrize("inputs", [1, 7, 12, 129])
+def test_odd_inputs_of_8_bit_weights(inputs: int) -> None:
+    for name in ("W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"):
+        q = exact_weight(GRIDS[name], 19, inputs)
+        for tokens in (1, 30):
+            x = torch.randint(-8, 9, (tokens, inputs)).float()
+            assert torch.equal(matmul(x, pack(q), poisoned(tokens, 19)), reference.linear(x, q, None))
+
+
+@built
+@pytest.mark.parametrize("tokens", [16, 32])
+@pytest.mark.parametrize("grid", [GRIDS["FP8"], GRIDS["W8A8"], INT4_CHANNEL], ids=["fp8", "int8", "int4"])
+def test_every_code(grid: Grid, tokens: int) -> None:
+    """Each code alone in its row, so that a wrong bit cannot hide in a sum. NaN codes are refused."""
+    codes = torch.arange(-(2 ** (grid.bits - 1)), 2 ** (grid.bits - 1)).to(torch.int8)
+    if grid.kind is Kind.FLOAT:
+        assert not codes.view(torch.float8_e4m3fn).float().isfinite().all()
+        with pytest.raises(ValueError, match="NaN"):
+            pack(QuantizedTensor(codes.view(torch.float8_e4m3fn)[None], torch.ones(1).bfloat16(), None, grid))
+        codes = codes[codes.view(torch.float8_e4m3fn).float().isfinite()]
+    for column in range(16):
+        spread = torch.zeros(len(codes), 16, dtype=torch.int8)
+        spread[:, column] = codes
+        stored = spread.view(torch.float8_e4m3fn) if grid.kind is Kind.FLOAT else spread
+        q = QuantizedTensor(stored, torch.ones(grid.scale_shape(*stored.shape)).bfloat16(), None, grid)
+        y = matmul(torch.eye(16).repeat(tokens // 16, 1), pack(q))
+        assert torch.equal(y, q.dequantize().T.repeat(tokens // 16, 1))
+
+
+@built
+def test_x_may_be_strided_and_of_any_rank() -> None:
+    q = exact_weight(GRIDS["W4A16"], 24, 256)
+    x = torch.randint(-8, 9, (256, 2, 5)).float().permute(1, 2, 0)
+    assert not x.is_contiguous()
+    for given in (x, x.bfloat16(), x[0, 0], x[:, ::2, :]):
+        assert torch.equal(matmul(given, pack(q)), reference.linear(given.float(), q, None))
+
+
+@built
+def test_float32_x_is_rounded_to_bf16() -> None:
+    packed, x = pack(random_weight(GRIDS["FP8"], 24, 128)), torch.randn(3, 128)
+    assert torch.equal(matmul(x, packed), matmul(x.bfloat16(), packed))
+
+
+@built
+def test_threads_do_not_change_the_result() -> None:
+    packed, x = pack(random_weight(GRIDS["W4A16_ASYM"], 264, 512)), torch.randn(70, 512).bfloat16()
+    one = matmul(x, packed)
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(matmul(x, packed), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@built
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16", "FP8_BLOCK"])
+@pytest.mark.parametrize("counts", [(3, 0, 1, 70), (0, 0, 5), (0,), (200,), (0, 0)])
+def test_experts(name: str, counts: tuple[int, ...]) -> None:
+    weights = [exact_weight(GRIDS[name], 40, 256) for _ in counts]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    x = torch.randint(-8, 9, (sum(counts), 256)).float()
+    y = moe_matmul(x, offsets, [pack(q) for q in weights], poisoned(len(x), 40))
+    wanted = [reference.linear(part, q, None) for part, q in zip(x.split(counts), weights, strict=True)]
+    assert torch.equal(y, torch.cat(wanted))
+
+
+def _packed(name: str = "W4A16", rows: int = 8, inputs: int = 128) -> PackedLinear:
+    return pack(random_weight(GRIDS[name], rows, inputs))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed, x, two = _packed(), torch.zeros(4, 128), torch.tensor([0, 1, 4])
+    for bad in (torch.zeros(4, 64), torch.zeros(4, 0), torch.tensor(1.0), x.double(), x.half()):
+        with pytest.raises(ValueError, match="x is"):
+            matmul(bad, packed)
+    for out in (torch.zeros(4, 9), torch.zeros(4, 8).double(), torch.zeros(8, 4).T):
+        with pytest.raises(ValueError, match="out is"):
+            moe_matmul(x, torch.tensor([0, 4]), [packed], out)
+        with pytest.raises(ValueError, match="out is"):
+            matmul(x, packed, out)
+    for offsets in (torch.tensor([0, 4]), two.int(), torch.tensor([1, 2, 4]), torch.tensor([0, 5, 4]), two - 1):
+        with pytest.raises(ValueError, match="offsets"):
+            moe_matmul(x, offsets, [packed, packed])
+    for experts in ([packed, _packed("FP8")], [packed, _packed(rows=16)], [packed, _packed("W4A16_ASYM")], []):
+        with pytest.raises(ValueError, match="experts"):
+            moe_matmul(x, two, experts)
+
+
+def test_weights_without_a_kernel_are_refused() -> None:
+    with pytest.raises(ValueError, match="3-bit"):
+        pack(random_weight(Grid(Kind.INT, 3, Strategy.CHANNEL), 8, 16))
+    with pytest.raises(ValueError, match="groups of 12"):
+        pack(random_weight(Grid(Kind.INT, 4, Strategy.GROUP, group_size=12), 8, 24))
+    with pytest.raises(ValueError, match="empty"):
+        pack(random_weight(INT4_CHANNEL, 0, 16))
+
+
+def test_reason_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.kernels.cpu.linear.load", lambda: "no compiler: 'g++' is not on PATH")
+    with pytest.raises(RuntimeError, match="no compiler"):
+        matmul(torch.zeros(1, 128), _packed())
+
+
+SMALL = 'extern "C" int answer() { return 42; }\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "small.cpp"
+    path.write_text(SMALL)
+    return path
+
+
+@compiles
+def test_cache_is_reused_and_keyed_by_source(tmp_path: Path, source: Path) -> None:
+    cache = tmp_path / "cache"
+    path, reason = build.build(cache, source=source)
+    assert path and not reason
+    before = path.stat()
+    assert build.build(cache, source=source) == (path, "") and path.stat() == before
+    source.write_text(SMALL.replace("42", "43"))
+    other, _ = build.build(cache, source=source)
+    assert other and other != path
+    assert sorted(p.name for p in cache.iterdir()) == sorted({path.parent.name, other.parent.name})
+
+
+@compiles
+def test_failed_build_gives_the_first_error(tmp_path: Path, source: Path) -> None:
+    source.write_text("int f() { return wrong; }\nint g() { return worse; }\n")
+    path, reason = build.build(tmp_path / "cache", source=source)
+    assert path is None and "error" in reason and "wrong" in reason and "worse" not in reason and "\n" not in reason
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@compiles
+def test_unusable_cache_gives_a_reason(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    path, reason = build.build(tmp_path / "cache", source=source)
+    assert path is None and "cannot be built in" in reason
+
+
+@compiles
+def test_builds_at_once_agree(tmp_path: Path, source: Path) -> None:
+    """Threads stand for processes: they share nothing but the folder, and each waits for a compiler of its own."""
+    results: list[tuple[Path | None, str]] = []
+    workers = [threading.Thread(target=lambda: results.append(build.build(tmp_path / "c", source=source))) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4 and len(set(results)) == 1 and results[0][1] == ""
+    assert len(list((tmp_path / "c").iterdir())) == 1
+
+
+def test_missing_compiler_and_processor(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "missing_cpu_flags", list)
+    path, reason = build.build(tmp_path / "cache", "no-such-compiler", source)
+    assert path is None and "no-such-compiler" in reason
+    monkeypatch.setattr(build, "missing_cpu_flags", lambda: ["avx512_bf16"])
+    assert build.build(tmp_path / "cache", source=source) == (None, "this processor lacks avx512_bf16")
+
+
+def test_processor_flags_are_read(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nflags\t\t: fma avx2 avx512f avx512bw avx512cd avx512dq avx512vl\n")
+    assert build.missing_cpu_flags(info) == ["avx512_bf16"]
+    assert set(build.missing_cpu_flags(tmp_path / "none")) == build.CPU_FLAGS
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder() == tmp_path / "quantkit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the standard says to ignore it
+    assert build.cache_folder() == Path.home() / ".cache" / "quantkit"

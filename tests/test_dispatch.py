@@ -1,0 +1,66 @@
+"""A checkpoint on this machine's kernels: what is chosen, why, and that it computes what the reference computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import quantkit
+from quantkit.cli import main
+from quantkit.kernels import dispatch
+from quantkit.kernels.cpu import build
+from quantkit.scheme import PRESETS, Recipe, scheme_named
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "load", lambda: "no compiler: 'g++' is not on PATH")
+
+
+def test_choice_and_its_reason(no_library: None) -> None:
+    for scheme in PRESETS.values():
+        choice = dispatch.choose(scheme, CPU)
+        assert choice.kernel == dispatch.REFERENCE and "g++" in choice.why and "avx512" in choice.elsewhere
+    assert dispatch.choose(None, CPU).kernel == dispatch.PLAIN
+    odd = scheme_named("W4A16", 12)
+    assert "groups of 12" in dispatch.choose(odd, CPU).why
+    assert "cuda" in dispatch.choose(PRESETS["W4A16"], torch.device("cuda:0")).why
+
+
+def test_explain_counts_every_linear(make_model: Callable[..., Path], tmp_path: Path, no_library: None) -> None:
+    recipe = Recipe(attention="FP8_DYNAMIC", shared_experts="BF16", group_size=32, method="rtn")
+    quantkit.quantize(make_model(), tmp_path / "out", recipe)
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out"), "--kernels", "--json"], catch_exceptions=False)
+    rows = {row["role"]: row for row in json.loads(result.stdout)["kernels"]}
+    assert {role: row["scheme"] for role, row in rows.items()} == {
+        "attention": "FP8_DYNAMIC",
+        "shared_experts": "BF16",
+        "experts": "W4A16",
+    }
+    assert [row["linears"] for row in rows.values()] == [12, 12, 48] and rows["shared_experts"]["kernel"] == "torch"
+
+
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    if isinstance(reason := build.load(), str):
+        pytest.skip(reason)
+    model = make_model(intermediate_size=128)
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme=scheme, group_size=32, method="rtn", samples=4, seq_len=32))
+    fast, slow = quantkit.load(tmp_path / "out"), quantkit.load(tmp_path / "out", kernels="reference")
+    assert {row["kernel"] for row in fast.explain()} == {dispatch.CPU}
+    ids = torch.arange(1, 61).view(2, 30)
+    here, there = next(fast.layers(ids)), next(slow.layers(ids))
+    assert here.routing is not None and there.routing is not None
+    same = (here.routing.experts == there.routing.experts).flatten()  # bfloat16 may tip a router that is nearly even
+    assert same.double().mean() > 0.9
+    moved = (here.hidden - there.hidden).flatten(0, 1)[same].norm() / there.hidden.flatten(0, 1)[same].norm()
+    # bfloat16 rounds each linear's input by 2^-9; where that tips an FP8 or INT8 code, one step of 2^-4 or 2^-7 is added.
+    assert moved < (0.05 if PRESETS[scheme].activation else 0.01)
+    assert torch.equal(fast.generate(ids[:, :4], 3)[:, :4], ids[:, :4])
