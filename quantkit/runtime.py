@@ -104,16 +104,25 @@ class CheckpointWeights:
 class KernelWeights(CheckpointWeights):
     """The same on the kernels that `kernels.dispatch` chooses: bfloat16 products of packed weights, summed in float32.
 
-    A weight is packed when it is first used and kept in that form alone; no BF16 copy of it is ever made.
+    A weight is packed when it is first used and kept in that form alone; no BF16 copy of it is ever made. Linears that
+    are not quantised are multiplied in the dtype they are stored in.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
         super().__init__(reader, device, hold=True)
         self._packed: dict[str, tuple[PackedLinear, Tensor | None]] = {}
+        self._served = {
+            scheme
+            for scheme in set(self.schemes.values()) - {None}
+            if dispatch.choose(scheme, device).kernel == dispatch.CPU
+        }
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
-        if scheme is None or dispatch.choose(scheme, self.device).kernel != dispatch.CPU:
+        if scheme is None:
+            weight = self.tensor(ref.weight)
+            return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+        if scheme not in self._served:
             return super().linear(ref, x)
         if ref.key not in self._packed:
             q = self._decode(ref, scheme)

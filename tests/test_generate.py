@@ -47,13 +47,20 @@ def test_generation_with_the_cache_is_greedy_decoding_without(model: Path, tmp_p
         next(quant.stream(ids, top_p=0.0))
 
 
-def test_text_streams_in_whole_characters(model: Path) -> None:
+def test_text_is_what_was_drawn(model: Path) -> None:
     loaded = quantkit.load(model)
     pieces = list(stream_text(loaded, "def 人", 24, temperature=1.0, seed=3))
     prompt = torch.tensor([byte_tokenizer().encode("def 人").ids])
     drawn = [int(t) for t in islice(loaded.stream(prompt, temperature=1.0, seed=3), 24)]
-    whole = byte_tokenizer().decode(drawn)
-    assert "".join(pieces) and whole.startswith("".join(pieces)) and "\ufffd" not in pieces[-1]
+    assert "".join(pieces) and byte_tokenizer().decode(drawn).startswith("".join(pieces))
+
+
+def test_text_streams_in_whole_characters_until_the_end_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, ids = quantkit.load(model), byte_tokenizer().encode("a人b").ids
+    loaded.config["eos_token_id"] = [0, 5]
+    monkeypatch.setattr(loaded, "stream", lambda *_, **__: (torch.tensor([[i]]) for i in [*ids, 5, *ids]))
+    assert list(stream_text(loaded, "x", 99)) == ["a", "人", "b"]  # the three bytes of 人 come as one piece
+    assert list(stream_text(loaded, "x", 3)) == ["a"]
 
 
 def test_generate_command(model: Path) -> None:

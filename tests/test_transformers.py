@@ -66,7 +66,7 @@ class Emulated:
         self.weights = model.weights
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
-        scheme = self.weights.schemes[ref.key]
+        scheme = self.weights.schemes.get(ref.key)
         q = self.weights.quantized(ref, scheme) if scheme else None
         weight = q.dequantize() if q else self.weights.tensor(ref.weight).float()
         activation = scheme.activation if scheme else None

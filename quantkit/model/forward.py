@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.model.blocks import Routing, apply_rope, attend, rms_norm, rope_tables, route
-from quantkit.model.spec import MLP, Attention, Layer, Linear, ModelSpec, MoE
+from quantkit.model.spec import MLP, Attention, Layer, Linear, ModelSpec, MoE, Role
 
 __all__ = [
     "KV",
@@ -164,4 +164,5 @@ def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache |
 def head(spec: ModelSpec, weights: Weights, hidden: Tensor) -> Tensor:
     """Final norm and output head: hidden [..., hidden] -> float32 logits [..., vocab]."""
     x = rms_norm(hidden, weights.tensor(spec.final_norm), spec.eps)
-    return F.linear(x, weights.tensor(spec.head or spec.embedding).to(x.dtype)).float()
+    key = (spec.head or spec.embedding).removesuffix(".weight")
+    return weights.linear(Linear(key, spec.vocab, spec.hidden, Role.HEAD), x).float()

@@ -21,6 +21,7 @@ class Role(str, Enum):
     SHARED_EXPERTS = "shared_experts"
     MLP = "mlp"
     ROUTER = "router"
+    HEAD = "head"
 
 
 @dataclass(frozen=True)

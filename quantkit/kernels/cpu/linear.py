@@ -206,5 +206,5 @@ def matmul(x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor
     if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
         raise ValueError(f"out is {tuple(out.shape)}, not contiguous {shape}")
     flat = x.reshape(-1, inputs)
-    offsets = torch.tensor([0, flat.shape[0]], dtype=torch.int64)
+    offsets = torch.tensor([0, flat.shape[0]])
     return moe_matmul(flat, offsets, [packed], None if out is None else out.view(-1, rows)).view(shape)
