@@ -24,28 +24,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from quantkit.bench import random_weight
 from quantkit.kernels.cpu.build import load
 from quantkit.kernels.cpu.linear import matmul, pack
-from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import PRESETS, Kind
+from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("W4A16", "W4A16_ASYM", "FP8_DYNAMIC")
 INT4_GOALS = {1: 1.5, 4: 1.3, 16: 1.8, 64: 1.9, 256: 2.0}
 BANDWIDTH_GOAL, BF16_GOAL = 0.80, 1 / 1.15
 Contender = Callable[[Tensor, int], object]  # activations, number of the round
-
-
-def weight(name: str, rows: int, inputs: int) -> QuantizedTensor:
-    """Random codes: time does not depend on them."""
-    grid = PRESETS[name].weight
-    shape = grid.scale_shape(rows, inputs)
-    if grid.kind is Kind.FLOAT:
-        codes = torch.randn(rows, inputs).mul_(100).clamp_(-448, 448).to(torch.float8_e4m3fn)
-    else:
-        codes = torch.randint(-8, 8, (rows, inputs), dtype=torch.int8)
-    zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
-    return QuantizedTensor(codes, torch.rand(shape).add_(0.5).bfloat16(), zero, grid)
 
 
 def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Contender], dict[str, int]]:
@@ -57,10 +45,10 @@ def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Cont
         return max(2, -(-3 * cache_bytes // size))
 
     for name in OURS:
-        first = pack(weight(name, rows, inputs))
+        first = pack(random_weight(PRESETS[name], rows, inputs))
         parts = [part for part in (first.weight, first.scale, first.zero) if part is not None]
         read[name] = sum(part.numel() * part.element_size() for part in parts)
-        packed = [first, *(pack(weight(name, rows, inputs)) for _ in range(copies(read[name]) - 1))]
+        packed = [first, *(pack(random_weight(PRESETS[name], rows, inputs)) for _ in range(copies(read[name]) - 1))]
         run[name] = lambda x, i, packed=packed: matmul(x, packed[i % len(packed)])  # type: ignore[misc]
     codes = torch.randint(0, 16, (rows, inputs), dtype=torch.int32)
     int4 = [torch._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in range(copies(rows * inputs // 2))]

@@ -197,6 +197,38 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--shape", help="Instead of a checkpoint: hunyuan-large, hunyuan-a13b, mixtral-8x22b or deepseek-v2.")
+@click.option("--scheme", default="W4A16", show_default=True, help="With --shape.")
+@click.option("--tokens", default="1,4,16,64,256", show_default=True, help="Token counts, with commas.")
+@click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=1))
+@as_json
+@command
+def bench(path: Path | None, shape: str | None, scheme: str, tokens: str, rounds: int, as_json: bool) -> None:
+    """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
+    import quantkit
+    from quantkit.bench import SHAPES, Matrix, matrices_of
+    from quantkit.bench import bench as run
+    from quantkit.errors import ConfigError
+    from quantkit.progress import bench_table
+    from quantkit.scheme import scheme_named
+
+    if (path is None) == (shape is None) or (shape is not None and shape not in SHAPES):
+        raise ConfigError(f"path {path}, --shape {shape}", f"give a checkpoint, or --shape with one of {', '.join(SHAPES)}")
+    counts = [int(part) for part in tokens.split(",") if part.strip().isdigit() and int(part) > 0]
+    if len(counts) != tokens.count(",") + 1:
+        raise ConfigError(f"--tokens {tokens!r}", "give positive numbers with commas between, such as 1,16,256")
+    chosen = scheme_named(scheme)
+    if path is not None:
+        matrices = matrices_of(quantkit.load(path))
+    elif chosen is None:
+        raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
+    else:
+        matrices = [Matrix(name, out, inputs, chosen) for name, out, inputs in SHAPES[str(shape)]]
+    show({"title": str(path or shape), "rows": run(matrices, counts, rounds)}, bench_table, as_json)
+
+
+@main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="The model it was made from: checks every weight's error.")
 @as_json

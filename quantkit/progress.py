@@ -5,12 +5,23 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from quantkit.pipeline import Step
 
-__all__ = ["clock", "console", "eval_table", "inspect_table", "kernel_table", "layer_line", "plan_table", "size"]
+__all__ = [
+    "bench_table",
+    "clock",
+    "console",
+    "eval_table",
+    "inspect_table",
+    "kernel_table",
+    "layer_line",
+    "plan_table",
+    "size",
+]
 
 
 def size(count: float) -> str:
@@ -78,6 +89,30 @@ def kernel_table(found: dict[str, Any]) -> Table:
     table = Table("role", "scheme", "linears", "kernel", "why", "elsewhere", title=f"{found['path']} on this machine")
     for row in found["kernels"]:
         table.add_row(*(str(row[name]) for name in ("role", "scheme", "linears", "kernel", "why", "elsewhere")))
+    return table
+
+
+def bench_table(found: dict[str, Any]) -> Table:
+    """One section for each matrix; the kernels that served them stand below."""
+    table = Table(title=found["title"], box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("matrix", "tokens", "us (p20..p80)", "GB/s", "TFLOP/s", "roofline", "BF16"):
+        table.add_column(name, justify="left" if name == "matrix" else "right", no_wrap=True)
+    last = ""
+    for row in found["rows"]:
+        time, (out, inputs) = row["microseconds"], row["shape"]
+        name = f"{row['matrix']} {out}x{inputs}"
+        if name != last and last:
+            table.add_section()
+        cells = [
+            str(row["tokens"]),
+            f"{time['median']:.0f} ({time['p20']:.0f}..{time['p80']:.0f})",
+            f"{row['gb_per_s']:.1f}",
+        ]
+        cells += [f"{row['tflop_per_s']:.2f}", f"{row['of_roofline']:.0%}", f"{row['of_bf16']:.2f}x"]
+        table.add_row(name if name != last else "", *cells)
+        last = name
+    kernels = sorted({f"{row['scheme']} by {row['kernel']}" for row in found["rows"]})
+    table.caption = f"{', '.join(kernels)}; share of the roofline measured here, speed-up over BF16"
     return table
 
 

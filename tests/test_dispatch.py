@@ -64,3 +64,31 @@ def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[...,
     # bfloat16 rounds each linear's input by 2^-9; where that tips an FP8 or INT8 code, one step of 2^-4 or 2^-7 is added.
     assert moved < (0.05 if PRESETS[scheme].activation else 0.01)
     assert torch.equal(fast.generate(ids[:, :4], 3)[:, :4], ids[:, :4])
+
+
+def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    quantkit.quantize(make_model(), tmp_path / "out", Recipe(attention="BF16", group_size=32, method="rtn"))
+    command = ["bench", str(tmp_path / "out"), "--tokens", "1,3", "--rounds", "2", "--json"]
+    rows = json.loads(CliRunner().invoke(main, command, catch_exceptions=False).stdout)["rows"]
+    named = {(row["matrix"], row["tokens"]) for row in rows}
+    roles = [f"{role} {name}_proj" for role in ("experts", "shared_experts") for name in ("gate", "up", "down")]
+    assert named == {(role, tokens) for role in roles for tokens in (1, 3)}
+    for row in rows:
+        time = row["microseconds"]
+        assert 0 < time["p20"] <= time["median"] <= time["p80"]
+        assert row["gb_per_s"] * time["median"] == pytest.approx(128 * 64 * 4.5 / 8 / 1e3)  # INT4 and a scale per 32
+        assert row["of_bf16"] > 0 and row["of_roofline"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give a checkpoint, or --shape"),
+        (["--shape", "gpt"], "hunyuan-large"),
+        (["--shape", "hunyuan-a13b", "--scheme", "BF16"], "no kernel to measure"),
+        (["--shape", "hunyuan-a13b", "--tokens", "1,x"], "positive numbers"),
+    ],
+)
+def test_bench_refuses(arguments: list[str], words: str) -> None:
+    result = CliRunner().invoke(main, ["bench", *arguments])
+    assert result.exit_code == 2 and words in result.stderr

@@ -1,0 +1,148 @@
+"""`quantkit bench`: how fast this machine's kernels multiply a model's matrices, beside BF16 and beside the roofline.
+
+The roofline is measured in the same run: the bandwidth of summing a buffer larger than any cache, and the arithmetic of a
+large BF16 product. A kernel cannot be faster than the longer of (bytes / bandwidth) and (operations / arithmetic). A weight
+that fits a cache may stay in it between its turns, and then beat this; matrices of the large models do not fit.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantkit.errors import ConfigError
+from quantkit.kernels import dispatch
+from quantkit.kernels.cpu.linear import matmul, pack
+from quantkit.kernels.reference import linear
+from quantkit.qtensor import QuantizedTensor
+from quantkit.runtime import Model
+from quantkit.scheme import Kind, Scheme
+
+__all__ = ["SHAPES", "Matrix", "bench", "matrices_of", "random_weight"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One kind of linear: what it is, [out_features, in_features], and its scheme."""
+
+    name: str
+    out_features: int
+    in_features: int
+    scheme: Scheme
+
+
+SHAPES: dict[str, list[tuple[str, int, int]]] = {
+    "hunyuan-large": [("q, o", 6400, 6400), ("gate, up", 18304, 6400), ("down", 6400, 18304)],
+    "hunyuan-a13b": [("q, o", 4096, 4096), ("gate, up", 3072, 4096), ("down", 4096, 3072)],
+    "mixtral-8x22b": [("q, o", 6144, 6144), ("gate, up", 16384, 6144), ("down", 6144, 16384)],
+    "deepseek-v2": [("o", 5120, 16384), ("gate, up", 1536, 5120), ("down", 5120, 1536)],
+}
+
+
+def random_weight(scheme: Scheme, rows: int, inputs: int) -> QuantizedTensor:
+    """Random codes [rows, inputs] and scales: time does not depend on them."""
+    grid = scheme.weight
+    shape = grid.scale_shape(rows, inputs)
+    low, high = int(grid.qmin), int(grid.qmax) + 1
+    codes = torch.randint(low, high, (rows, inputs), dtype=torch.int16)
+    zero = None if grid.symmetric else torch.randint(low, high, shape, dtype=torch.int8)
+    typed = codes.float().to(torch.float8_e4m3fn) if grid.kind is Kind.FLOAT else codes.to(torch.int8)
+    return QuantizedTensor(typed, torch.rand(shape).add_(0.5).bfloat16(), zero, grid)
+
+
+def matrices_of(model: Model) -> list[Matrix]:
+    """The different quantised matrices of a checkpoint, by role, name, shape and scheme."""
+    found: dict[Matrix, None] = {}
+    for ref in model.spec.linears():
+        scheme = model.weights.schemes[ref.key]
+        if scheme is not None:
+            name = f"{ref.role.value} {ref.key.rsplit('.', 1)[-1]}"
+            found[Matrix(name, ref.out_features, ref.in_features, scheme)] = None
+    return list(found)
+
+
+def _seconds(run: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Seconds of each contender in each round; within a round they take turns in random order. One round warms up."""
+    order, names = random.Random(0), list(run)
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds + 1):
+        order.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            run[name]()
+            if i:
+                measured[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in measured.items()}
+
+
+def roofline(rounds: int) -> tuple[float, float]:
+    """(bytes per second read from memory, BF16 operations per second) of this machine now."""
+    buffer, square = torch.ones(2**26, dtype=torch.int64), torch.ones(2048, 2048, dtype=torch.bfloat16)
+    seconds = _seconds({"read": buffer.sum, "multiply": lambda: square @ square}, rounds)
+    return buffer.numel() * 8 / float(seconds["read"].min()), 2 * 2048**3 / float(seconds["multiply"].min())
+
+
+def bench(matrices: Iterable[Matrix], tokens: list[int], rounds: int = 20) -> list[dict[str, Any]]:
+    """One row for each matrix and token count: the kernel that dispatch chooses beside BF16, microseconds and ratios.
+
+    Raises ConfigError when there is nothing to measure or a matrix does not fit its scheme.
+    """
+    bandwidth, arithmetic = roofline(rounds)
+    rows = []
+    for matrix in matrices:
+        if problem := matrix.scheme.misfit(matrix.out_features, matrix.in_features):
+            raise ConfigError(f"{matrix.name} cannot take {matrix.scheme.name}: {problem}", "choose another scheme")
+        kernel = dispatch.choose(matrix.scheme, torch.device("cpu")).kernel
+        q = random_weight(matrix.scheme, matrix.out_features, matrix.in_features)
+        product = _product(q, kernel)
+        plain = torch.randn(matrix.out_features, matrix.in_features).bfloat16()
+        size = matrix.scheme.bits_per_weight(*q.shape) / 8 * q.codes.numel()
+        for count in tokens:
+            x = torch.randn(count, matrix.in_features).bfloat16()
+            seconds = _seconds({"kernel": partial(product, x), "bf16": partial(F.linear, x, plain)}, rounds)
+            operations = 2.0 * count * q.codes.numel()
+            rows.append(_row(matrix, kernel, count, seconds, size, operations, bandwidth, arithmetic))
+    if not rows:
+        raise ConfigError("there is no quantised linear to measure", "give a quantised checkpoint, or --shape")
+    return rows
+
+
+def _product(q: QuantizedTensor, kernel: str) -> Callable[[Tensor], Tensor]:
+    if kernel == dispatch.CPU:
+        packed = pack(q)
+        return lambda x: matmul(x, packed)
+    return lambda x: linear(x, q, None)
+
+
+def _row(
+    matrix: Matrix,
+    kernel: str,
+    tokens: int,
+    seconds: dict[str, np.ndarray[Any, Any]],
+    size: float,
+    operations: float,
+    bandwidth: float,
+    arithmetic: float,
+) -> dict[str, Any]:
+    p20, median, p80 = np.quantile(seconds["kernel"], (0.2, 0.5, 0.8))
+    return {
+        "matrix": matrix.name,
+        "shape": [matrix.out_features, matrix.in_features],
+        "scheme": matrix.scheme.name,
+        "kernel": kernel,
+        "tokens": tokens,
+        "microseconds": {"median": median * 1e6, "p20": p20 * 1e6, "p80": p80 * 1e6},
+        "gb_per_s": size / median / 1e9,
+        "tflop_per_s": operations / median / 1e12,
+        "of_roofline": max(size / bandwidth, operations / arithmetic) / median,
+        "of_bf16": float(np.median(seconds["bf16"])) / median,
+    }
