@@ -162,17 +162,29 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", default=0, show_default=True)
+@click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice(["float32", "bf16", "fp8"]))
 @click.option("--device", default="cpu", show_default=True)
 @command
-def generate(path: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int, device: str) -> None:
+def generate(
+    path: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    kv_cache: str,
+    device: str,
+) -> None:
     """Continue a prompt with a checkpoint, quantised or not, printing text as it comes."""
     import quantkit
     from quantkit.host import pick_device
+    from quantkit.model.cache import KVFormat
+    from quantkit.sampling import Sampling
     from quantkit.text import stream_text
 
     model = quantkit.load(path, str(pick_device(device)))
     click.echo(prompt, nl=False)
-    for piece in stream_text(model, prompt, max_tokens, temperature=temperature, top_p=top_p, seed=seed):
+    for piece in stream_text(model, prompt, max_tokens, Sampling(temperature, top_p, seed), KVFormat(kv_cache)):
         click.echo(piece, nl=False)
     click.echo()
 

@@ -18,11 +18,12 @@ from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.cpu.linear import PackedLinear, matmul, pack
 from quantkit.kernels.reference import quantize_activation, round_activation
-from quantkit.model.forward import Cache, LayerTrace, forward, head
+from quantkit.model.cache import Cache, KVFormat
+from quantkit.model.forward import LayerTrace, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
-from quantkit.sampling import sample
+from quantkit.sampling import GREEDY, Sampling, sample
 from quantkit.scheme import Scheme, Strategy
 
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "load", "misfits", "schemes_of"]
@@ -174,24 +175,28 @@ class Model:
             hidden = trace.hidden
         return self.head(hidden)
 
-    def stream(self, input_ids: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Iterator[Tensor]:
+    def stream(
+        self, input_ids: Tensor, sampling: Sampling = GREEDY, kv_format: KVFormat = KVFormat.BF16
+    ) -> Iterator[Tensor]:
         """Continue int64 [batch, time] without end, yielding int64 [batch, 1]: prefill once, then a token at a time.
 
-        The cache holds one K and one V per CLA group. Raises ConfigError for a temperature below 0 or top_p outside (0, 1].
+        The cache holds one K and one V per CLA group, in kv_format.
         """
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise ConfigError(f"temperature {temperature}, top_p {top_p}", "temperature >= 0 and 0 < top_p <= 1")
-        cache, generator = Cache(), torch.Generator().manual_seed(seed)
+        cache, generator = Cache(kv_format), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
         while True:
-            following = sample(self.logits(following, cache)[:, -1], temperature, top_p, generator)
+            following = sample(self.logits(following, cache)[:, -1], sampling, generator)
             yield following
 
     def generate(
-        self, input_ids: Tensor, new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        input_ids: Tensor,
+        new_tokens: int,
+        sampling: Sampling = GREEDY,
+        kv_format: KVFormat = KVFormat.BF16,
     ) -> Tensor:
-        """int64 [batch, time] -> int64 [batch, time + new_tokens], as `stream` gives them; greedy unless told."""
-        new = islice(self.stream(input_ids, temperature=temperature, top_p=top_p, seed=seed), new_tokens)
+        """int64 [batch, time] -> int64 [batch, time + new_tokens], as `stream` gives them."""
+        new = islice(self.stream(input_ids, sampling, kv_format), new_tokens)
         return torch.cat([input_ids.to(self.device), *new], dim=1)
 
     def explain(self) -> list[dict[str, str | int]]:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["sample"]
+from quantkit.errors import ConfigError
+
+__all__ = ["GREEDY", "Sampling", "sample"]
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; greedy unless told. Raises ConfigError for a temperature below 0 or top_p outside (0, 1]."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            seen = f"temperature {self.temperature}, top_p {self.top_p}"
+            raise ConfigError(seen, "give a temperature >= 0 and 0 < top_p <= 1")
+
+
+GREEDY = Sampling()
+
+
+def sample(logits: Tensor, how: Sampling, generator: torch.Generator) -> Tensor:
     """int64 [batch, 1] drawn from float32 logits [batch, vocab].
 
     temperature 0 takes the most likely token. top_p keeps the smallest set of tokens whose probabilities, after the
     temperature, reach it (nucleus sampling, arXiv 1904.09751); the most likely token is always kept.
     """
-    if temperature == 0:
+    if how.temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    ordered, tokens = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    ordered, tokens = (logits / how.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= top_p, 0.0)
+    ordered = ordered.masked_fill(before >= how.top_p, 0.0)
     ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)
     drawn = torch.multinomial(ordered.cpu(), 1, generator=generator).to(logits.device)
     chosen: Tensor = tokens.gather(-1, drawn)

@@ -10,13 +10,19 @@ from tokenizers.decoders import DecodeStream
 
 from quantkit.calib.tokens import load_tokenizer
 from quantkit.errors import ConfigError
+from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
+from quantkit.sampling import GREEDY, Sampling
 
 __all__ = ["stream_text"]
 
 
 def stream_text(
-    model: Model, prompt: str, max_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    model: Model,
+    prompt: str,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    kv_format: KVFormat = KVFormat.BF16,
 ) -> Iterator[str]:
     """Continue a prompt, yielding pieces of text that are whole characters, until max_tokens or an end token.
 
@@ -29,7 +35,7 @@ def stream_text(
     end = model.config.get("eos_token_id")
     ends = set(end) if isinstance(end, list) else {end}
     decoder = DecodeStream(ids=[], skip_special_tokens=True)
-    stream = model.stream(torch.tensor([ids]), temperature=temperature, top_p=top_p, seed=seed)
+    stream = model.stream(torch.tensor([ids]), sampling, kv_format)
     for token in islice(stream, max_tokens):
         if token.item() in ends:
             return

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 import quantkit
 from quantkit.cli import main
 from quantkit.errors import ConfigError
-from quantkit.sampling import sample
+from quantkit.model.cache import KVFormat
+from quantkit.sampling import Sampling, sample
 from quantkit.scheme import Recipe
 from quantkit.text import stream_text
 from tests.conftest import byte_tokenizer
@@ -22,7 +23,7 @@ PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 def draws(temperature: float, top_p: float, count: int = 4000) -> torch.Tensor:
     logits = PROBABILITIES.log().expand(count, 4)
-    tokens = sample(logits, temperature, top_p, torch.Generator().manual_seed(0))
+    tokens = sample(logits, Sampling(temperature, top_p), torch.Generator().manual_seed(0))
     assert tokens.shape == (count, 1) and tokens.dtype is torch.int64
     return torch.bincount(tokens[:, 0], minlength=4) / count
 
@@ -38,20 +39,20 @@ def test_sampling_follows_the_distribution() -> None:
 def test_generation_with_the_cache_is_greedy_decoding_without(model: Path, tmp_path: Path) -> None:
     quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
     quant, ids = quantkit.load(tmp_path / "out", kernels="reference"), torch.arange(1, 13).view(2, 6)
-    generated = quant.generate(ids, 8)
+    generated = quant.generate(ids, 8, kv_format=KVFormat.FLOAT32)
     assert generated.shape == (2, 14) and torch.equal(generated[:, :6], ids)
     assert torch.equal(generated[:, 6:], quant.logits(generated)[:, 5:-1].argmax(-1))
-    warm = [quant.generate(ids, 8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
+    warm = [quant.generate(ids, 8, Sampling(2.0, seed=seed)) for seed in (1, 1, 2)]
     assert torch.equal(warm[0], warm[1]) and not torch.equal(warm[0], warm[2])
     with pytest.raises(ConfigError, match="top_p"):
-        next(quant.stream(ids, top_p=0.0))
+        Sampling(top_p=0.0)
 
 
 def test_text_is_what_was_drawn(model: Path) -> None:
     loaded = quantkit.load(model)
-    pieces = list(stream_text(loaded, "def 人", 24, temperature=1.0, seed=3))
+    pieces = list(stream_text(loaded, "def 人", 24, Sampling(1.0, seed=3)))
     prompt = torch.tensor([byte_tokenizer().encode("def 人").ids])
-    drawn = [int(t) for t in islice(loaded.stream(prompt, temperature=1.0, seed=3), 24)]
+    drawn = [int(t) for t in islice(loaded.stream(prompt, Sampling(1.0, seed=3)), 24)]
     assert "".join(pieces) and byte_tokenizer().decode(drawn).startswith("".join(pieces))
 
 

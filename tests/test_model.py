@@ -20,7 +20,8 @@ from torch import Tensor
 from quantkit.errors import ConfigError
 from quantkit.model import blocks
 from quantkit.model import forward as fw
-from quantkit.model.forward import Cache, forward, head
+from quantkit.model.cache import Cache, KVFormat
+from quantkit.model.forward import forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec, MoE
 from tests.conftest import CONFIG, random_weights
@@ -135,15 +136,37 @@ def test_cached_and_uncached_agree(steps: list[int]) -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), expected["logits"], atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize(("kv_format", "bound"), [(KVFormat.BF16, 0.05), (KVFormat.FP8, 0.5)])
+def test_smaller_cache_formats(kv_format: KVFormat, bound: float) -> None:
+    """One prompt in pieces through a BF16 or FP8 cache: logits (of the order of 10 here) move by the format's rounding."""
+    spec, weights, expected = golden(1)
+    cache = Cache(kv_format)
+    parts = [last_hidden(spec, weights, part, cache) for part in expected["input_ids"].split([20, 27, 1], dim=1)]
+    moved = (head(spec, weights, torch.cat(parts, dim=1)) - expected["logits"]).square().mean().sqrt()
+    assert 1e-5 < moved < bound
+
+
+def test_cache_grows_in_place_and_scales_follow_tokens() -> None:
+    cache, generator = Cache(KVFormat.FP8), torch.Generator().manual_seed(0)
+    whole = torch.randn(1, 2, 300, 16, generator=generator) * torch.logspace(-3, 3, 300)[:, None]
+    for part in whole.split([1, 63, 1, 200, 35], dim=2):
+        key, _ = cache.append(0, (part, part))
+    assert key.shape == whole.shape and cache.length == 300
+    error = (key - whole).norm(dim=-1) / whole.norm(dim=-1)
+    assert error.max() < 2**-4  # E4M3's relative step, whatever the size of the token
+    assert torch.equal(cache.append(0, (torch.zeros(1, 2, 1, 16),) * 2)[0][:, :, -1], torch.zeros(1, 2, 16))
+
+
 @pytest.mark.parametrize("share", [1, 2, 4])
-def test_cache_holds_one_key_and_value_per_group(share: int) -> None:
+@pytest.mark.parametrize(("kv_format", "token_bytes"), [("float32", 32 * 4), ("bf16", 32 * 2), ("fp8", 32 + 2)])
+def test_cache_holds_one_key_and_value_per_group(share: int, kv_format: str, token_bytes: int) -> None:
     config = {**CONFIG, "cla_share_factor": share}
     spec = build_spec(config, "test")
     weights = InMemory({key: value.float() for key, value in random_weights(config).items()})
-    cache, ids = Cache(), torch.arange(30).view(2, 15)
+    cache, ids = Cache(KVFormat(kv_format)), torch.arange(30).view(2, 15)
     last_hidden(spec, weights, ids, cache)
-    kv_heads, head_dim, float32 = 2, 32, 4
-    assert cache.nbytes() == (4 // share) * 2 * ids.numel() * kv_heads * head_dim * float32
+    kv_heads, groups = 2, 4 // share
+    assert cache.nbytes() == groups * 2 * ids.numel() * kv_heads * token_bytes
     assert sorted(cache.groups) == list(range(0, 4, share))
 
 

@@ -9,7 +9,7 @@ is exact, and it is why a cache holds one key and one value per group.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.model.blocks import Routing, apply_rope, attend, rms_norm, rope_tables, route
+from quantkit.model.cache import KV, Cache
 from quantkit.model.spec import MLP, Attention, Layer, Linear, ModelSpec, MoE, Role
 
 __all__ = [
@@ -33,8 +34,6 @@ __all__ = [
     "moe",
 ]
 
-KV = tuple[Tensor, Tensor]
-
 
 class Tensors(Protocol):
     """Where tensors that are not a linear's come from: norms, router, embedding, head."""
@@ -48,31 +47,6 @@ class Weights(Tensors, Protocol):
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x.dtype."""
         ...
-
-
-@dataclass
-class Cache:
-    """Generation's memory: for each CLA group ONE key (rotated, normalised, unweighted) and ONE value.
-
-    groups maps the owning layer's index to (k, v), each [batch, kv_heads, time, head_dim].
-    """
-
-    groups: dict[int, KV] = field(default_factory=dict)
-
-    @property
-    def length(self) -> int:
-        return next((k.shape[2] for k, _ in self.groups.values()), 0)
-
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for kv in self.groups.values() for t in kv)
-
-    def append(self, layer: int, kv: KV) -> KV:
-        """Add the new positions of one group and return the whole of it."""
-        if layer in self.groups:
-            old_k, old_v = self.groups[layer]
-            kv = (torch.cat((old_k, kv[0]), dim=2), torch.cat((old_v, kv[1]), dim=2))
-        self.groups[layer] = kv
-        return kv
 
 
 @dataclass(frozen=True)

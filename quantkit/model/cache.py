@@ -1,0 +1,80 @@
+"""Generation's memory: for each group of layers that share K/V (CLA), ONE key and ONE value.
+
+The key is rotated and normalised without a weight (see `forward.py`), so its elements are of the order of 1 whatever the
+model, and FP8 loses little on it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+__all__ = ["KV", "Cache", "KVFormat"]
+
+KV = tuple[Tensor, Tensor]
+
+
+class KVFormat(str, Enum):
+    """How keys and values are kept. FP8 is E4M3 with a BF16 scale, amax / 448, for each head of each token."""
+
+    FLOAT32 = "float32"
+    BF16 = "bf16"
+    FP8 = "fp8"
+
+
+class _Buffer:
+    """One tensor [batch, heads, time, head_dim] that grows in time; room is doubled when it runs out."""
+
+    def __init__(self, kv_format: KVFormat) -> None:
+        self.format, self.length = kv_format, 0
+        self.parts: list[Tensor] = []  # codes [b, h, room, d], and for FP8 scales [b, h, room, 1]
+
+    def _encode(self, x: Tensor) -> list[Tensor]:
+        if self.format is KVFormat.FLOAT32:
+            return [x.float()]
+        if self.format is KVFormat.BF16:
+            return [x.bfloat16()]
+        scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+        return [(x.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale]
+
+    def append(self, x: Tensor) -> Tensor:
+        """Keep x [batch, heads, new, head_dim] after what is there; the whole of it, decoded, in x.dtype."""
+        new, end = self._encode(x), self.length + x.shape[2]
+        if not self.parts or end > self.parts[0].shape[2]:
+            room = max(64, 2 * end)
+            grown = [part.new_empty((*part.shape[:2], room, part.shape[3])) for part in new]
+            for target, part in zip(grown, self.parts, strict=False):
+                target[:, :, : self.length] = part[:, :, : self.length]
+            self.parts = grown
+        for part, values in zip(self.parts, new, strict=True):
+            part[:, :, self.length : end] = values
+        self.length = end
+        held = [part[:, :, :end] for part in self.parts]
+        return held[0].to(x.dtype) if len(held) == 1 else (held[0].float() * held[1].float()).to(x.dtype)
+
+    def nbytes(self) -> int:
+        return sum(part[:, :, : self.length].numel() * part.element_size() for part in self.parts)
+
+
+class Cache:
+    """groups maps the index of the layer that owns a group's K/V to its (key, value)."""
+
+    def __init__(self, kv_format: KVFormat = KVFormat.FLOAT32) -> None:
+        self.format = kv_format
+        self.groups: dict[int, tuple[_Buffer, _Buffer]] = {}
+
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return next((key.length for key, _ in self.groups.values()), 0)
+
+    def nbytes(self) -> int:
+        """Bytes of what is held, scales included, room to grow not."""
+        return sum(buffer.nbytes() for group in self.groups.values() for buffer in group)
+
+    def append(self, layer: int, kv: KV) -> KV:
+        """Add the new positions of one group, each [batch, kv_heads, new, head_dim], and return the whole of it."""
+        key, value = self.groups.setdefault(layer, (_Buffer(self.format), _Buffer(self.format)))
+        return key.append(kv[0]), value.append(kv[1])
