@@ -1,4 +1,4 @@
-"""The reference model: runs a `ModelSpec` over any source of weights. Every matmul goes through `weights.linear`.
+"""The reference model: runs a `ModelSpec` over any source of weights; `weights.linear` does every product but the router's.
 
 Cross-layer attention (CLA): a group of layers shares one raw K and V. The released code rotates and normalises K anew in
 each layer with that layer's own key norm. A score only sees q_norm_w * k_norm_w * (q_hat . k_hat), so the key that is kept

@@ -3,7 +3,7 @@
 With H the mean of x x^T at the layer's input and U the upper Cholesky factor of H^-1, rounding column i leaves
 e = (w_i - q_i) / U_ii, and the best repair of the rest is W[:, i:] -= e U[i, i:] (their Algorithm 1). Columns are visited
 by falling diag(H), while scales belong to the original order ("static groups"), so the file needs no permutation.
-Scales are searched before, weighted by diag(H): on small models that is worth as much as the repair itself.
+Scales are searched before, weighted by diag(H), since the repair cannot undo a scale that is too wide.
 """
 
 from __future__ import annotations

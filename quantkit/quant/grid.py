@@ -10,8 +10,8 @@ from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["encode", "minmax_scale", "search_scale"]
 
-# Fractions of the min-max range tried by `search_scale`. Clipping below half of the range never paid on any weight
-# measured; above 1 the coarser step can still win, because the largest code of a symmetric grid is -8 and not 7.
+# Fractions of the min-max range tried by `search_scale`: down to half of it, one bit less of range for one bit more of
+# resolution, and a little above 1, since the largest code of a symmetric grid is -8 and not 7.
 _SHRINK = torch.linspace(0.5, 1.05, 23).tolist()
 
 
