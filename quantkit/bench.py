@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from quantkit.errors import ConfigError
 from quantkit.kernels import dispatch
-from quantkit.kernels.cpu.linear import matmul, pack
 from quantkit.kernels.reference import linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import Model
@@ -101,26 +99,19 @@ def bench(matrices: Iterable[Matrix], tokens: list[int], rounds: int = 20) -> li
     for matrix in matrices:
         if problem := matrix.scheme.misfit(matrix.out_features, matrix.in_features):
             raise ConfigError(f"{matrix.name} cannot take {matrix.scheme.name}: {problem}", "choose another scheme")
-        kernel = dispatch.choose(matrix.scheme, torch.device("cpu")).kernel
-        q = random_weight(matrix.scheme, matrix.out_features, matrix.in_features)
-        product = _product(q, kernel)
+        shape = matrix.out_features, matrix.in_features
+        choice, q = dispatch.choose(matrix.scheme, shape, torch.device("cpu")), random_weight(matrix.scheme, *shape)
+        product = choice.backend.linear(q, matrix.scheme) if choice.backend else partial(linear, weight=q, activation=None)
         plain = torch.randn(matrix.out_features, matrix.in_features).bfloat16()
         size = matrix.scheme.bits_per_weight(*q.shape) / 8 * q.codes.numel()
         for count in tokens:
             x = torch.randn(count, matrix.in_features).bfloat16()
             seconds = _seconds({"kernel": partial(product, x), "bf16": partial(F.linear, x, plain)}, rounds)
             operations = 2.0 * count * q.codes.numel()
-            rows.append(_row(matrix, kernel, count, seconds, size, operations, bandwidth, arithmetic))
+            rows.append(_row(matrix, choice.kernel, count, seconds, size, operations, bandwidth, arithmetic))
     if not rows:
         raise ConfigError("there is no quantised linear to measure", "give a quantised checkpoint, or --shape")
     return rows
-
-
-def _product(q: QuantizedTensor, kernel: str) -> Callable[[Tensor], Tensor]:
-    if kernel == dispatch.CPU:
-        packed = pack(q)
-        return lambda x: matmul(x, packed)
-    return lambda x: linear(x, q, None)
 
 
 def _row(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,15 +17,15 @@ from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import dispatch, reference
-from quantkit.kernels.cpu.linear import PackedLinear, matmul, pack
-from quantkit.kernels.reference import quantize_activation, round_activation
+from quantkit.kernels.backend import Backend, Expert, QuantExperts, QuantLinear
+from quantkit.model.blocks import Routing
 from quantkit.model.cache import Cache, KVFormat
-from quantkit.model.forward import LayerTrace, forward, head
+from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
 from quantkit.qtensor import QuantizedTensor
 from quantkit.sampling import GREEDY, Sampling, sample
-from quantkit.scheme import Scheme, Strategy
+from quantkit.scheme import Scheme
 
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "load", "misfits", "schemes_of"]
 
@@ -64,8 +65,8 @@ def misfits(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme
     return problems
 
 
-class CheckpointWeights:
-    """`forward.Weights` read from disk. Activations are rounded as each linear's scheme says; arithmetic is float32.
+class CheckpointWeights(Weights):
+    """Weights read from disk. Activations are rounded as each linear's scheme says; arithmetic is float32.
 
     hold: keep what has been read, in its stored (compressed) form. Without it memory is bounded by one linear.
     """
@@ -103,39 +104,107 @@ class CheckpointWeights:
 
 
 class KernelWeights(CheckpointWeights):
-    """The same on the kernels that `kernels.dispatch` chooses: bfloat16 products of packed weights, summed in float32.
+    """The same on the kernels that `kernels.dispatch` chooses. No BF16 copy of a quantised weight is ever made.
 
-    A weight is packed when it is first used and kept in that form alone; no BF16 copy of it is ever made. Linears that
-    are not quantised are multiplied in the dtype they are stored in.
+    Weights are packed when first used (`pack` does it for all) and kept in that form alone. Experts of one scheme and shape
+    go into one call, the shared expert among them when it is alike. Linears that are not quantised are multiplied in the
+    dtype they are stored in.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
         super().__init__(reader, device, hold=True)
-        self._packed: dict[str, tuple[PackedLinear, Tensor | None]] = {}
-        self._served = {
-            scheme
-            for scheme in set(self.schemes.values()) - {None}
-            if dispatch.choose(scheme, device).kernel == dispatch.CPU
-        }
+        self._linears: dict[str, QuantLinear | None] = {}
+        self._fused: dict[str, QuantExperts | None] = {}
+
+    def choice(self, ref: Linear) -> dispatch.Choice:
+        """What serves a linear here."""
+        return dispatch.choose(self.schemes.get(ref.key), (ref.out_features, ref.in_features), self.device)
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
         if scheme is None:
             weight = self.tensor(ref.weight)
             return F.linear(x.to(weight.dtype), weight).to(x.dtype)
-        if scheme not in self._served:
-            return super().linear(ref, x)
-        if ref.key not in self._packed:
-            q = self._decode(ref, scheme)
-            self._packed[ref.key] = (pack(q), q.input_scale)
-        packed, input_scale = self._packed[ref.key]
-        if scheme.activation is None:
-            return matmul(x, packed).to(x.dtype)
-        if scheme.activation.strategy is Strategy.GROUP:
-            return matmul(round_activation(x, scheme.activation, input_scale), packed).to(x.dtype)
-        # Codes of 8 bits are exact in bfloat16, codes times a scale are not: the scale goes onto the product.
-        codes, scale = quantize_activation(x, scheme.activation, input_scale)
-        return (matmul(codes, packed) * scale).to(x.dtype)
+        kernel = self._linear(ref, scheme)
+        return kernel(x) if kernel else super().linear(ref, x)
+
+    def mlp(self, spec: MLP, x: Tensor) -> Tensor:
+        kernel = self._experts(spec.gate.key, (spec,))
+        if kernel is None:
+            return super().mlp(spec, x)
+        ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        return kernel(x, ids, torch.ones(len(x), 1, device=x.device))
+
+    def experts(self, spec: MoE, x: Tensor, routing: Routing) -> Tensor:
+        ids, weights = routing.experts, routing.weights
+        if spec.shared and (kernel := self._experts(spec.shared.gate.key, (*spec.experts, spec.shared))):
+            ids = torch.cat([ids, torch.full_like(ids[:, :1], len(spec.experts))], dim=1)
+            return kernel(x, ids, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
+        if not (kernel := self._experts(spec.experts[0].gate.key, spec.experts)):
+            return super().experts(spec, x, routing)
+        routed = kernel(x, ids, weights)
+        return routed + self.mlp(spec.shared, x) if spec.shared else routed
+
+    def pack(self, spec: ModelSpec, progress: Callable[[int, int], None] | None = None) -> None:
+        """Pack every weight now; progress is called with (layers done, layers in all). Raises CheckpointError."""
+        for layer in spec.layers:
+            for ref in layer.attention.linears():
+                self._linear(ref, self.schemes[ref.key])
+            mlp = layer.mlp
+            if isinstance(mlp, MLP):
+                self._experts(mlp.gate.key, (mlp,))
+            elif not (mlp.shared and self._experts(mlp.shared.gate.key, (*mlp.experts, mlp.shared))):
+                self._experts(mlp.experts[0].gate.key, mlp.experts)
+                if mlp.shared:
+                    self._experts(mlp.shared.gate.key, (mlp.shared,))
+            if progress:
+                progress(layer.index + 1, len(spec.layers))
+
+    def _linear(self, ref: Linear, scheme: Scheme | None) -> QuantLinear | None:
+        """Its kernel, packed; None when it is not quantised or the reference serves it."""
+        if ref.key not in self._linears:
+            backend = self.choice(ref).backend
+            kernel = None
+            if scheme and backend:
+                with _named(ref.key):
+                    kernel = backend.linear(self._decode(ref, scheme), scheme)
+            self._linears[ref.key] = kernel
+        return self._linears[ref.key]
+
+    def _experts(self, key: str, parts: tuple[MLP, ...]) -> QuantExperts | None:
+        """One kernel for all these MLPs, packed; None when they are not alike or the reference serves them."""
+        if key not in self._fused:
+            alike = self._alike(parts)
+            kernel = None
+            if alike:
+                scheme, backend = alike
+                loaded = (Expert(*(self._decode(ref, scheme) for ref in part.linears())) for part in parts)
+                with _named(key):
+                    kernel = backend.experts(loaded, len(parts), scheme)
+            self._fused[key] = kernel
+        return self._fused[key]
+
+    def _alike(self, parts: tuple[MLP, ...]) -> tuple[Scheme, Backend] | None:
+        """The scheme and backend that all linears of these MLPs have in common, if they have their shapes too."""
+        refs = [ref for part in parts for ref in part.linears()]
+        shapes = {tuple((ref.out_features, ref.in_features) for ref in part.linears()) for part in parts}
+        schemes = {self.schemes[ref.key] for ref in refs}
+        backends = {self.choice(ref).backend for ref in parts[0].linears()}
+        scheme, backend = next(iter(schemes)), next(iter(backends))
+        if len(shapes) > 1 or len(schemes) > 1 or len(backends) > 1 or scheme is None or backend is None:
+            return None
+        return scheme, backend
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """A weight that a kernel cannot pack is an error of the checkpoint, and has a name."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(
+            f"'{key}' cannot be packed: {error}", "quantise again, or load with kernels='reference'"
+        ) from error
 
 
 class Model:
@@ -201,7 +270,10 @@ class Model:
 
     def explain(self) -> list[dict[str, str | int]]:
         """Which kernel serves which role, why, and what would on other hardware (`kernels.dispatch.explain`)."""
-        linears = ((ref.role.value, self.weights.schemes[ref.key]) for ref in self.spec.linears())
+        linears = (
+            (ref.role.value, self.weights.schemes[ref.key], (ref.out_features, ref.in_features))
+            for ref in self.spec.linears()
+        )
         return dispatch.explain(linears, self.device)
 
     def _check(self, input_ids: Tensor) -> None:
@@ -213,10 +285,19 @@ class Model:
             raise ConfigError(f"input_ids span {low}..{high}", f"the vocabulary is 0..{self.spec.vocab - 1}")
 
 
-def load(path: str | Path, device: str = "cpu", kernels: Kernels = "auto") -> Model:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    kernels: Kernels = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
     """A quantised or unquantised checkpoint folder, ready for `logits`, `stream` and `generate`.
 
-    kernels: "auto" runs quantised linears on this machine's kernels (`Model.explain` says which; the first use may build
-    them), "reference" dequantises and multiplies in float32. Raises QuantkitError when the checkpoint is not sound.
+    kernels: "auto" packs quantised linears for this machine's kernels (`Model.explain` says which; the first use may build
+    them), "reference" dequantises and multiplies in float32. progress is called with (layers packed, layers in all).
+    Raises QuantkitError when the checkpoint is not sound.
     """
-    return Model(Path(path), torch.device(device), kernels=kernels)
+    model = Model(Path(path), torch.device(device), kernels=kernels)
+    if isinstance(model.weights, KernelWeights):
+        model.weights.pack(model.spec, progress)
+    return model

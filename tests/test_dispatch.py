@@ -16,7 +16,7 @@ from quantkit.kernels import dispatch
 from quantkit.kernels.cpu import build
 from quantkit.scheme import PRESETS, Recipe, scheme_named
 
-CPU = torch.device("cpu")
+CPU, SHAPE = torch.device("cpu"), (64, 128)
 
 
 @pytest.fixture
@@ -26,12 +26,12 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choice_and_its_reason(no_library: None) -> None:
     for scheme in PRESETS.values():
-        choice = dispatch.choose(scheme, CPU)
+        choice = dispatch.choose(scheme, SHAPE, CPU)
         assert choice.kernel == dispatch.REFERENCE and "g++" in choice.why and "avx512" in choice.elsewhere
-    assert dispatch.choose(None, CPU).kernel == dispatch.PLAIN
+    assert dispatch.choose(None, SHAPE, CPU).kernel == dispatch.PLAIN
     odd = scheme_named("W4A16", 12)
-    assert "groups of 12" in dispatch.choose(odd, CPU).why
-    assert "cuda" in dispatch.choose(PRESETS["W4A16"], torch.device("cuda:0")).why
+    assert "groups of 12" in dispatch.choose(odd, SHAPE, CPU).why
+    assert "cuda" in dispatch.choose(PRESETS["W4A16"], SHAPE, torch.device("cuda:0")).why
 
 
 def test_explain_counts_every_linear(make_model: Callable[..., Path], tmp_path: Path, no_library: None) -> None:
@@ -54,7 +54,7 @@ def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[...,
     model = make_model(intermediate_size=128)
     quantkit.quantize(model, tmp_path / "out", Recipe(scheme=scheme, group_size=32, method="rtn", samples=4, seq_len=32))
     fast, slow = quantkit.load(tmp_path / "out"), quantkit.load(tmp_path / "out", kernels="reference")
-    assert {row["kernel"] for row in fast.explain()} == {dispatch.CPU}
+    assert {row["kernel"] for row in fast.explain()} == {"cpu-avx512"}
     ids = torch.arange(1, 61).view(2, 30)
     here, there = next(fast.layers(ids)), next(slow.layers(ids))
     assert here.routing is not None and there.routing is not None

@@ -21,7 +21,7 @@ from quantkit.errors import ConfigError
 from quantkit.model import blocks
 from quantkit.model import forward as fw
 from quantkit.model.cache import Cache, KVFormat
-from quantkit.model.forward import forward, head
+from quantkit.model.forward import Weights, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec, MoE
 from tests.conftest import CONFIG, random_weights
@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parent / "golden-hunyuan-large"
 TOLERANCE = 1e-4
 
 
-class InMemory:
+class InMemory(Weights):
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.kernels.reference import round_activation
-from quantkit.model.forward import forward
+from quantkit.model.forward import Weights, forward
 from quantkit.model.spec import Linear, Role
 from quantkit.runtime import Model
 from quantkit.scheme import Recipe
@@ -58,7 +58,7 @@ def theirs(folder: Path) -> Tensor:
     return logits
 
 
-class Emulated:
+class Emulated(Weights):
     """quantkit's reading of a checkpoint with transformers' two departures, both in experts only: their inputs are not
     rounded to FP8, and kept or packed weights are multiplied in bfloat16 although float32 is asked for."""
 

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from quantkit.calib.corpus import held_out_files
-from quantkit.model.forward import LayerTrace, forward, head
+from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.hunyuan_large import build
 from quantkit.model.spec import Linear, ModelSpec
 
@@ -62,7 +62,7 @@ MIXTURE = {"english": 0.35, "chinese": 0.25, "python": 0.4}
 WINDOW = 512
 
 
-class TrainWeights:
+class TrainWeights(Weights):
     """Float32 parameters, multiplied in bfloat16."""
 
     def __init__(self, parameters: dict[str, Tensor]) -> None:

@@ -7,53 +7,57 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.kernels.cpu import build
-from quantkit.kernels.cpu.linear import served
+from quantkit.kernels.backend import Backend
+from quantkit.kernels.cpu import backend as cpu
 from quantkit.scheme import Scheme
 
-__all__ = ["CPU", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
+__all__ = ["BACKENDS", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
 
-CPU = "cpu-avx512"
 REFERENCE = "reference"
 PLAIN = "torch"
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND,)  # the first that takes a linear serves it
 
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: CPU, REFERENCE or PLAIN. why: the reason for it. elsewhere: what would serve the layer on other hardware."""
+    """kernel: a backend's name, REFERENCE or PLAIN; backend: None for the last two. why: the reason for it. elsewhere: what
+    would serve the layer on other hardware."""
 
     kernel: str
+    backend: Backend | None
     why: str
     elsewhere: str
 
 
-def choose(scheme: Scheme | None, device: torch.device) -> Choice:
-    """The kernel for a linear of this scheme on this device. The reference is always right, and slow."""
+def choose(scheme: Scheme | None, shape: tuple[int, int], device: torch.device) -> Choice:
+    """The kernel for a linear [out, in] of this scheme on this device. The reference is always right, and slow."""
     if scheme is None:
-        return Choice(PLAIN, "not quantised", "torch on any device")
-    if unfit := served(scheme.weight):
-        return Choice(REFERENCE, unfit, "the reference, on any device")
-    elsewhere = f"{CPU} on an x86-64 CPU with {', '.join(sorted(build.CPU_FLAGS))} and a C++ compiler"
-    if device.type != "cpu":
-        return Choice(REFERENCE, f"no kernel is connected for device {device} yet", elsewhere)
-    library = build.load()
-    if isinstance(library, str):
-        return Choice(REFERENCE, library, elsewhere)
-    return Choice(CPU, "INT4, INT8 and FP8 weights by table, bfloat16 products summed in float32", "the reference")
+        return Choice(PLAIN, None, "not quantised", "torch on any device")
+    problems = {backend.name: backend.takes(scheme, shape) for backend in BACKENDS}
+    able = [backend for backend in BACKENDS if problems[backend.name] is None]
+    if not able:
+        return Choice(REFERENCE, None, "; ".join(filter(None, problems.values())), "the reference, on any device")
+    lacks = {backend.name: backend.lacks(scheme, device) for backend in able}
+    here = next((backend for backend in able if lacks[backend.name] is None), None)
+    others = [f"{backend.name} on {backend.hardware}" for backend in able if backend is not here]
+    if here is None:
+        return Choice(REFERENCE, None, "; ".join(filter(None, lacks.values())), "; ".join(others))
+    return Choice(here.name, here, here.why, "; ".join(others) or "the reference, on any device")
 
 
-def explain(linears: Iterable[tuple[str, Scheme | None]], device: torch.device) -> list[dict[str, str | int]]:
-    """One row for each role and scheme: which kernel serves it, why, and what would elsewhere.
+def explain(
+    linears: Iterable[tuple[str, Scheme | None, tuple[int, int]]], device: torch.device
+) -> list[dict[str, str | int]]:
+    """One row for each role, scheme and choice: which kernel serves it, why, and what would elsewhere.
 
-    linears: (role, scheme) of every linear of a model.
+    linears: (role, scheme, [out, in]) of every linear of a model.
     """
-    counts: dict[tuple[str, Scheme | None], int] = {}
-    for role, scheme in linears:
-        counts[role, scheme] = counts.get((role, scheme), 0) + 1
+    counts: dict[tuple[str, Scheme | None, Choice], int] = {}
+    for role, scheme, shape in linears:
+        key = role, scheme, choose(scheme, shape, device)
+        counts[key] = counts.get(key, 0) + 1
     rows: list[dict[str, str | int]] = []
-    for (role, scheme), count in counts.items():
-        choice = choose(scheme, device)
-        name = scheme.name if scheme else "BF16"
+    for (role, scheme, choice), count in counts.items():
         place = {"kernel": choice.kernel, "why": choice.why, "elsewhere": choice.elsewhere}
-        rows.append({"role": role, "scheme": name, "linears": count, **place})
+        rows.append({"role": role, "scheme": scheme.name if scheme else "BF16", "linears": count, **place})
     return rows

@@ -8,6 +8,7 @@ is exact, and it is why a cache holds one key and one value per group.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,8 +31,6 @@ __all__ = [
     "forward",
     "head",
     "key_value",
-    "mlp",
-    "moe",
 ]
 
 
@@ -41,12 +40,33 @@ class Tensors(Protocol):
     def tensor(self, key: str) -> Tensor: ...
 
 
-class Weights(Tensors, Protocol):
-    """Where a model's numbers come from: memory, a checkpoint on disk, or a quantised one."""
+class Weights(ABC):
+    """Where a model's numbers come from: memory, a checkpoint on disk, or a quantised one.
 
+    `mlp` and `experts` are defined by `linear`; a subclass may compute the same in fewer steps.
+    """
+
+    @abstractmethod
+    def tensor(self, key: str) -> Tensor: ...
+
+    @abstractmethod
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x.dtype."""
-        ...
+
+    def mlp(self, spec: MLP, x: Tensor) -> Tensor:
+        """down(silu(gate(x)) * up(x)); x [n, hidden]."""
+        return self.linear(spec.down, F.silu(self.linear(spec.gate, x)) * self.linear(spec.up, x))
+
+    def experts(self, spec: MoE, x: Tensor, routing: Routing) -> Tensor:
+        """The routed experts' outputs, weighted, plus the shared expert's; x [n, hidden]. An idle expert is not called."""
+        order = routing.experts.flatten().argsort(stable=True)  # (token, slot) pairs, expert by expert
+        tokens = order // spec.top_k
+        counts = torch.bincount(routing.experts.flatten(), minlength=len(spec.experts)).tolist()
+        parts = zip(spec.experts, x[tokens].split(counts), strict=True)
+        y = torch.cat([self.mlp(expert, part) for expert, part in parts if len(part)])
+        y = y * routing.weights.flatten()[order, None].to(y.dtype)
+        out = self.mlp(spec.shared, x) if spec.shared else torch.zeros_like(x)
+        return out.index_add(0, tokens, y.to(out.dtype))
 
 
 @dataclass(frozen=True)
@@ -79,24 +99,6 @@ def attention_core(
     return attend(q, *kv)
 
 
-def mlp(spec: MLP, x: Tensor, weights: Weights) -> Tensor:
-    """down(silu(gate(x)) * up(x)); x [n, hidden]."""
-    return weights.linear(spec.down, F.silu(weights.linear(spec.gate, x)) * weights.linear(spec.up, x))
-
-
-def moe(spec: MoE, x: Tensor, weights: Weights) -> tuple[Tensor, Routing]:
-    """Shared expert plus the weighted routed ones; x [n, hidden]. An expert without a token is not called."""
-    routing = route(x, weights.tensor(spec.router.weight), spec.top_k, spec.renormalise)
-    order = routing.experts.flatten().argsort(stable=True)  # (token, slot) pairs, expert by expert
-    tokens = order // spec.top_k
-    counts = torch.bincount(routing.experts.flatten(), minlength=len(spec.experts)).tolist()
-    parts = zip(spec.experts, x[tokens].split(counts), strict=True)
-    y = torch.cat([mlp(expert, part, weights) for expert, part in parts if len(part)])
-    y = y * routing.weights.flatten()[order, None].to(y.dtype)
-    out = mlp(spec.shared, x, weights) if spec.shared else torch.zeros_like(x)
-    return out.index_add(0, tokens, y.to(out.dtype)), routing
-
-
 def _layer(
     layer: Layer,
     h: Tensor,
@@ -115,10 +117,12 @@ def _layer(
         raise ValueError(f"layer {layer.index} borrows K/V from layer {a.kv_from}, which has not run")
     h = h + weights.linear(a.o, attention_core(a, weights.linear(a.q, x), kv, tables, weights, eps))
     x = rms_norm(h, weights.tensor(layer.post_attention_norm), eps).flatten(0, 1)
-    if isinstance(layer.mlp, MoE):
-        out, routing = moe(layer.mlp, x, weights)
+    block, routing = layer.mlp, None
+    if isinstance(block, MoE):
+        routing = route(x, weights.tensor(block.router.weight), block.top_k, block.renormalise)
+        out = weights.experts(block, x, routing)
     else:
-        out, routing = mlp(layer.mlp, x, weights), None
+        out = weights.mlp(block, x)
     return h + out.view_as(h), kv, routing
 
 

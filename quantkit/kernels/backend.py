@@ -1,0 +1,69 @@
+"""What a family of kernels offers: quantised linears and experts, packed once at load and then called.
+
+A family is one `Backend` and one row in `dispatch.BACKENDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import Scheme
+
+__all__ = ["Backend", "Expert", "QuantExperts", "QuantLinear"]
+
+
+class QuantLinear(Protocol):
+    """A quantised linear on its kernel."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x float [..., in] -> [..., out] in x.dtype."""
+        ...
+
+
+class QuantExperts(Protocol):
+    """The gated MLPs of a layer's experts on their kernel: down(silu(gate(x)) * up(x)), of one shape and scheme."""
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x float [n, hidden], ids int64 [n, k] in [0, experts), weights float32 [n, k] -> [n, hidden] in x.dtype.
+
+        A token's outputs are multiplied with its weights, as they are, and summed. n may be 0 and an expert idle.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert as it lies on disk."""
+
+    gate: QuantizedTensor
+    up: QuantizedTensor
+    down: QuantizedTensor
+
+    def __post_init__(self) -> None:
+        a, b = self.gate.input_scale, self.up.input_scale
+        if a is not None and b is not None and not torch.equal(a, b):
+            raise ValueError(f"gate and up read one input, but their input scales are {a.tolist()} and {b.tolist()}")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A family of kernels.
+
+    takes: why weights [out, in] of a scheme have no kernel here on any hardware, or None. lacks: what this device lacks to
+    run a scheme, or None. linear, experts: pack; what they are given has passed both. experts takes a layer's experts one
+    at a time, and their number, so that they need never lie in memory twice.
+    """
+
+    name: str
+    hardware: str
+    why: str
+    takes: Callable[[Scheme, tuple[int, int]], str | None]
+    lacks: Callable[[Scheme, torch.device], str | None]
+    linear: Callable[[QuantizedTensor, Scheme], QuantLinear]
+    experts: Callable[[Iterable[Expert], int, Scheme], QuantExperts]
