@@ -26,7 +26,7 @@ from torch import Tensor
 
 from quantkit.bench import random_weight
 from quantkit.kernels.cpu.build import load
-from quantkit.kernels.cpu.linear import matmul, pack
+from quantkit.kernels.cpu.linear import gather, matmul, pack
 from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,9 +46,9 @@ def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Cont
 
     for name in OURS:
         first = pack(random_weight(PRESETS[name], rows, inputs))
-        parts = [part for part in (first.weight, first.scale, first.zero) if part is not None]
-        read[name] = sum(part.numel() * part.element_size() for part in parts)
-        packed = [first, *(pack(random_weight(PRESETS[name], rows, inputs)) for _ in range(copies(read[name]) - 1))]
+        read[name] = first.nbytes
+        rest = [pack(random_weight(PRESETS[name], rows, inputs)) for _ in range(copies(read[name]) - 1)]
+        packed = [gather([part]) for part in (first, *rest)]
         run[name] = lambda x, i, packed=packed: matmul(x, packed[i % len(packed)])  # type: ignore[misc]
     codes = torch.randint(0, 16, (rows, inputs), dtype=torch.int32)
     int4 = [torch._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in range(copies(rows * inputs // 2))]

@@ -30,7 +30,7 @@ from quantkit.scheme import Scheme
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "load", "misfits", "schemes_of"]
 
 
-Kernels = Literal["auto", "reference"]
+Kernels = Literal["auto", "w4a8", "reference"]
 
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
@@ -111,14 +111,15 @@ class KernelWeights(CheckpointWeights):
     dtype they are stored in.
     """
 
-    def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
+    def __init__(self, reader: CheckpointReader, device: torch.device, backends: tuple[Backend, ...]) -> None:
         super().__init__(reader, device, hold=True)
+        self.backends = backends
         self._linears: dict[str, QuantLinear | None] = {}
         self._fused: dict[str, QuantExperts | None] = {}
 
     def choice(self, ref: Linear) -> dispatch.Choice:
         """What serves a linear here."""
-        return dispatch.choose(self.schemes.get(ref.key), (ref.out_features, ref.in_features), self.device)
+        return dispatch.choose(self.schemes.get(ref.key), (ref.out_features, ref.in_features), self.device, self.backends)
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
@@ -210,14 +211,18 @@ def _named(key: str) -> Iterator[None]:
 class Model:
     """A loaded checkpoint. `spec` says what it is, `weights` where its numbers come from.
 
-    hold: keep weights once read. kernels: "auto" for the fastest this machine has, "reference" for float32.
+    hold: keep weights once read. kernels: see `load`.
     """
 
     def __init__(self, folder: Path, device: torch.device, hold: bool = True, kernels: Kernels = "reference") -> None:
         reader = CheckpointReader(folder)
         self.folder, self.device, self.config = folder, device, reader.config
         self.spec = build_spec(reader.config, str(folder / "config.json"))
-        self.weights = KernelWeights(reader, device) if kernels == "auto" else CheckpointWeights(reader, device, hold)
+        self.weights = (
+            CheckpointWeights(reader, device, hold)
+            if kernels == "reference"
+            else KernelWeights(reader, device, dispatch.OPTIONS[kernels])
+        )
         if problems := misfits(reader, self.spec, self.weights.schemes):
             raise CheckpointError(
                 f"{folder}: {len(problems)} tensors do not match config.json: {problems[0]}",
@@ -274,7 +279,8 @@ class Model:
             (ref.role.value, self.weights.schemes[ref.key], (ref.out_features, ref.in_features))
             for ref in self.spec.linears()
         )
-        return dispatch.explain(linears, self.device)
+        asked = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
+        return dispatch.explain(linears, self.device, asked)
 
     def _check(self, input_ids: Tensor) -> None:
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -294,8 +300,9 @@ def load(
     """A quantised or unquantised checkpoint folder, ready for `logits`, `stream` and `generate`.
 
     kernels: "auto" packs quantised linears for this machine's kernels (`Model.explain` says which; the first use may build
-    them), "reference" dequantises and multiplies in float32. progress is called with (layers packed, layers in all).
-    Raises QuantkitError when the checkpoint is not sound.
+    them); "w4a8" does so too and rounds the inputs of INT4 weights to INT8, faster on a CPU; "reference" dequantises and
+    multiplies in float32. progress is called with (layers packed, layers in all). Raises QuantkitError when the
+    checkpoint is not sound.
     """
     model = Model(Path(path), torch.device(device), kernels=kernels)
     if isinstance(model.weights, KernelWeights):

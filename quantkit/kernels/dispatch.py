@@ -11,11 +11,13 @@ from quantkit.kernels.backend import Backend
 from quantkit.kernels.cpu import backend as cpu
 from quantkit.scheme import Scheme
 
-__all__ = ["BACKENDS", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
+__all__ = ["BACKENDS", "OPTIONS", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
 
 REFERENCE = "reference"
 PLAIN = "torch"
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND,)  # the first that takes a linear serves it
+BACKENDS: tuple[Backend, ...] = (cpu.AVX512,)  # the first that takes a linear serves it
+# What a user may ask for: backends that come first. "w4a8" rounds inputs that the scheme leaves as they are.
+OPTIONS: dict[str, tuple[Backend, ...]] = {"auto": BACKENDS, "w4a8": (cpu.W4A8, *BACKENDS)}
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,18 @@ class Choice:
     elsewhere: str
 
 
-def choose(scheme: Scheme | None, shape: tuple[int, int], device: torch.device) -> Choice:
+def choose(
+    scheme: Scheme | None, shape: tuple[int, int], device: torch.device, backends: tuple[Backend, ...] = BACKENDS
+) -> Choice:
     """The kernel for a linear [out, in] of this scheme on this device. The reference is always right, and slow."""
     if scheme is None:
         return Choice(PLAIN, None, "not quantised", "torch on any device")
-    problems = {backend.name: backend.takes(scheme, shape) for backend in BACKENDS}
-    able = [backend for backend in BACKENDS if problems[backend.name] is None]
+    problems = {backend.name: backend.takes(scheme, shape) for backend in backends}
+    able = [backend for backend in backends if problems[backend.name] is None]
     if not able:
-        return Choice(REFERENCE, None, "; ".join(filter(None, problems.values())), "the reference, on any device")
+        return Choice(
+            REFERENCE, None, "; ".join(filter(None, problems.values())) or "asked for", "the reference, on any device"
+        )
     lacks = {backend.name: backend.lacks(scheme, device) for backend in able}
     here = next((backend for backend in able if lacks[backend.name] is None), None)
     others = [f"{backend.name} on {backend.hardware}" for backend in able if backend is not here]
@@ -46,7 +52,9 @@ def choose(scheme: Scheme | None, shape: tuple[int, int], device: torch.device) 
 
 
 def explain(
-    linears: Iterable[tuple[str, Scheme | None, tuple[int, int]]], device: torch.device
+    linears: Iterable[tuple[str, Scheme | None, tuple[int, int]]],
+    device: torch.device,
+    backends: tuple[Backend, ...] = BACKENDS,
 ) -> list[dict[str, str | int]]:
     """One row for each role, scheme and choice: which kernel serves it, why, and what would elsewhere.
 
@@ -54,7 +62,7 @@ def explain(
     """
     counts: dict[tuple[str, Scheme | None, Choice], int] = {}
     for role, scheme, shape in linears:
-        key = role, scheme, choose(scheme, shape, device)
+        key = role, scheme, choose(scheme, shape, device, backends)
         counts[key] = counts.get(key, 0) + 1
     rows: list[dict[str, str | int]] = []
     for (role, scheme, choice), count in counts.items():
