@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import click
 
@@ -17,6 +17,14 @@ from quantkit.errors import QuantkitError
 __all__ = ["main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+Kernels = Literal["auto", "w4a8", "reference"]  # as in runtime.py, which would import torch
+kernels_option = click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    type=click.Choice(get_args(Kernels)),
+    help="auto: this machine's; w4a8: INT4 weights by INT8 inputs, faster on a CPU; reference: float32.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
@@ -163,6 +171,7 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice(["float32", "bf16", "fp8"]))
+@kernels_option
 @click.option("--device", default="cpu", show_default=True)
 @command
 def generate(
@@ -173,16 +182,24 @@ def generate(
     top_p: float,
     seed: int,
     kv_cache: str,
+    kernels: Kernels,
     device: str,
 ) -> None:
     """Continue a prompt with a checkpoint, quantised or not, printing text as it comes."""
     import quantkit
     from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
+    from quantkit.progress import console
     from quantkit.sampling import Sampling
     from quantkit.text import stream_text
 
-    model = quantkit.load(path, str(pick_device(device)))
+    with console(stderr=True).status("loading") as status:
+        model = quantkit.load(
+            path,
+            str(pick_device(device)),
+            kernels,
+            progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
+        )
     click.echo(prompt, nl=False)
     for piece in stream_text(model, prompt, max_tokens, Sampling(temperature, top_p, seed), KVFormat(kv_cache)):
         click.echo(piece, nl=False)
@@ -199,9 +216,12 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
     from quantkit.progress import inspect_table, kernel_table
 
     if kernels:
-        import quantkit
+        import torch
 
-        show({"path": str(path), "kernels": quantkit.load(path).explain()}, kernel_table, as_json)
+        from quantkit.runtime import Model
+
+        model = Model(path, torch.device("cpu"), kernels="auto")
+        show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
         return
     from quantkit.verify import inspect as run
 
@@ -214,15 +234,29 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
 @click.option("--scheme", default="W4A16", show_default=True, help="With --shape.")
 @click.option("--tokens", default="1,4,16,64,256", show_default=True, help="Token counts, with commas.")
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=1))
+@kernels_option
+@click.option("--device", default="cpu", show_default=True)
 @as_json
 @command
-def bench(path: Path | None, shape: str | None, scheme: str, tokens: str, rounds: int, as_json: bool) -> None:
+def bench(
+    path: Path | None,
+    shape: str | None,
+    scheme: str,
+    tokens: str,
+    rounds: int,
+    kernels: Kernels,
+    device: str,
+    as_json: bool,
+) -> None:
     """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
-    import quantkit
+    import torch
+
     from quantkit.bench import SHAPES, Matrix, matrices_of
     from quantkit.bench import bench as run
     from quantkit.errors import ConfigError
+    from quantkit.host import pick_device
     from quantkit.progress import bench_table
+    from quantkit.runtime import Model
     from quantkit.scheme import scheme_named
 
     if (path is None) == (shape is None) or (shape is not None and shape not in SHAPES):
@@ -232,12 +266,16 @@ def bench(path: Path | None, shape: str | None, scheme: str, tokens: str, rounds
         raise ConfigError(f"--tokens {tokens!r}", "give positive numbers with commas between, such as 1,16,256")
     chosen = scheme_named(scheme)
     if path is not None:
-        matrices = matrices_of(quantkit.load(path))
+        matrices = matrices_of(Model(path, torch.device("cpu")))
     elif chosen is None:
         raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
     else:
         matrices = [Matrix(name, out, inputs, chosen) for name, out, inputs in SHAPES[str(shape)]]
-    show({"title": str(path or shape), "rows": run(matrices, counts, rounds)}, bench_table, as_json)
+    show(
+        {"title": str(path or shape), "rows": run(matrices, counts, rounds, str(pick_device(device)), kernels)},
+        bench_table,
+        as_json,
+    )
 
 
 @main.command()

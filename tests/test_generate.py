@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 
 import quantkit
+from quantkit.calib.tokens import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError
 from quantkit.model.cache import KVFormat
@@ -18,6 +19,7 @@ from quantkit.scheme import Recipe
 from quantkit.text import stream_text
 from tests.conftest import byte_tokenizer
 
+TINY = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 
@@ -68,5 +70,33 @@ def test_generate_command(model: Path) -> None:
     arguments = ["generate", str(model), "--prompt", "import os", "--max-tokens", "5"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout.startswith("import os")
+    other = CliRunner().invoke(main, [*arguments, "--kernels", "reference"], catch_exceptions=False)
+    assert other.stdout == result.stdout  # nothing is quantised: the same numbers
     empty = CliRunner().invoke(main, ["generate", str(model), "--prompt", ""])
     assert empty.exit_code == 2 and "no token" in empty.stderr
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
+def test_generated_text_has_the_references_probabilities(scheme: str, tmp_path: Path) -> None:
+    """The bundled model on this machine's kernels, and the reference model on the same dequantised weights in float32.
+
+    bfloat16 keeps 8 bits of each input: log-probabilities move by about 0.01, and KL by its square. Rounding inputs to
+    INT8 moves more, and quantisation itself much more, or this test could not tell.
+    """
+    quantkit.quantize(TINY, tmp_path / "out", Recipe(scheme=scheme, method="rtn"))
+    exact, base = (quantkit.load(path, kernels="reference") for path in (tmp_path / "out", TINY))
+    prompt = load_tokenizer(TINY).encode("def main(argv):\n    ").ids
+    for kernels, bound in (("auto", 1e-3), ("w4a8", 5e-3)):
+        model = quantkit.load(tmp_path / "out", kernels=kernels)  # type: ignore[arg-type]
+        ids = model.generate(torch.tensor([prompt]), 48)
+        here, there, other = (m.logits(ids)[:, :-1].log_softmax(-1) for m in (model, exact, base))
+        moved = (here - there).gather(-1, ids[:, 1:, None]).abs()
+        assert moved.mean() < 0.05 and divergence(there, here) < bound
+        assert divergence(other, there) > 3 * bound
+    pieces = "".join(stream_text(model, "def main(argv):\n    ", 24))
+    assert load_tokenizer(TINY).decode(ids[0, len(prompt) : len(prompt) + 24].tolist()).startswith(pieces)
+
+
+def divergence(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL in nats of log-probabilities [.., vocab]."""
+    return float((base.exp() * (base - other)).sum(-1).mean())

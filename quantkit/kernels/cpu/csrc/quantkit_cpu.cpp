@@ -26,7 +26,20 @@ namespace {
 
 constexpr int kBlocks = 4;    // row blocks of one work item
 constexpr int kMaxTiles = 12;  // tiles of a job
+constexpr int64_t kSerial = 1 << 16;  // elements to prepare in one thread: 256 KB
 constexpr std::align_val_t kCacheLine{64};
+
+// Calls body, whose loops are `omp for`, in all threads, or here alone: little work is not worth another meeting of the
+// threads, which costs a time slice on a busy machine.
+template <class Body>
+void in_threads(int threads, bool worth, Body body) {
+    if (worth && threads > 1) {
+#pragma omp parallel num_threads(threads)
+        body();
+    } else {
+        body();
+    }
+}
 
 Work work_of(int format, int tile) {
     switch (format) {
@@ -50,25 +63,22 @@ Buffer<T> buffer(int64_t count) {
     return Buffer<T>(static_cast<T*>(operator new(std::max<int64_t>(count, 1) * sizeof(T), kCacheLine)));
 }
 
-// y[s, :] = weight of s's expert times x[index[s], :], for slots s sorted by expert. Everything is allocated here; pack and
-// multiply are called by all threads of a parallel region.
+// y[s, :] = weight of s's expert times x[index[s], :], for slots s sorted by expert. Everything is allocated beforehand.
 class Product {
 public:
     Product(const Matrix& m, const int64_t* offsets, int64_t experts, int threads)
-        : shape_{m.rows, m.inputs, m.chunk, m.chunks_per_scale, m.format < 3 ? Bf16::kVectors : Bytes::kVectors},
+        : threads_(threads), shape_{m.rows, m.inputs, m.chunk, m.chunks_per_scale, m.format < 3 ? Bf16::kVectors : Bytes::kVectors},
           how_{static_cast<Rounding>(m.rounding), m.span, m.input_scale}, format_(m.format) {
         for (int64_t e = 0; e < experts; ++e) split(m, static_cast<int>(e), offsets[e], offsets[e + 1]);
-        int64_t room = 0, tokens = 0;
         bool several = false;
         for (const Job& job : jobs_) {
-            room += job.tile * job.tiles;
-            tokens = std::max<int64_t>(tokens, job.tile * job.tiles);
+            room_ += job.tile * job.tiles;
+            widest_ = std::max<int64_t>(widest_, job.tile * job.tiles);
             several |= job.tiles > 1;
         }
-        widest_ = tokens;
-        words_ = buffer<uint32_t>(room * shape_.steps() * shape_.words);
-        sums_ = buffer<float>(room * shape_.chunks());
-        x_scale_ = buffer<float>(how_.rounding == kKeep ? 0 : room * shape_.chunks());
+        words_ = buffer<uint32_t>(room_ * shape_.steps() * shape_.words);
+        sums_ = buffer<float>(room_ * shape_.chunks());
+        x_scale_ = buffer<float>(how_.rounding == kKeep ? 0 : room_ * shape_.chunks());
         codes_ = buffer<float>(threads * shape_.steps() * kStep);
         plain_ = buffer<uint8_t>(several && format_ < 3 ? threads * plain_bytes() : 0);
         int64_t before = 0;
@@ -80,6 +90,12 @@ public:
         }
     }
 
+    void operator()(const float* x, const int64_t* index, float* y) const {
+        in_threads(threads_, room_ * shape_.inputs > kSerial, [=] { pack(x, index); });
+        in_threads(threads_, true, [=] { multiply(y); });
+    }
+
+private:
     void pack(const float* x, const int64_t* index) const {
         const int64_t items = static_cast<int64_t>(jobs_.size()) * widest_;
 #pragma omp for schedule(dynamic, 1)
@@ -105,7 +121,6 @@ public:
         }
     }
 
-private:
     int64_t plain_bytes() const { return shape_.steps() * Plain::kBytes; }
 
     // The jobs of one expert: one, or several of about equal size when its tokens would not fit kMaxTiles.
@@ -125,10 +140,11 @@ private:
         }
     }
 
+    int threads_;
     Shape shape_;
     Activation how_;
     int format_;
-    int64_t widest_ = 0;
+    int64_t room_ = 0, widest_ = 0;  // tokens of all jobs and of the largest, filled up to whole tiles
     std::vector<Job> jobs_;
     Buffer<uint32_t> words_;
     Buffer<float> sums_, x_scale_, codes_;
@@ -147,15 +163,18 @@ inline __m512 exp16(__m512 x) {
     return _mm512_scalef_ps(sum, n);
 }
 
-// out[0..n) = silu(gate) * up.
-void gated(const float* gate, const float* up, int64_t n, float* out) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    for (int64_t k = 0; k < n; k += 16) {
-        const __mmask16 live = live_lanes(n - k);
-        const __m512 g = _mm512_maskz_loadu_ps(live, gate + k), u = _mm512_maskz_loadu_ps(live, up + k);
-        const __m512 below = _mm512_add_ps(one, exp16(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), _mm512_set1_ps(88.0f))));
-        _mm512_mask_storeu_ps(out + k, live, _mm512_mul_ps(_mm512_div_ps(g, below), u));
-    }
+// act [slots, inner] = silu(gate) * up, from the two halves of middle [slots, wide].
+void gate(const float* middle, int64_t slots, int64_t inner, int64_t wide, float* act) {
+    const __m512 one = _mm512_set1_ps(1.0f), most = _mm512_set1_ps(88.0f);
+#pragma omp for
+    for (int64_t s = 0; s < slots; ++s)
+        for (int64_t k = 0; k < inner; k += 16) {
+            const __mmask16 live = live_lanes(inner - k);
+            const __m512 g = _mm512_maskz_loadu_ps(live, middle + s * wide + k);
+            const __m512 u = _mm512_maskz_loadu_ps(live, middle + s * wide + wide / 2 + k);
+            const __m512 below = _mm512_add_ps(one, exp16(_mm512_min_ps(_mm512_sub_ps(_mm512_setzero_ps(), g), most)));
+            _mm512_mask_storeu_ps(act + s * inner + k, live, _mm512_mul_ps(_mm512_div_ps(g, below), u));
+        }
 }
 
 // Slots sorted by expert: where each expert's begin, and the slot (token * top_k + choice) at each place.
@@ -173,18 +192,26 @@ struct Order {
     }
 };
 
+// out [tokens, hidden]: the sum of each token's slots, weighted, in the order of its choices.
+void combine(const float* y, const Order& order, const float* router, int64_t tokens, int64_t top_k, int64_t hidden, float* out) {
+#pragma omp for
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* to = out + t * hidden;
+        std::fill(to, to + hidden, 0.0f);
+        for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
+            const float* from = y + order.places[s] * hidden;
+            for (int64_t k = 0; k < hidden; ++k) to[k] += router[s] * from[k];
+        }
+    }
+}
+
 }  // namespace
 
 // y [offsets[experts], rows] = x [.., inputs] times the weight of each row's expert: e has rows offsets[e] .. offsets[e + 1].
 // The pointers of an expert without rows are not read. Returns 0, or 1 when memory ran out.
 extern "C" int quantkit_matmul(const Matrix* m, const int64_t* offsets, int64_t experts, const float* x, float* y, int threads) {
     try {
-        const Product product(*m, offsets, experts, threads);
-#pragma omp parallel num_threads(threads)
-        {
-            product.pack(x, nullptr);
-            product.multiply(y);
-        }
+        Product(*m, offsets, experts, threads)(x, nullptr, y);
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -200,27 +227,10 @@ extern "C" int quantkit_experts(const Matrix* gate_up, const Matrix* down, const
         const int64_t slots = tokens * top_k, wide = gate_up->rows, inner = down->inputs, hidden = down->rows;
         const Buffer<float> middle = buffer<float>(slots * wide), act = buffer<float>(slots * inner), y = buffer<float>(slots * hidden);
         const Product first(*gate_up, order.offsets.data(), experts, threads), second(*down, order.offsets.data(), experts, threads);
-#pragma omp parallel num_threads(threads)
-        {
-            first.pack(x, order.tokens.data());
-            first.multiply(middle.get());
-#pragma omp for collapse(2)
-            for (int64_t s = 0; s < slots; ++s)
-                for (int64_t k = 0; k < inner; k += 1024) {
-                    const float* gate = middle.get() + s * wide + k;
-                    gated(gate, gate + wide / 2, std::min<int64_t>(1024, inner - k), act.get() + s * inner + k);
-                }
-            second.pack(act.get(), nullptr);
-            second.multiply(y.get());
-#pragma omp for
-            for (int64_t t = 0; t < tokens; ++t) {
-                std::fill(out + t * hidden, out + (t + 1) * hidden, 0.0f);
-                for (int64_t s = t * top_k; s < (t + 1) * top_k; ++s) {
-                    const float* from = y.get() + order.places[s] * hidden;
-                    for (int64_t k = 0; k < hidden; ++k) out[t * hidden + k] += router[s] * from[k];
-                }
-            }
-        }
+        first(x, order.tokens.data(), middle.get());
+        in_threads(threads, slots * inner > kSerial, [&] { gate(middle.get(), slots, inner, wide, act.get()); });
+        second(act.get(), nullptr, y.get());
+        in_threads(threads, slots * hidden > kSerial, [&] { combine(y.get(), order, router, tokens, top_k, hidden, out); });
     } catch (const std::bad_alloc&) {
         return 1;
     }
