@@ -10,9 +10,9 @@
 
 namespace quantkit {
 
-constexpr int kMaxTile = 16;     // sums, of 32 registers
+constexpr int kMaxTile = 16;     // sums and totals, of 32 registers
 constexpr int kSizes[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};  // tokens of a tile
-constexpr int kPrefetch = 4096;  // bytes ahead of the load
+constexpr int kPrefetch = 12288;  // bytes ahead of the load, into the second-level cache
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,7 +53,7 @@ inline void add_scaled(const Shape& shape, const Job& job, int64_t block, int64_
     const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(job.scale + at));
     const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     __m512 value[T];
-#pragma GCC unroll 24
+#pragma GCC unroll 16
     for (int i = 0; i < T; ++i) value[i] = Format::value(acc[i]);
     if (Format::kOffset || job.zero) {
         __m512i zero = _mm512_set1_epi32(Format::kOffset);
@@ -62,14 +62,14 @@ inline void add_scaled(const Shape& shape, const Job& job, int64_t block, int64_
             zero = _mm512_add_epi32(zero, _mm512_cvtepi8_epi32(bytes));
         }
         const __m512 offset = _mm512_cvtepi32_ps(zero);
-#pragma GCC unroll 24
+#pragma GCC unroll 16
         for (int i = 0; i < T; ++i) value[i] = _mm512_fnmadd_ps(offset, _mm512_set1_ps(job.sums[of_x + i]), value[i]);
     }
     if (job.x_scale) {
-#pragma GCC unroll 24
+#pragma GCC unroll 16
         for (int i = 0; i < T; ++i) value[i] = _mm512_mul_ps(value[i], _mm512_set1_ps(job.x_scale[of_x + i]));
     }
-#pragma GCC unroll 24
+#pragma GCC unroll 16
     for (int i = 0; i < T; ++i) total[i] = _mm512_fmadd_ps(scale, value[i], total[i]);
 }
 
@@ -82,36 +82,43 @@ inline void store(const Shape& shape, const Job& job, int64_t block, int t, cons
         _mm512_mask_storeu_ps(y + (job.first + first + i) * shape.rows + row, mask, total[i]);
 }
 
-// Row blocks first .. last times tile t of the tokens. Few tokens need more sums, to hide the latency of the dot product.
-// The loops over T are unrolled by force, so that sums stay in registers.
+// Row blocks first .. last times tile t of the tokens. A dot product waits some 6 cycles for the sum it adds to, so few tokens
+// need several sums each: of the vectors of a step, and of every other step. The loops over T are unrolled by force, so that
+// sums stay in registers.
 template <class Format, int T>
 void multiply(const Shape& shape, const Job& job, const uint8_t* at, int64_t first, int64_t last, int t, float* y) {
-    constexpr int kSums = std::min(Format::kVectors, T == 1 ? 4 : T <= 4 ? 2 : 1);
+    constexpr int kSums = std::min(Format::kVectors, T <= 2 ? 4 : T <= 5 ? 2 : 1), kUnroll = T * Format::kVectors <= 4 ? 2 : 1;
+    using Sum = typename Format::Sum;
     const Format format;
     for (int64_t block = first; block < last; ++block) {
         __m512 total[T];
         for (int i = 0; i < T; ++i) total[i] = _mm512_setzero_ps();
         for (int64_t c = 0; c < shape.chunks(); ++c) {
             const uint32_t* x = job.words_of(shape, c, t);
-            typename Format::Sum acc[kSums][T];
-#pragma GCC unroll 4
-            for (int s = 0; s < kSums; ++s)
-#pragma GCC unroll 24
+            Sum acc[kUnroll * kSums][T];
+#pragma GCC unroll 8
+            for (int s = 0; s < kUnroll * kSums; ++s)
+#pragma GCC unroll 16
                 for (int i = 0; i < T; ++i) acc[s][i] = Format::none();
-            for (int64_t step = shape.steps_of(c); step > 0; --step) {
-                for (int line = 0; line < Format::kBytes; line += 64) _mm_prefetch(at + kPrefetch + line, _MM_HINT_T0);
+            const auto step = [&](Sum(*sums)[T]) __attribute__((always_inline)) {
+                for (int line = 0; line < Format::kBytes; line += 64) _mm_prefetch(at + kPrefetch + line, _MM_HINT_T1);
 #pragma GCC unroll 4
                 for (int v = 0; v < Format::kVectors; ++v) {
                     const __m512i weight = format.decode(at, v);
-#pragma GCC unroll 24
-                    for (int i = 0; i < T; ++i) acc[v % kSums][i] = Format::dot(acc[v % kSums][i], weight, x[v * T + i]);
+#pragma GCC unroll 16
+                    for (int i = 0; i < T; ++i) sums[v % kSums][i] = Format::dot(sums[v % kSums][i], weight, x[v * T + i]);
                 }
                 at += Format::kBytes;
                 x += Format::kVectors * T;
-            }
-#pragma GCC unroll 4
-            for (int s = 1; s < kSums; ++s)
-#pragma GCC unroll 24
+            };
+            int64_t left = shape.steps_of(c);
+            for (; left >= kUnroll; left -= kUnroll)
+#pragma GCC unroll 2
+                for (int u = 0; u < kUnroll; ++u) step(acc + u * kSums);
+            for (; left > 0; --left) step(acc);
+#pragma GCC unroll 8
+            for (int s = 1; s < kUnroll * kSums; ++s)
+#pragma GCC unroll 16
                 for (int i = 0; i < T; ++i) acc[0][i] = Format::add(acc[0][i], acc[s][i]);
             add_scaled<Format, T>(shape, job, block, c, t, acc[0], total);
         }
