@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quantkit.bench import random_weight, timed
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
-from quantkit.kernels.cpu.linear import PackedLinear, experts, gather, pack, stack
+from quantkit.kernels.cpu.linear import PackedLinear, experts, gather, on_huge_pages, pack, stack
 from quantkit.model.blocks import Routing
 from quantkit.model.forward import Weights
 from quantkit.model.hunyuan_large import mlp_spec
@@ -52,7 +52,7 @@ class Plain(Weights):
 
 def copy_of(part: PackedLinear) -> PackedLinear:
     """The same weight elsewhere in memory: what a token reads must not lie in a cache."""
-    return replace(part, weight=part.weight.clone(), scale=part.scale.clone())
+    return replace(part, weight=on_huge_pages(part.weight), scale=part.scale.clone())
 
 
 def quantised(name: str, hidden: int, inner: int, count: int) -> tuple[Contender, float]:

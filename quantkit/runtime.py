@@ -115,7 +115,7 @@ class KernelWeights(CheckpointWeights):
         super().__init__(reader, device, hold=True)
         self.backends = backends
         self._linears: dict[str, QuantLinear | None] = {}
-        self._fused: dict[str, QuantExperts | None] = {}
+        self._fused: dict[tuple[str, int], QuantExperts | None] = {}
 
     def choice(self, ref: Linear) -> dispatch.Choice:
         """What serves a linear here."""
@@ -130,7 +130,7 @@ class KernelWeights(CheckpointWeights):
         return kernel(x) if kernel else super().linear(ref, x)
 
     def mlp(self, spec: MLP, x: Tensor) -> Tensor:
-        kernel = self._experts(spec.gate.key, (spec,))
+        kernel = self._experts((spec,))
         if kernel is None:
             return super().mlp(spec, x)
         ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
@@ -138,10 +138,10 @@ class KernelWeights(CheckpointWeights):
 
     def experts(self, spec: MoE, x: Tensor, routing: Routing) -> Tensor:
         ids, weights = routing.experts, routing.weights
-        if spec.shared and (kernel := self._experts(spec.shared.gate.key, (*spec.experts, spec.shared))):
+        if spec.shared and (kernel := self._experts((*spec.experts, spec.shared))):
             ids = torch.cat([ids, torch.full_like(ids[:, :1], len(spec.experts))], dim=1)
             return kernel(x, ids, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
-        if not (kernel := self._experts(spec.experts[0].gate.key, spec.experts)):
+        if not (kernel := self._experts(spec.experts)):
             return super().experts(spec, x, routing)
         routed = kernel(x, ids, weights)
         return routed + self.mlp(spec.shared, x) if spec.shared else routed
@@ -151,15 +151,19 @@ class KernelWeights(CheckpointWeights):
         for layer in spec.layers:
             for ref in layer.attention.linears():
                 self._linear(ref, self.schemes[ref.key])
-            mlp = layer.mlp
-            if isinstance(mlp, MLP):
-                self._experts(mlp.gate.key, (mlp,))
-            elif not (mlp.shared and self._experts(mlp.shared.gate.key, (*mlp.experts, mlp.shared))):
-                self._experts(mlp.experts[0].gate.key, mlp.experts)
+            if isinstance(mlp := layer.mlp, MLP):
+                self._pack((mlp,))
+            elif not (mlp.shared and self._experts((*mlp.experts, mlp.shared))):
+                self._pack(mlp.experts)
                 if mlp.shared:
-                    self._experts(mlp.shared.gate.key, (mlp.shared,))
+                    self._pack((mlp.shared,))
             if progress:
                 progress(layer.index + 1, len(spec.layers))
+
+    def _pack(self, parts: tuple[MLP, ...]) -> None:
+        if self._experts(parts) is None:
+            for ref in (ref for part in parts for ref in part.linears()):
+                self._linear(ref, self.schemes[ref.key])
 
     def _linear(self, ref: Linear, scheme: Scheme | None) -> QuantLinear | None:
         """Its kernel, packed; None when it is not quantised or the reference serves it."""
@@ -172,18 +176,22 @@ class KernelWeights(CheckpointWeights):
             self._linears[ref.key] = kernel
         return self._linears[ref.key]
 
-    def _experts(self, key: str, parts: tuple[MLP, ...]) -> QuantExperts | None:
+    def _experts(self, parts: tuple[MLP, ...]) -> QuantExperts | None:
         """One kernel for all these MLPs, packed; None when they are not alike or the reference serves them."""
+        key = parts[0].gate.key, len(parts)
         if key not in self._fused:
             alike = self._alike(parts)
             kernel = None
             if alike:
                 scheme, backend = alike
-                loaded = (Expert(*(self._decode(ref, scheme) for ref in part.linears())) for part in parts)
-                with _named(key):
-                    kernel = backend.experts(loaded, len(parts), scheme)
+                with _named(parts[0].gate.key if len(parts) == 1 else f"{parts[0].gate.key}, or another expert there,"):
+                    kernel = backend.experts((self._expert(part, scheme) for part in parts), len(parts), scheme)
             self._fused[key] = kernel
         return self._fused[key]
+
+    def _expert(self, part: MLP, scheme: Scheme) -> Expert:
+        with _named(part.gate.key):
+            return Expert(*(self._decode(ref, scheme) for ref in part.linears()))
 
     def _alike(self, parts: tuple[MLP, ...]) -> tuple[Scheme, Backend] | None:
         """The scheme and backend that all linears of these MLPs have in common, if they have their shapes too."""
@@ -204,7 +212,7 @@ def _named(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise CheckpointError(
-            f"'{key}' cannot be packed: {error}", "quantise again, or load with kernels='reference'"
+            f"{key} cannot be packed: {error}", "quantise again, or load with kernels='reference'"
         ) from error
 
 

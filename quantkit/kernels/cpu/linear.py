@@ -18,7 +18,7 @@ from quantkit.kernels.cpu.build import load
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Grid, Kind, Strategy
 
-__all__ = ["Packed", "PackedLinear", "experts", "gather", "matmul", "moe_matmul", "pack", "stack", "unfit"]
+__all__ = ["Packed", "PackedLinear", "experts", "gather", "matmul", "moe_matmul", "on_huge_pages", "pack", "stack", "unfit"]
 
 ROWS = 16  # rows interleaved to a block: the 32-bit lanes of a register
 STEP = 8  # inputs in a step of the kernel
@@ -179,7 +179,7 @@ def _weight(codes: Tensor, bits: int, as_bytes: bool) -> Tensor:
     return flat
 
 
-def _on_huge_pages(data: Tensor) -> Tensor:
+def on_huge_pages(data: Tensor) -> Tensor:
     """A copy of uint8 `data` on pages of 2 MB where the system has them: few tokens read 10 to 20 % faster from those."""
     if data.numel() < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return data
@@ -210,7 +210,7 @@ def pack(q: QuantizedTensor, activation: Activation | None = None) -> PackedLine
     chunk = _chunk(q.grid, inputs)
     padded = -(-inputs // STEP) * STEP
     return PackedLinear(
-        weight=_on_huge_pages(_weight(q.codes, q.grid.bits, as_bytes)),
+        weight=on_huge_pages(_weight(q.codes, q.grid.bits, as_bytes)),
         scale=_interleave(_per_row(q.scale, q.grid, rows)),
         zero=None if q.zero is None else _interleave(_per_row(q.zero, q.grid, rows)),
         shape=(rows, inputs),
@@ -229,7 +229,7 @@ def stack(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
         raise ValueError(f"gate {gate.shape} and up {up.shape} differ in shape, format, groups or zero points")
     zero = None if gate.zero is None or up.zero is None else torch.cat([gate.zero, up.zero])
     rows = 2 * -(-gate.shape[0] // ROWS) * ROWS
-    weight = _on_huge_pages(torch.cat([gate.weight, up.weight]))
+    weight = on_huge_pages(torch.cat([gate.weight, up.weight]))
     return replace(gate, weight=weight, scale=torch.cat([gate.scale, up.scale]), zero=zero, shape=(rows, gate.shape[1]))
 
 
