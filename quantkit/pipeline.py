@@ -323,8 +323,7 @@ class _UnitRun:
         if tape is None:
             embed(walk, ids, following)
             return
-        a = self.plan.spec.layers[0].attention
-        kv = walk.tape("kv", 2 * a.kv_heads * a.head_dim)
+        kv = walk.tape("kv", self.plan.spec.layers[0].attention.kv_width)
         for layer in self.unit.layers:
             walk_layer(walk, layer, tape, following, kv)
             self.progress(self.job.step(layer, self.outcomes))

@@ -56,7 +56,7 @@ class Plan:
         if not self.calibrated:
             return 0
         a = self.spec.layers[0].attention
-        width = 3 * self.spec.hidden + 2 * a.kv_heads * a.head_dim + max(self.spec.hidden, a.o.in_features)
+        width = 3 * self.spec.hidden + a.kv_width + max(self.spec.hidden, a.o.in_features)
         return self.recipe.samples * self.recipe.seq_len * width * 4
 
     def by_role(self) -> dict[str, dict[str, Any]]:
@@ -205,9 +205,9 @@ def _split(tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
 def _engine_notes(spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
     """Where tensor parallelism would cut a group or block: engines refuse to load that."""
     notes: dict[str, None] = {}
-    for ref in spec.linears():
+    for ref in (ref for layer in spec.layers for ref in (layer.attention.o, *(mlp.down for mlp in layer.mlps()))):
         scheme = schemes[ref.key]
-        if scheme is None or not ref.key.endswith(("down_proj", "o_proj")):
+        if scheme is None:
             continue
         unit = {Strategy.GROUP: scheme.weight.group_size, Strategy.BLOCK: (scheme.weight.block or (0, 0))[1]}.get(
             scheme.weight.strategy
