@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python bench/cpu_kernels.py --threads 1
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
 	$(BIN)/python bench/generate.py
+	$(BIN)/python -m bench.plan_scale
 
 gpu-bench: $(TOOLS)
 	$(BIN)/python bench/gpu_kernels.py

@@ -73,7 +73,10 @@ def quantize(
     Interrupted, the same call resumes and ends with the same bytes. Raises a QuantkitError, and leaves no `out`, when
     anything is wrong.
     """
-    job = _Job(_prepare(model, out, recipe or Recipe(), device))
+    ready = _prepare(model, out, recipe or Recipe(), device)
+    if shortage := ready.shortage():
+        raise OutputError(shortage, "free space, or choose another OUT")
+    job = _Job(ready)
     try:
         return job.run(progress or (lambda step: None))
     finally:
@@ -81,18 +84,21 @@ def quantize(
 
 
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
-    """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer."""
-    plan = _prepare(model, out, recipe, device).plan
+    """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
+    without enough space is a note: the plan may be for another machine."""
+    ready = _prepare(model, out, recipe, device)
+    plan, shortage = ready.plan, ready.shortage()
     return {
         "architecture": plan.spec.architecture,
         "layers": len(plan.spec.layers),
+        "parameters": plan.spec.parameters,
         "roles": plan.by_role(),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "tape_bytes": plan.tape_bytes,
         "shards": sum(len(unit.shards) for unit in plan.units),
         "calibrated": plan.calibrated,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *([shortage] if shortage else [])],
         "recipe": recipe.model_dump(),
     }
 
@@ -120,6 +126,13 @@ class _Ready:
     def partial(self) -> Path:
         return self.target.with_name(self.target.name + ".partial")
 
+    def shortage(self) -> str | None:
+        """What to say when there is not enough room for what is still to be written."""
+        folder = next(p for p in (self.partial, *self.partial.absolute().parents) if p.exists())
+        present = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file()) if self.partial.exists() else 0
+        needed, free = self.plan.output_bytes + self.plan.tape_bytes - present, shutil.disk_usage(folder).free
+        return f"{folder} has {free:,} bytes free, and {needed:,} are needed" if free < needed else None
+
     def key(self) -> dict[str, str]:
         """All that decides the bytes of the result."""
         return {
@@ -139,9 +152,7 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     refuse_present(target)
     reader = CheckpointReader(source)
     plan = make_plan(reader, recipe)
-    ready = _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
-    _check_space(plan, ready.partial)
-    return ready
+    return _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
 
 
 def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
@@ -155,16 +166,6 @@ def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
             "use the tokenizer that belongs to this model",
         )
     return ids
-
-
-def _check_space(plan: Plan, partial: Path) -> None:
-    folder = next(p for p in (partial, *partial.absolute().parents) if p.exists())
-    present = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
-    needed, free = plan.output_bytes + plan.tape_bytes - present, shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
-        )
 
 
 class _Job:

@@ -41,10 +41,15 @@ class Plan:
     recipe: Recipe
     schemes: dict[str, Scheme | None]
     units: tuple[Unit, ...]
-    quantization_config: dict[str, Any]
     source_bytes: int
     output_bytes: int
     notes: tuple[str, ...]
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """For config.json. Made when it is wanted: importing the library that checks it takes seconds and 180 MB."""
+        routers = [layer.mlp.router.key for layer in self.spec.layers if isinstance(layer.mlp, MoE)]
+        return compressed_tensors.config(self.schemes, routers)
 
     @property
     def calibrated(self) -> bool:
@@ -90,13 +95,11 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     _check_names(reader, spec)
     schemes = _assign(reader, spec, recipe)
     units = _units(reader, spec, schemes)
-    routers = [layer.mlp.router.key for layer in spec.layers if isinstance(layer.mlp, MoE)]
     return Plan(
         spec=spec,
         recipe=recipe,
         schemes=schemes,
         units=units,
-        quantization_config=compressed_tensors.config(schemes, routers),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
         notes=tuple(_engine_notes(spec, schemes)),

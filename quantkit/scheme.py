@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -135,6 +136,7 @@ _ROWS = (
 PRESETS: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
+@cache
 def scheme_named(name: str, group_size: int | None = None) -> Scheme | None:
     """The preset of that name, with another group size if it has groups; None for BF16. Raises ConfigError."""
     if name == BF16:

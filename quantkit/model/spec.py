@@ -39,7 +39,7 @@ class Role(str, Enum):
     HEAD = "head"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Linear:
     """y = x W^T without bias; W is stored as `key` + '.weight', shape [out_features, in_features]."""
 
@@ -53,7 +53,7 @@ class Linear:
         return f"{self.key}.weight"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Router(Linear):
     """softmax(x W^T), best `top_k`, and the weight each of them gets.
 
@@ -148,7 +148,7 @@ class MLA:
 Attention = GQA | MLA
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MLP:
     """down(silu(gate(x)) * up(x))."""
 
@@ -281,6 +281,11 @@ class ModelSpec:
         if self.head:
             shapes[self.head] = (self.vocab, self.hidden)
         return shapes
+
+    @property
+    def parameters(self) -> int:
+        """How many, a tied head counted once."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
 
     def groups(self) -> list[tuple[Layer, ...]]:
         """Layers that share one K/V, in order: the unit of commitment, so no borrowed K/V crosses a commit."""
