@@ -59,10 +59,9 @@ def main(out: Path) -> None:
     for column in ("parameters", "BF16", "INT4", "scratch", "seconds", "memory"):
         table.add_column(column, justify="right")
     for row in rows:
-        sizes = (f"{row[key]:.1f} GB" for key in ("source_gb", "output_gb", "scratch_gb"))
-        table.add_row(
-            row["model"], f"{row['parameters'] / 1e9:.2f} B", *sizes, f"{row['seconds']:.1f}", f"{row['peak_mb']:.0f} MB"
-        )
+        sizes = [f"{row[key]:.1f} GB" for key in ("source_gb", "output_gb", "scratch_gb")]
+        spent = f"{row['seconds']:.1f}", f"{row['peak_mb']:.0f} MB"
+        table.add_row(row["model"], f"{row['parameters'] / 1e9:.2f} B", *sizes, *spent)
     Console().print(table)
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps({"torch": torch.__version__, "models": rows}, indent=1) + "\n")
