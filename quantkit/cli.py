@@ -80,6 +80,7 @@ def main() -> None:
 @click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts.")
 @click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts.")
 @click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections.")
+@click.option("--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches.")
 @click.option("--group-size", type=int, help="Weights per scale in schemes with groups. [default: 128]")
 @click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]")
 @click.option("--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]")
@@ -109,12 +110,13 @@ def quantize(
     \b
     quantkit quantize MODEL -o OUT
     quantkit quantize MODEL -o OUT --experts W4A16 --attention FP8_DYNAMIC --shared-experts FP8_DYNAMIC
+    quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
     from quantkit import pipeline
     from quantkit.progress import console, layer_line, plan_table, size
     from quantkit.scheme import Recipe
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value not in (None, ())}
     recipe = Recipe.read(recipe_file, given) if recipe_file else Recipe.of(given, "options")
     screen = console(stderr=True)
     if dry_run:

@@ -31,6 +31,7 @@ from quantkit.formats.writer import ShardWriter
 from quantkit.host import peak_memory, pick_device
 from quantkit.journal import Journal
 from quantkit.kernels.reference import round_activation
+from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, make_plan, needs_tokens
 from quantkit.quant.solve import solve
@@ -160,9 +161,9 @@ def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
     tokenizer = tokens.load_tokenizer(reader.folder)
     texts = tokens.documents(recipe.calibration, reader.folder)
     ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
-    if int(ids.max()) >= plan.spec.vocab:
+    if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
-            f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.spec.vocab - 1}",
+            f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
             "use the tokenizer that belongs to this model",
         )
     return ids
@@ -210,13 +211,13 @@ class _Job:
     def _tape(self, index: int, create: bool) -> Tape:
         assert self.ids is not None
         path, rows = self.work / f"tape-{index}.f32", self.ids.numel()
-        return (Tape.create if create else Tape)(path, rows, self.plan.spec.hidden)
+        return (Tape.create if create else Tape)(path, rows, self.plan.model.hidden)
 
     def _input_tape(self, index: int) -> Tape | None:
         """The tape that unit `index` reads: none for unit 0 and without calibration."""
         return self._tape(index, create=False) if self.plan.calibrated and 0 < index < len(self.plan.units) else None
 
-    def step(self, layer: Layer, outcomes: dict[str, dict[str, Any]]) -> Step:
+    def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
         """What to tell about a layer that has just been quantised."""
         elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
         of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
@@ -313,7 +314,7 @@ class _UnitRun:
         ids = self.job.ids
         assert ids is not None
         walk = Walk(
-            spec=self.plan.spec,
+            spec=self.plan.model,
             weights=self.job.reader,
             windows=(ids.shape[0], ids.shape[1]),
             device=self.job.device,
@@ -324,8 +325,9 @@ class _UnitRun:
         if tape is None:
             embed(walk, ids, following)
             return
-        kv = walk.tape("kv", self.plan.spec.layers[0].attention.kv_width)
+        kv = walk.tape("kv", self.plan.model.layers[0].attention.kv_width)
         for layer in self.unit.layers:
+            assert isinstance(layer, Layer)
             walk_layer(walk, layer, tape, following, kv)
             self.progress(self.job.step(layer, self.outcomes))
             tape = following

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.dtypes import FLOATS
+from quantkit.formats.dtypes import DTYPES, FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
+from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.registry import build_spec
@@ -35,7 +36,7 @@ Kernels = Literal["auto", "w4a8", "reference"]
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
     """The scheme of every linear of a checkpoint; None where it is not quantised."""
-    spec = build_spec(reader.config, str(reader.folder / "config.json"))
+    spec = spec_of(reader)
     keys = [ref.key for ref in spec.linears()]
     quantization = reader.config.get("quantization_config")
     try:
@@ -44,11 +45,12 @@ def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
         raise ConfigError(f"{reader.folder / 'config.json'}: {error.problem}", error.fix) from error
 
 
-def misfits(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
+def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> list[str]:
     """What is missing, unexpected, or of another dtype or shape than the architecture and the schemes say."""
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    expected = {key: (FLOATS, shape) for key, shape in spec.tensors().items()}
-    if "lm_head.weight" in reader.entries:  # a tied head may be stored once more
+    allowed = FLOATS if isinstance(spec, ModelSpec) else tuple(DTYPES)
+    expected = {key: (allowed, shape) for key, shape in spec.tensors().items()}
+    if isinstance(spec, ModelSpec) and "lm_head.weight" in reader.entries:  # a tied head may be stored once more
         expected["lm_head.weight"] = expected[spec.embedding]
     for ref in spec.linears():
         scheme = schemes[ref.key]

@@ -29,7 +29,8 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: unknown architecture, model_type {name!r}",
-            f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model",
+            f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model; "
+            "linears of any other can be named, to be rounded without calibration: --linears 'model.layers.*_proj'",
         )
     try:
         return ARCHITECTURES[name](dict(config))

@@ -37,6 +37,7 @@ class Role(str, Enum):
     MLP = "mlp"
     ROUTER = "router"
     HEAD = "head"
+    LINEAR = "linear"  # of a model whose architecture is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +282,13 @@ class ModelSpec:
         if self.head:
             shapes[self.head] = (self.vocab, self.hidden)
         return shapes
+
+    def moes(self) -> list[MoE]:
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+
+    def around(self) -> tuple[str, ...]:
+        """Tensors of no layer. A tied head may be stored once more."""
+        return self.embedding, self.final_norm, "lm_head.weight"
 
     @property
     def parameters(self) -> int:
