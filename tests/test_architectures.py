@@ -314,3 +314,27 @@ def test_unknown_values_are_refused_by_name(case: str) -> None:
     name, changes, words = REFUSED[case]
     with pytest.raises(ConfigError, match=words):
         build_spec({**TINY[name], **changes}, "config.json")
+
+
+def test_moe_layer_freq() -> None:
+    """transformers' class does not read it; the released code makes layers that it does not divide dense."""
+    config = {**TINY["deepseek_v2"], "num_hidden_layers": 6, "moe_layer_freq": 2}
+    routed = [layer.index for layer in build_spec(config, "test").layers if isinstance(layer.mlp, MoE)]
+    assert routed == [2, 4]
+
+
+def test_linears_that_engines_fuse_read_one_input() -> None:
+    layer = build_spec(TINY["deepseek_v2"], "test").layers[1]
+    names = [[ref.key.rsplit(".", 1)[-1] for ref in group] for group in layer.same_input()]
+    assert names[:4] == [["q_a_proj", "kv_a_proj_with_mqa"], ["q_b_proj"], ["kv_b_proj"], ["o_proj"]]
+    assert names[4:] == [["gate_proj", "up_proj"], ["down_proj"]] * 17
+
+
+def test_the_guide_shows_the_real_file() -> None:
+    root = Path(__file__).resolve().parent.parent
+    guide = (root / "docs" / "add-a-model.md").read_text().splitlines()
+    source = (root / "quantkit" / "model" / "mixtral.py").read_text().splitlines()
+    assert len(guide) < 100
+    shown = [line.removeprefix("    ") for line in guide]
+    start = shown.index(source[0])
+    assert shown[start : start + len(source)] == source

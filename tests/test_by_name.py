@@ -13,12 +13,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import quantkit
 from quantkit.cli import main
 from quantkit.errors import VerificationError
 from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.by_name import spec_by_name
+from quantkit.pipeline import Step
 from quantkit.runtime import schemes_of
+from quantkit.scheme import Recipe
 from quantkit.verify import verify
 
 
@@ -94,6 +97,21 @@ def test_end_to_end(scheme: str, options: tuple[str, ...], unknown: Path, tmp_pa
     assert (out / "SHA256SUMS").read_bytes() == (tmp_path / "again" / "SHA256SUMS").read_bytes()
 
 
+def test_resumes(unknown: Path, tmp_path: Path) -> None:
+    recipe = Recipe(scheme="FP8_DYNAMIC", linears=("*_proj",))
+
+    def stop(step: Step) -> None:
+        if step.layer == 1:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        quantkit.quantize(unknown, tmp_path / "out", recipe, progress=stop)
+    assert not (tmp_path / "out").exists()
+    assert quantkit.quantize(unknown, tmp_path / "out", recipe)["resumed_at_unit"] == 1
+    quantkit.quantize(unknown, tmp_path / "whole", recipe)
+    assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == (tmp_path / "whole" / "SHA256SUMS").read_bytes()
+
+
 def test_verify_notices(unknown: Path, tmp_path: Path) -> None:
     """A tensor that is gone, or changed, though the hashes are right."""
     out = tmp_path / "out"
@@ -124,7 +142,7 @@ def test_refused(unknown: Path, tmp_path: Path, model: Path) -> None:
     out = ("-o", tmp_path / "out")
     assert "matches no matrix" in refused("quantize", unknown, *out, "--linears", "h.*.bias", "--scheme", "FP8_DYNAMIC")
     assert "--linears" in refused("quantize", unknown, *out, "--scheme", "FP8_DYNAMIC")
-    message = refused("quantize", unknown, *out, *PATTERNS)
+    message = refused("quantize", unknown, *out, *PATTERNS, "--group-size", "32")
     assert "needs calibration" in message and "--method rtn" in message
     assert "needs calibration" in refused("quantize", unknown, *out, *PATTERNS, "--scheme", "FP8")
     assert "knows hunyuan" in refused("quantize", model, *out, *PATTERNS, "--scheme", "FP8_DYNAMIC")
