@@ -24,9 +24,9 @@ from quantkit.bench import random_weight, timed
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
 from quantkit.kernels.cpu.linear import PackedLinear, experts, gather, on_huge_pages, pack, stack
 from quantkit.model.blocks import Routing
+from quantkit.model.decoder import mlp
 from quantkit.model.forward import Weights
-from quantkit.model.hunyuan_large import mlp_spec
-from quantkit.model.spec import Linear, MoE, Role
+from quantkit.model.spec import Linear, MoE, Role, Router
 from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,9 +65,9 @@ def quantised(name: str, hidden: int, inner: int, count: int) -> tuple[Contender
 
 
 def plain(hidden: int, inner: int, count: int, top_k: int) -> tuple[Contender, float]:
-    parts = tuple(mlp_spec(str(e), hidden, inner, Role.EXPERTS) for e in range(count))
+    parts = tuple(mlp(str(e), hidden, inner, Role.EXPERTS) for e in range(count))
     tensors = {ref.key: torch.ones(ref.out_features, ref.in_features).bfloat16() for p in parts for ref in p.linears()}
-    spec = MoE(Linear("router", count, hidden, Role.ROUTER), parts, None, top_k, False)
+    spec = MoE(Router("router", count, hidden, Role.ROUTER, top_k, renormalise=False), parts, None)
     weights = Plain(tensors)
     return lambda x, ids, router: weights.experts(spec, x, Routing(ids, router, router)), 6.0 * hidden * inner
 
