@@ -167,7 +167,7 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--prompt", "prompts", required=True, multiple=True, help="Text to continue; given again, a batch.")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
@@ -178,7 +178,7 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
 @command
 def generate(
     path: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -187,13 +187,16 @@ def generate(
     kernels: Kernels,
     device: str,
 ) -> None:
-    """Continue a prompt with a checkpoint, quantised or not, printing text as it comes."""
+    """Continue a prompt with a checkpoint, quantised or not, printing text as it comes.
+
+    Several prompts are continued together and printed when all are done.
+    """
     import quantkit
     from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
     from quantkit.progress import console
     from quantkit.sampling import Sampling
-    from quantkit.text import stream_text
+    from quantkit.text import complete, stream_text
 
     with console(stderr=True).status("loading") as status:
         model = quantkit.load(
@@ -202,8 +205,13 @@ def generate(
             kernels,
             progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
         )
-    click.echo(prompt, nl=False)
-    for piece in stream_text(model, prompt, max_tokens, Sampling(temperature, top_p, seed), KVFormat(kv_cache)):
+    how = Sampling(temperature, top_p, seed), KVFormat(kv_cache)
+    if len(prompts) > 1:
+        for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):
+            click.echo(f"{prompt}{text}\n")
+        return
+    click.echo(prompts[0], nl=False)
+    for piece in stream_text(model, prompts[0], max_tokens, *how):
         click.echo(piece, nl=False)
     click.echo()
 

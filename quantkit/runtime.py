@@ -260,13 +260,21 @@ class Model:
         return self.head(hidden)
 
     def stream(
-        self, input_ids: Tensor, sampling: Sampling = GREEDY, kv_format: KVFormat = KVFormat.BF16
+        self,
+        input_ids: Tensor,
+        sampling: Sampling = GREEDY,
+        kv_format: KVFormat = KVFormat.BF16,
+        padding: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Continue int64 [batch, time] without end, yielding int64 [batch, 1]: prefill once, then a token at a time.
 
-        The cache holds one K and one V per CLA group, in kv_format.
+        The cache holds one K and one V per CLA group, in kv_format. padding: int64 [batch], how many ids at the start of
+        each row only fill it up, where prompts are of different lengths.
         """
-        cache, generator = Cache(kv_format), torch.Generator().manual_seed(sampling.seed)
+        if padding is not None and (padding.shape != input_ids.shape[:1] or bool((padding >= input_ids.shape[1]).any())):
+            seen = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
+            raise ConfigError(seen, "give a number for each row that leaves it at least one token")
+        cache, generator = Cache(kv_format, padding), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
         while True:
             following = sample(self.logits(following, cache)[:, -1], sampling, generator)

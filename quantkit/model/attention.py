@@ -87,12 +87,12 @@ def query(a: Attention, x: Tensor, linear: Apply, tables: Tables, weights: Tenso
     return rms_norm(apply_rope(q, *tables), q_weight, eps) * weights.tensor(a.k_norm).to(q)
 
 
-def attention_core(a: Attention, q: Tensor, kept: KV, linear: Apply) -> Tensor:
-    """From query and kept K/V to the input of o, [batch, time, o.in_features]."""
+def attention_core(a: Attention, q: Tensor, kept: KV, linear: Apply, padding: Tensor | None = None) -> Tensor:
+    """From query and kept K/V to the input of o, [batch, time, o.in_features]. padding: see `blocks.attend`."""
     if isinstance(a, GQA):
-        return attend(q, *kept)
+        return attend(q, *kept, padding=padding)
     compressed, shared = kept
     expanded = _split_heads(linear(a.kv_b, compressed[:, 0].contiguous()), a.nope_dim + a.v_dim)
     plain, v = expanded.split((a.nope_dim, a.v_dim), dim=-1)
     k = torch.cat((plain, shared.to(plain.dtype).expand(-1, a.heads, -1, -1)), dim=-1)
-    return attend(q, k, v, a.scale)
+    return attend(q, k, v, a.scale, padding)

@@ -55,15 +55,15 @@ def frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
 
 
 def rope_tables(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [len(positions), dim], for int64 positions [t]."""
-    angles = torch.outer(positions.float(), frequencies(rope, positions.device))
+    """cos and sin, float32 [..., dim], for int64 positions [...]."""
+    angles = positions.float()[..., None] * frequencies(rope, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     factor = rope.scaling.rope_factor if isinstance(rope.scaling, Yarn) else 1.0
     return angles.cos() * factor, angles.sin() * factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate-half RoPE of x [batch, heads, time, dim] by tables [time, dim]."""
+    """Rotate-half RoPE of x [batch, heads, time, dim] by tables [time, dim] or [batch, 1, time, dim]."""
     half = x.shape[-1] // 2
     rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
@@ -74,19 +74,23 @@ def deinterleave(x: Tensor) -> Tensor:
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, padding: Tensor | None = None) -> Tensor:
     """Causal attention; q [b, heads, t, d], k [b, kv_heads, s, d], v [b, kv_heads, s, dv], s >= t, the queries are the last
     t positions.
 
-    Returns [b, t, heads * dv]. Scale 1/sqrt(d) by default; each key head serves heads / kv_heads query heads.
+    Returns [b, t, heads * dv]. Scale 1/sqrt(d) by default; each key head serves heads / kv_heads query heads. padding:
+    int64 [b], the number of positions at the start of a row that nothing after them sees.
     """
     b, heads, t, _ = q.shape
     s = k.shape[2]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    if s == t:
+    if s == t and padding is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        visible = torch.arange(s, device=q.device)[None, :] <= torch.arange(s - t, s, device=q.device)[:, None]
+        at, of = torch.arange(s, device=q.device), torch.arange(s - t, s, device=q.device)[:, None]
+        visible = at <= of
+        if padding is not None:  # a padded position still sees itself: a softmax over nothing would be NaN
+            visible = (visible & (at >= padding.to(q.device)[:, None, None]) | (at == of))[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     return out.transpose(1, 2).reshape(b, t, heads * v.shape[-1])
 

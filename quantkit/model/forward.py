@@ -74,7 +74,8 @@ def _layer(
     if kv is None:
         raise ValueError(f"layer {layer.index} borrows K/V from layer {a.kv_from}, which has not run")
     q = query(a, x, weights.linear, tables, weights, eps)
-    h = h + weights.linear(a.o, attention_core(a, q, kv, weights.linear))
+    padding = cache.padding if cache is not None else None
+    h = h + weights.linear(a.o, attention_core(a, q, kv, weights.linear, padding))
     x = rms_norm(h, weights.tensor(layer.post_attention_norm), eps).flatten(0, 1)
     block, routing = layer.mlp, None
     if isinstance(block, MoE):
@@ -89,6 +90,8 @@ def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache |
     """Run the layers over int64 input_ids [batch, time], yielding after each. With a cache, ids continue what it holds."""
     start = cache.length if cache is not None else 0
     positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+    if cache is not None and cache.padding is not None:
+        positions = (positions - cache.padding.to(positions.device)[:, None, None]).clamp(min=0)  # [batch, 1, time]
     tables = rope_tables(spec.rope, positions)
     h = F.embedding(input_ids, weights.tensor(spec.embedding)).float()
     shared: dict[int, KV] = {}
