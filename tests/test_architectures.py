@@ -18,7 +18,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib.walk import Walk, embed, walk_layer
-from quantkit.errors import ConfigError
+from quantkit.errors import CheckpointError, ConfigError
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import forward, head
 from quantkit.model.registry import build_spec
@@ -314,6 +314,52 @@ def test_unknown_values_are_refused_by_name(case: str) -> None:
     name, changes, words = REFUSED[case]
     with pytest.raises(ConfigError, match=words):
         build_spec({**TINY[name], **changes}, "config.json")
+
+
+def test_code_beside_a_model_is_never_run(tmp_path: Path, text: str) -> None:
+    """Released DeepSeek and Hunyuan configs name Python files: they are carried over and not looked into."""
+    code = "import pathlib; pathlib.Path(__file__).with_name('ran').touch()"
+    classes = {"AutoConfig": "configuration_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
+    config = {**TINY["deepseek_v2"], "auto_map": {**classes, "AutoTokenizer": ["tokenization_own.T", None]}}
+    model = write_checkpoint(tmp_path / "model", config, random_weights(config))
+    names = [f"{name}_own.py" for name in ("configuration", "modeling", "tokenization")]
+    for name in names:
+        (model / name).write_text(code)
+    quantkit.quantize(model, tmp_path / "out", Recipe(group_size=32, samples=4, seq_len=32, calibration=text))
+    quantkit.evaluate(tmp_path / "out", model, text, seq_len=32, windows=2)
+    quantkit.load(tmp_path / "out").generate(torch.ones(1, 2, dtype=torch.int64), 2)
+    assert not list(tmp_path.rglob("ran")) and all((tmp_path / "out" / name).read_text() == code for name in names)
+
+
+def without_k(w: dict[str, Tensor]) -> None:
+    del w["model.layers.1.self_attn.k_proj.weight"]
+
+
+def another_q(w: dict[str, Tensor]) -> None:
+    w["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(96, 64)
+
+
+def short_expert(w: dict[str, Tensor]) -> None:
+    w["model.layers.1.mlp.experts.3.up_proj.weight"] = torch.zeros(16, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("llama", without_k, "1 missing.*k_proj"),
+        ("deepseek_v2", another_q, "1 unexpected.*q_proj"),
+        ("qwen3_moe", short_expert, r"experts.3.up_proj.weight' is F32 \(16, 64\), expected .*\(32, 64\)"),
+    ],
+)
+def test_weights_that_are_not_the_configs(
+    name: str, spoil: Callable[[dict[str, Tensor]], None], words: str, tmp_path: Path
+) -> None:
+    weights = random_weights(TINY[name])
+    spoil(weights)
+    model = write_checkpoint(tmp_path / "model", TINY[name], weights)
+    with pytest.raises(CheckpointError, match=words):
+        quantkit.quantize(model, tmp_path / "out", Recipe(scheme="FP8_DYNAMIC"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_moe_layer_freq() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quantkit.model.registry import build_spec
-from tests.architectures import RELEASED
+from tests.architectures import RELEASED, SMALLER
 from tests.conftest import byte_tokenizer
 from tests.sparse import write_sparse
 
@@ -24,7 +24,11 @@ PUBLISHED = {
     "deepseek-v2": 235_741_434_880,
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-v2-lite": 15_706_484_224,
+    "qwen3-30b-a3b": 30_532_122_624,
 }
+EVERY = {**RELEASED, **SMALLER}
 PLAN = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
 PLAN += "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
 PLAN += "print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)"
@@ -50,15 +54,17 @@ def test_plans_in_seconds(name: str, tmp_path: Path) -> None:
     assert seconds < 10 and peak < 500e6, (seconds, peak)
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if name != "hunyuan-large"])
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "hunyuan-large"])
 def test_as_many_parameters_as_transformers_class(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    config = copy.deepcopy(RELEASED[name])  # transformers writes into what it is given
+    config = copy.deepcopy(EVERY[name])  # transformers writes into what it is given
     model_class = getattr(transformers, config.pop("architectures")[0])
     del config["model_type"]
     with torch.device("meta"):
         model = model_class(model_class.config_class(**config))
-    assert build_spec(RELEASED[name], name).parameters == sum(p.numel() for p in model.parameters())
+    assert build_spec(EVERY[name], name).parameters == sum(p.numel() for p in model.parameters())
+    if isinstance(PUBLISHED[name], int):
+        assert build_spec(EVERY[name], name).parameters == PUBLISHED[name]
 
 
 def test_hunyuan_large_by_hand() -> None:

@@ -87,7 +87,7 @@ class DecoderConfig(BaseModel):
     num_key_value_heads: int = Field(gt=0)
     head_dim: int | None = Field(default=None, gt=0)
     rms_norm_eps: float = Field(gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: Scaling | None = None
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"

@@ -17,7 +17,7 @@ __all__ = ["build"]
 
 
 class MixtralConfig(DecoderConfig):
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=1)
     rope_scaling: None = None
     sliding_window: None = None
     num_local_experts: int = Field(gt=1, le=1000)

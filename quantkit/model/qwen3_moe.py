@@ -17,7 +17,7 @@ __all__ = ["build"]
 
 
 class Qwen3MoeConfig(DecoderConfig):
-    rope_theta: float = Field(gt=0)
+    rope_theta: float = Field(gt=1)
     rope_scaling: None = None
     use_sliding_window: Literal[False] = False
     num_experts: int = Field(gt=1, le=1000)
