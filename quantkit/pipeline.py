@@ -22,6 +22,7 @@ import quantkit
 from quantkit.calib import tokens
 from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
+from quantkit.coverage import reconcile
 from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
@@ -33,7 +34,7 @@ from quantkit.journal import Journal
 from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
-from quantkit.plan import Plan, Unit, make_plan, needs_tokens
+from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
 from quantkit.quant.solve import solve
 from quantkit.scheme import Recipe, Scheme
 from quantkit.stats import LinearStats
@@ -89,19 +90,7 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     without enough space is a note: the plan may be for another machine."""
     ready = _prepare(model, out, recipe, device)
     plan, shortage = ready.plan, ready.shortage()
-    return {
-        "architecture": plan.spec.architecture,
-        "layers": len(plan.spec.layers),
-        "parameters": plan.spec.parameters,
-        "roles": plan.by_role(),
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "tape_bytes": plan.tape_bytes,
-        "shards": sum(len(unit.shards) for unit in plan.units),
-        "calibrated": plan.calibrated,
-        "notes": [*plan.notes, *([shortage] if shortage else [])],
-        "recipe": recipe.model_dump(),
-    }
+    return {**summary(plan), "notes": [*plan.notes, *([shortage] if shortage else [])]}
 
 
 def code_digest() -> str:
@@ -253,10 +242,11 @@ class _Job:
         write_bytes(self.partial / "SHA256SUMS", sums.encode())
         try:
             verify(self.partial, self.reader.folder)
+            coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
         except VerificationError:
             shutil.rmtree(self.partial)  # resuming would only meet the same bytes again
             raise
-        record = self._record()
+        record = self._record(coverage)
         write_bytes(self.partial / "run.json", json.dumps(record, indent=2).encode() + b"\n")
         with disk_errors(self.target):
             os.rename(self.partial, self.target)
@@ -264,7 +254,7 @@ class _Job:
         shutil.rmtree(self.target / ".work")
         return record
 
-    def _record(self) -> RunRecord:
+    def _record(self, coverage: dict[str, Any]) -> RunRecord:
         linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
         fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
         return {
@@ -275,6 +265,7 @@ class _Job:
             "recipe": self.plan.recipe.model_dump(),
             "calibration_tokens": 0 if self.ids is None else self.ids.numel(),
             "roles": self.plan.by_role(),
+            "coverage": coverage,
             "source_bytes": self.plan.source_bytes,
             "output_bytes": self.plan.output_bytes,
             "fallbacks": fallbacks,

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.coverage import bystanders
 from quantkit.errors import QuantkitError, VerificationError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
+from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import Linear, ModelSpec
@@ -61,6 +63,8 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
     problems += misfits(reader, spec, schemes)
+    if quantization := reader.config.get("quantization_config"):
+        problems += compressed_tensors.inexact(quantization, _stored(reader, spec, schemes), *bystanders(spec))
     if original and isinstance(spec, NamedSpec):  # what should be there, only the source can say
         differing = original.entries.keys() ^ spec.tensors().keys()
         problems += [f"tensor '{key}' is in one of source and output" for key in sorted(differing)]
@@ -81,6 +85,17 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         raise VerificationError(f"{folder}: {len(problems)} problems:\n  {shown}", "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
     return VerifyReport(files, len(reader.entries), len(schemes), summary)
+
+
+def _stored(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]
+) -> dict[str, Scheme | None]:
+    """What the config says of each linear, except that one which lies there as plain floats is kept, whatever it says."""
+
+    def plain(weight: str) -> bool:
+        return weight in reader.entries and reader.entries[weight].dtype in FLOATS
+
+    return {ref.key: None if plain(ref.weight) else schemes[ref.key] for ref in spec.linears()}
 
 
 def _check_hashes(folder: Path, problems: list[str]) -> int:

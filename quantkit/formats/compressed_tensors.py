@@ -19,7 +19,7 @@ from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import PRESETS, Kind, Scheme, scheme_named
 
-__all__ = ["config", "decode", "encode", "matrices", "parse", "planned"]
+__all__ = ["config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
 
 _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
@@ -102,8 +102,9 @@ def matrices(
 
 
 def _template(key: str) -> str:
-    """A regular expression for the linears that differ from this one in layer or expert number only."""
-    return "re:.*" + re.sub(r"\d+", r"\\d+", re.escape(key).replace(r"\-", "-")).removeprefix("model") + "$"
+    """A regular expression, anchored at both ends, for the linears that differ from this one in layer or expert only."""
+    escaped = re.escape(key).replace(r"\-", "-")
+    return "re:^" + re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", escaped) + "$"
 
 
 def _targets(keys: Iterable[str], everything: Mapping[str, Scheme | None], scheme: Scheme | None) -> list[str]:
@@ -115,9 +116,19 @@ def _targets(keys: Iterable[str], everything: Mapping[str, Scheme | None], schem
 
 
 def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config for linears assigned to schemes (None: kept). Routers are ignored, and the head if kept."""
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # seconds to import
+    """The quantization_config for linears assigned to schemes (None: kept). Routers are ignored, and the head if kept.
 
+    What `written` says, checked and completed by the compressed-tensors library, which takes seconds and 180 MB to import.
+    """
+    from compressed_tensors.quantization import QuantizationConfig
+
+    checked = QuantizationConfig.model_validate(written(assigned, routers))
+    result: dict[str, Any] = checked.model_dump(mode="json")
+    return result
+
+
+def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dict[str, Any]:
+    """All that decides in the quantization_config: groups with their targets, format and arguments, and what is ignored."""
     schemes = sorted({s for s in assigned.values() if s is not None}, key=lambda s: (s.name, s.weight.group_size or 0))
     kept = [key for key, scheme in assigned.items() if scheme is None]
     uniform = len(schemes) == 1 and not kept
@@ -134,16 +145,13 @@ def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dic
     formats = {format_of(scheme) for scheme in schemes}
     head = [] if assigned.get("lm_head") else ["lm_head"]
     ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(kept, assigned, None)]
-    checked = QuantizationConfig.model_validate(
-        {
-            "config_groups": groups,
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "quantization_status": QuantizationStatus.COMPRESSED,
-            "ignore": ignore,
-        }
-    )
-    result: dict[str, Any] = checked.model_dump(mode="json")
-    return result
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": groups,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+    }
 
 
 def _arguments(scheme: Scheme) -> dict[str, Any]:
@@ -191,8 +199,49 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     raise ConfigError(f"quantization_config group '{name}' is none of the schemes {[*PRESETS]}", "requantise the model")
 
 
+def groups(quantization_config: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The scheme of each config group, by its name. Raises ConfigError for one that is none of the presets."""
+    return {n: _scheme_of_group(n, g) for n, g in quantization_config.get("config_groups", {}).items()}
+
+
 def _matches(target: str, key: str) -> bool:
     return re.match(target[3:], key) is not None if target.startswith("re:") else target == key
+
+
+def inexact(
+    quantization_config: Mapping[str, Any],
+    assigned: Mapping[str, Scheme | None],
+    kept: Iterable[str],
+    modules: Iterable[str],
+) -> list[str]:
+    """Where the config's names, read as engines read them, do not say exactly what is meant.
+
+    assigned: what is meant, by linear. kept: linears that are never quantised (routers, head). modules: names of anything
+    else, which no entry may match. Raises ConfigError for a config that cannot be read.
+    """
+    kept, modules = list(kept), list(modules)
+    read = parse(quantization_config, [*assigned, *kept])
+    meant = {**dict.fromkeys(kept), **assigned}
+    problems = [
+        f"'{key}' is {_label(meant[key])} but config.json says {_label(read[key])}"
+        for key in meant
+        if read[key] != meant[key]
+    ]
+    by_name, raw = groups(quantization_config), quantization_config.get("config_groups", {})
+    entries: list[tuple[str, Scheme | None]] = [(target, None) for target in quantization_config.get("ignore") or []]
+    entries += [(t, by_name[n]) for n, g in raw.items() for t in g["targets"] if t != "Linear"]
+    for entry, scheme in entries:
+        hits = [key for key in [*meant, *modules] if _matches(entry, key)]
+        wrong = [key for key in hits if key not in meant or meant[key] != scheme]
+        if wrong:
+            problems.append(f"'{entry}' also catches {len(wrong)} that it should not, such as '{wrong[0]}'")
+        if not hits:
+            problems.append(f"'{entry}' matches nothing")
+    return problems
+
+
+def _label(scheme: Scheme | None) -> str:
+    return scheme.name if scheme else "kept"
 
 
 def parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Scheme | None]:
@@ -209,13 +258,14 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[
             f"quantization_config has quant_method {quantization_config.get('quant_method')!r}",
             "only compressed-tensors checkpoints can be read",
         )
-    groups = [(_scheme_of_group(n, g), g["targets"]) for n, g in quantization_config.get("config_groups", {}).items()]
+    raw = quantization_config.get("config_groups", {})
+    by_name = [(scheme, raw[name]["targets"]) for name, scheme in groups(quantization_config).items()]
     ignore = quantization_config.get("ignore") or []
     assigned: dict[str, Scheme | None] = {}
     for key in keys:
-        exact = [s for s, targets in groups if key in targets]
-        matched = [s for s, targets in groups if any(_matches(t, key) for t in targets)]
-        general = [s for s, targets in groups if "Linear" in targets]
+        exact = [s for s, targets in by_name if key in targets]
+        matched = [s for s, targets in by_name if any(_matches(t, key) for t in targets)]
+        general = [s for s, targets in by_name if "Linear" in targets]
         kept = any(_matches(target, key) for target in ignore)
         assigned[key] = None if kept else next(iter([*exact, *matched, *general]), None)
     return assigned
