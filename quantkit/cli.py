@@ -13,6 +13,7 @@ import click
 
 from quantkit import __version__
 from quantkit.errors import QuantkitError
+from quantkit.options import deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
 
@@ -76,19 +77,8 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
-@click.option("--scheme", help="Scheme of every linear that no other option names. [default: W4A16]")
-@click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts.")
-@click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts.")
-@click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections.")
-@click.option("--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches.")
-@click.option("--group-size", type=int, help="Weights per scale in schemes with groups. [default: 128]")
-@click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]")
-@click.option("--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]")
-@click.option("--samples", type=int, help="Calibration windows. [default: 128]")
-@click.option("--seq-len", type=int, help="Tokens in a window. [default: 512]")
-@click.option("--seed", type=int, help="Which windows are drawn. [default: 0]")
+@recipe_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
 @as_json
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -114,10 +104,8 @@ def quantize(
     """
     from quantkit import pipeline
     from quantkit.progress import console, layer_line, plan_table, size
-    from quantkit.scheme import Recipe
 
-    given = {key: value for key, value in options.items() if value not in (None, ())}
-    recipe = Recipe.read(recipe_file, given) if recipe_file else Recipe.of(given, "options")
+    recipe = read_recipe(recipe_file, options)
     screen = console(stderr=True)
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
@@ -133,6 +121,42 @@ def quantize(
             f"{len(record['fallbacks'])} fallbacks, {record['lent_tokens']} linears with lent tokens",
             soft_wrap=True,
         )
+
+
+@main.command()
+@click.argument("model")
+@recipe_options
+@engine_options
+@as_json
+@command
+def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
+    """Show what quantising MODEL would give, from its headers alone, and whether an engine will load that.
+
+    Exit code 0: it loads, 1: something of it does not, 2: bad input.
+
+    \b
+    quantkit plan MODEL --experts W4A16 --engine vllm --tp 8 --ep
+    """
+    from quantkit.engines.assess import assess
+    from quantkit.engines.registry import engine_named
+    from quantkit.errors import ConfigError
+    from quantkit.formats.folder import find_model
+    from quantkit.formats.reader import CheckpointReader
+    from quantkit.plan import make_plan, summary
+    from quantkit.progress import plan_table
+
+    devices, chosen = deployment(options), engine_named(engine) if engine else None
+    recipe = read_recipe(recipe_file, options)
+    if chosen and recipe.linears:
+        raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
+    reader = CheckpointReader(find_model(model))
+    made = make_plan(reader, recipe)
+    data = summary(made)
+    if chosen:
+        found = assess(chosen, made.model, reader.config, made.schemes, made.written, devices)
+        data["engine"] = found.as_dict()
+    show(data, plan_table, as_json)
+    sys.exit(0 if chosen is None or found.loads else 1)
 
 
 @main.command("eval")
@@ -291,11 +315,27 @@ def bench(
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="The model it was made from: checks every weight's error.")
+@engine_options
 @as_json
 @command
-def verify(out: Path, source: Path | None, as_json: bool) -> None:
-    """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error."""
+def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
+    """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error.
+
+    With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: something of it does not.
+    """
+    from quantkit.errors import ConfigError
     from quantkit.verify import verify as run
+
+    if engine:
+        from quantkit.engines.registry import engine_named
+        from quantkit.engines.replay import replay
+        from quantkit.progress import engine_table
+
+        if source:
+            raise ConfigError("--engine and --source check different things", "run verify once with each")
+        found = replay(out, engine_named(engine), deployment(options))
+        show(found, engine_table, as_json)
+        sys.exit(0 if found["loads"] else 1)
 
     report = run(out, source)
     if as_json:
