@@ -271,3 +271,4 @@ def test_more_bad_input(models: Path, make_model: Callable[..., Path]) -> None:
     assert "no quantization_config" in refused("verify", models / "a13b", "--engine", "vllm")
     assert "check different things" in refused("verify", models / "int4", "--engine", "vllm", "--source", models / "a13b")
     assert "already quantised" in refused("plan", models / "int4", "--engine", "vllm")
+    assert "architecture that quantkit knows" in refused("plan", models / "a13b", "--engine", "vllm", "--linears", "*")
