@@ -9,13 +9,14 @@ import torch
 
 from quantkit.kernels.backend import Backend
 from quantkit.kernels.cpu import backend as cpu
+from quantkit.kernels.triton import backend as triton
 from quantkit.scheme import Scheme
 
 __all__ = ["BACKENDS", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
 
 REFERENCE = "reference"
 PLAIN = "torch"
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND,)  # the first that takes a linear serves it
+BACKENDS: tuple[Backend, ...] = (triton.BACKEND, cpu.BACKEND)  # the first that can serve a linear does
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,13 @@ def choose(scheme: Scheme | None, shape: tuple[int, int], device: torch.device) 
     """The kernel for a linear [out, in] of this scheme on this device. The reference is always right, and slow."""
     if scheme is None:
         return Choice(PLAIN, None, "not quantised", "torch on any device")
-    problems = {backend.name: backend.takes(scheme, shape) for backend in BACKENDS}
-    able = [backend for backend in BACKENDS if problems[backend.name] is None]
-    if not able:
-        return Choice(REFERENCE, None, "; ".join(filter(None, problems.values())), "the reference, on any device")
-    lacks = {backend.name: backend.lacks(scheme, device) for backend in able}
-    here = next((backend for backend in able if lacks[backend.name] is None), None)
-    others = [f"{backend.name} on {backend.hardware}" for backend in able if backend is not here]
+    able = [backend for backend in BACKENDS if backend.takes(scheme, shape) is None]
+    reasons = [backend.takes(scheme, shape) or backend.lacks(scheme, device) for backend in BACKENDS]
+    here = next((backend for backend, reason in zip(BACKENDS, reasons, strict=True) if reason is None), None)
+    elsewhere = "; ".join(f"{b.name} on {b.hardware}" for b in able if b is not here) or "the reference, on any device"
     if here is None:
-        return Choice(REFERENCE, None, "; ".join(filter(None, lacks.values())), "; ".join(others))
-    return Choice(here.name, here, here.why, "; ".join(others) or "the reference, on any device")
+        return Choice(REFERENCE, None, "; ".join(dict.fromkeys(filter(None, reasons))), elsewhere)
+    return Choice(here.name, here, "; ".join(filter(None, (here.why, here.note(scheme, device)))), elsewhere)
 
 
 def explain(
