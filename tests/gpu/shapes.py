@@ -136,9 +136,9 @@ def test_the_bundled_model_generates(name: str, tmp_path: Path, monkeypatch: pyt
     assert {row["kernel"] for row in fast.explain()} == {"triton"}
     ids = torch.randint(1, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
     here, there = fast.logits(ids).log_softmax(-1), slow.logits(ids).log_softmax(-1)
-    assert float((there.exp() * (there - here)).sum(-1).mean()) < 2e-3  # nats; rounding to INT4 itself costs 3.6e-2
+    assert float((there.exp() * (there - here)).sum(-1).mean()) < 5e-4  # nats; rounding to INT4 itself costs 3.6e-2
     text = fast.generate(ids, 24)
     assert text.shape == (2, 88) and torch.equal(text[:, :64].cpu(), ids)
     scores = slow.logits(text)[:, 63:-1]
     behind = scores.amax(-1) - scores.gather(-1, text[:, 64:, None])[..., 0]
-    assert float(behind.quantile(0.9)) < 0.5  # what was drawn is, or nearly is, the reference's best
+    assert float(behind.flatten().quantile(0.9)) < 0.2  # what was drawn is, or nearly is, the reference's best
