@@ -125,7 +125,7 @@ def test_table_of_tiles() -> None:
     [(50, 72, 132, 10), (1000, 72, 132, 1), (1, 8, 132, 2), (1, 1, 8, 1), (2, 400, 132, 16)],
 )
 def test_splits_fill_the_processors_and_no_more(programs: int, steps: int, processors: int, parts: int) -> None:
-    assert tiles.splits(programs, steps, processors) == parts
+    assert tiles.splits(Tile(16, 128, 4, 4, fill=4), programs, steps, processors) == parts
 
 
 def test_stages_fit_the_memory() -> None:

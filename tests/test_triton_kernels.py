@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: tests/gpu/kernels.py and model.py in the interpreter, in a process of their own, since
+"""The Triton kernels without a GPU: tests/gpu in the interpreter, in processes of their own, since
 Triton reads TRITON_INTERPRET when it is imported; and what can be said where there is no Triton."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.kernel_helpers import random_weight
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("file", ["kernels", "model"])
+@pytest.mark.parametrize("file", ["kernels", "benches", "model"])
 def test_in_interpreter(file: str) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/gpu/{file}.py"]

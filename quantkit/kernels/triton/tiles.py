@@ -8,17 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-__all__ = ["FILL", "SCRATCH_FROM", "TABLE", "Tile", "pick", "splits", "that_fits"]
+__all__ = ["SCRATCH_FROM", "TABLE", "Tile", "pick", "splits", "that_fits"]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """bm rows of x by bn rows of the weight, warps a program, and stages: how many steps of K are in flight."""
+    """bm rows of x by bn rows of the weight, warps a program, and stages: how many steps of K are in flight.
+
+    fill: K is split until each processor has so many programs.
+    """
 
     bm: int
     bn: int
     warps: int
     stages: int
+    fill: int = 4
 
 
 # Kind of weight -> (up to so many rows of x for each weight, tile), in order.
@@ -47,7 +51,6 @@ TABLE: dict[str, tuple[tuple[float, Tile], ...]] = {
         (inf, Tile(64, 128, 8, 4)),  # two sums a thread: a larger tile runs out of registers
     ),
 }
-FILL = 4  # programs that each processor should have before K is no longer split. Not tuned.
 SCRATCH_FROM = 2048  # rows of x for each integer weight from which it is widened to a scratch in bfloat16 first. Not tuned.
 
 
@@ -61,6 +64,6 @@ def that_fits(tile: Tile, step_bytes: int, limit: int) -> int:
     return max(1, min(tile.stages, limit // step_bytes))
 
 
-def splits(programs: int, steps: int, processors: int) -> int:
+def splits(tile: Tile, programs: int, steps: int, processors: int) -> int:
     """Into how many parts K is cut: enough to fill the processors, with four steps or more left to each part."""
-    return max(1, min(FILL * processors // programs, steps // 4, 16))
+    return max(1, min(tile.fill * processors // programs, steps // 4, 16))

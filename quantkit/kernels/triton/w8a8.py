@@ -111,7 +111,7 @@ def multiply(
     sim, (processors, memory) = simulated(), machine(codes.device)
     features = weight.outputs // 2 if gated else weight.outputs
     grid = cut(rows.total, tile.bm) if rows.owners is None else rows.owners.numel(), cut(weight.outputs, tile.bn)
-    per_part = steps if gated else cut(steps, splits(grid[0] * grid[1], steps, processors))
+    per_part = steps if gated else cut(steps, splits(tile, grid[0] * grid[1], steps, processors))
     parts = cut(steps, per_part)
     made = torch.float32 if sim or parts > 1 else out_type
     out = torch.empty(parts, rows.total, features, dtype=made, device=codes.device)

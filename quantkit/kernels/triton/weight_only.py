@@ -195,7 +195,7 @@ def multiply(
     sim, spans, (processors, memory) = simulated(), weight.padded // weight.span, machine(x.device)
     features = weight.outputs // 2 if gated else weight.outputs
     grid = cut(rows.total, tile.bm) if rows.owners is None else rows.owners.numel(), cut(weight.outputs, tile.bn)
-    per_part = spans if gated else cut(spans, splits(grid[0] * grid[1], spans, processors))
+    per_part = spans if gated else cut(spans, splits(tile, grid[0] * grid[1], spans, processors))
     parts = cut(spans, per_part)
     made = torch.float32 if sim or parts > 1 else out_type
     out = torch.empty(parts, rows.total, features, dtype=made, device=x.device)
