@@ -101,8 +101,7 @@ def _products() -> Iterator[Case]:
 def _edges() -> Iterator[Case]:
     """What a launch makes of sizes equal to 1 (Triton turns them into constants), other groups and padded columns."""
     small = tiles.TABLE["int4"][0][1]
-    yield product("int4", small, "linear", SLOTS=1, TOPK=1)
-    yield product("int4", small, "linear", SPANS=1, PER_PART=1)
+    yield product("int4", small, "linear", SPANS=1, TOPK=1)
     yield product("int4", small, "linear", SHARED=1, ASYM=True)
     yield product("int4", small, "linear", SHARED=4, GROUPS=1)
     yield product("int4", small, "linear", RUN=32, SHARED=1)
@@ -110,7 +109,7 @@ def _edges() -> Iterator[Case]:
     yield product("int4", small, "down", EVEN=False)
     yield product("int8", small, "linear", SHARED=1)
     yield product("row8", small, "linear", EVEN=False)
-    yield product("block8", small, "gate_up", SLOTS=1, TOPK=1)
+    yield product("block8", small, "gate_up", TOPK=1)
 
 
 def _helpers() -> Iterator[Case]:

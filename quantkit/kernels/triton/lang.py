@@ -16,7 +16,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["OPTIONS", "available", "jit", "machine", "on_device", "simulated", "tl"]
+__all__ = ["OPTIONS", "available", "jit", "kernel_of", "machine", "on_device", "simulated", "tl"]
 
 
 # Contraction of a * b + c as Triton has always done it; its default is about to change, with a warning until then.
@@ -39,6 +39,13 @@ def available() -> bool:
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or a kernel that explains itself where Triton is absent."""
     return triton.jit(function) if triton is not None else _Missing()
+
+
+def kernel_of(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` for a kernel that is not compiled anew for other values (1, multiples of 16) of these sizes."""
+    if triton is None:
+        return lambda function: _Missing()
+    return lambda function: triton.jit(function, do_not_specialize=varying)
 
 
 def simulated() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.checks import check, cut
-from quantkit.kernels.triton.lang import OPTIONS, available, jit, simulated, tl
+from quantkit.kernels.triton.lang import OPTIONS, available, kernel_of, simulated, tl
 
 __all__ = ["Rows", "check_routing", "group", "sort_by_expert", "sort_kernel"]
 
@@ -45,7 +45,7 @@ def check_routing(x: Tensor, ids: Tensor, weights: Tensor) -> None:
     check(weights.shape == ids.shape, f"router weights {tuple(weights.shape)} do not fit ids {tuple(ids.shape)}")
 
 
-@jit
+@kernel_of("TOTAL", "BLOCKS")
 def sort_kernel(
     ids: tl.tensor,
     slots: tl.tensor,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.kernels.checks import check, cut
 from quantkit.kernels.triton.grouped import finish, rows_of_weight, rows_of_x
-from quantkit.kernels.triton.lang import OPTIONS, jit, machine, on_device, simulated, tl
+from quantkit.kernels.triton.lang import OPTIONS, jit, kernel_of, machine, on_device, simulated, tl
 from quantkit.kernels.triton.layout import BLOCK, Packed8
 from quantkit.kernels.triton.routing import Rows
 from quantkit.kernels.triton.tiles import Tile, splits, that_fits
@@ -27,7 +27,7 @@ def tile8(base: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: 
     return tile.to(tl.float32) if SIM else tile
 
 
-@jit
+@kernel_of("SLOTS", "PER_PART")
 def kernel(
     x: tl.tensor,
     codes: tl.tensor,

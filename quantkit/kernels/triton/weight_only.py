@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.kernels.checks import check, cut
 from quantkit.kernels.triton.grouped import finish, rows_of_weight, rows_of_x
-from quantkit.kernels.triton.lang import OPTIONS, jit, machine, on_device, simulated, tl
+from quantkit.kernels.triton.lang import OPTIONS, jit, kernel_of, machine, on_device, simulated, tl
 from quantkit.kernels.triton.layout import PackedInt
 from quantkit.kernels.triton.routing import Rows
 from quantkit.kernels.triton.tiles import Tile, splits, that_fits
@@ -69,7 +69,7 @@ def x_tile(x: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: tl
     return tile.to(tl.float32) if SIM else tile
 
 
-@jit
+@kernel_of("SLOTS", "PER_PART")
 def kernel(
     x: tl.tensor,
     words: tl.tensor,
