@@ -33,6 +33,7 @@ bench: $(READY)
 	$(BIN)/python bench/cpu_kernels.py --threads 1
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
 	$(BIN)/python bench/generate.py
+	$(BIN)/python -m bench.plan_scale
 
 # On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
 gpu-test gpu-bench: export QUANTKIT_CUDA = 1

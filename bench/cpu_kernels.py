@@ -1,7 +1,9 @@
-"""Speed of the CPU kernels on one matrix against torch's own; writes results/cpu_kernels.json.
+"""Speed of the CPU kernels on one matrix against torch's and onnxruntime's; writes results/cpu_kernels.json.
 
 Goals for W4A16 g128: one token at 80 % of the machine's read bandwidth and 1.5x torch's int4 kernel; 4, 16, 64 and 256
-tokens 1.3x, 1.8x, 1.9x and 2.0x of it. For W4A16 and FP8: never more than 15 % slower than bf16 F.linear.
+tokens 1.3x, 1.8x, 1.9x and 2.0x of it. For W4A16 and FP8: never more than 15 % slower than bf16 F.linear. For W4A8: at
+least as fast as onnxruntime's MatMulNBits at accuracy level 4 (INT8 inputs), where onnxruntime is installed (the `bench`
+extra).
 
 All contenders take turns within one round and the medians of the rounds are compared, so that load from elsewhere meets
 all of them alike. Each holds several copies of its weight, more than the last-level cache, so weights come from memory.
@@ -11,29 +13,33 @@ With one thread the clock is the processor's time, which other processes do not 
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from quantkit.bench import random_weight
+from quantkit.bench import random_weight, timed
+from quantkit.kernels.cpu.backend import rounding_of_w4a8
 from quantkit.kernels.cpu.build import load
-from quantkit.kernels.cpu.linear import matmul, pack
+from quantkit.kernels.cpu.linear import PackedLinear, gather, matmul, pack
 from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("W4A16", "W4A16_ASYM", "FP8_DYNAMIC")
+OURS = ("W4A16", "W4A16_ASYM", "FP8_DYNAMIC", "W4A8")
 INT4_GOALS = {1: 1.5, 4: 1.3, 16: 1.8, 64: 1.9, 256: 2.0}
 BANDWIDTH_GOAL, BF16_GOAL = 0.80, 1 / 1.15
-Contender = Callable[[Tensor, int], object]  # activations, number of the round
+COLUMNS = (
+    *("milliseconds", "weight_gb_per_s", "share_of_read_bandwidth", "times_torch_int4", "times_bf16", "times_onnxruntime"),
+)
+Contender = Callable[[Any, int], object]  # activations, number of the round
 
 
 def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Contender], dict[str, int]]:
@@ -44,11 +50,16 @@ def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Cont
     def copies(size: int) -> int:
         return max(2, -(-3 * cache_bytes // size))
 
+    def packed_weight(name: str) -> PackedLinear:
+        scheme = PRESETS["W4A16" if name == "W4A8" else name]
+        activation = rounding_of_w4a8(scheme) if name == "W4A8" else scheme.activation
+        return pack(random_weight(scheme, rows, inputs), activation)
+
     for name in OURS:
-        first = pack(random_weight(PRESETS[name], rows, inputs))
-        parts = [part for part in (first.weight, first.scale, first.zero) if part is not None]
-        read[name] = sum(part.numel() * part.element_size() for part in parts)
-        packed = [first, *(pack(random_weight(PRESETS[name], rows, inputs)) for _ in range(copies(read[name]) - 1))]
+        first = packed_weight(name)
+        read[name] = first.nbytes
+        rest = [packed_weight(name) for _ in range(copies(read[name]) - 1)]
+        packed = [gather([part]) for part in (first, *rest)]
         run[name] = lambda x, i, packed=packed: matmul(x, packed[i % len(packed)])  # type: ignore[misc]
     codes = torch.randint(0, 16, (rows, inputs), dtype=torch.int32)
     int4 = [torch._convert_weight_to_int4pack_for_cpu(codes, 1) for _ in range(copies(rows * inputs // 2))]
@@ -64,18 +75,28 @@ def contenders(rows: int, inputs: int, cache_bytes: int) -> tuple[dict[str, Cont
     return run, read
 
 
-def measure(run: dict[str, Contender], x: Tensor, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each contender. Their order is random: what ran before leaves the caches in another state."""
-    names, order = list(run), random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds + 1):
-        order.shuffle(names)
-        for name in names:
-            start = clock()
-            run[name](x, i)
-            if i:  # the first round warms up
-                seconds[name].append(clock() - start)
-    return {name: median(values) for name, values in seconds.items()}
+def onnxruntime_contender(rows: int, inputs: int, count: int, threads: int) -> Contender | None:
+    """MatMulNBits at accuracy level 4 in `count` sessions of random weights; None where onnxruntime is not installed."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError:
+        return None
+    sizes = {"K": inputs, "N": rows, "bits": 4, "block_size": 128, "accuracy_level": 4}
+    node = onnx.helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **sizes)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions = []
+    for _ in range(count):
+        codes = torch.randint(0, 256, (rows, inputs // 128, 64), dtype=torch.uint8).numpy()
+        scales = torch.rand(rows * inputs // 128).numpy()
+        held = [onnx.numpy_helper.from_array(codes, "w"), onnx.numpy_helper.from_array(scales, "s")]
+        ends = [onnx.helper.make_tensor_value_info(n, 1, ["m", size]) for n, size in (("x", inputs), ("y", rows))]
+        graph = onnx.helper.make_graph([node], "one", ends[:1], ends[1:], held)
+        sets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+        model = onnx.helper.make_model(graph, opset_imports=sets, ir_version=9)
+        sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"]))
+    return lambda x, i: sessions[i % count].run(None, {"x": x})
 
 
 def judge(tokens: int, seconds: dict[str, float], read: dict[str, int]) -> dict[str, dict[str, float | list[str]]]:
@@ -88,9 +109,14 @@ def judge(tokens: int, seconds: dict[str, float], read: dict[str, int]) -> dict[
         missed = [f"{to_bf16:.2f} < {BF16_GOAL:.2f}x bf16"] if to_bf16 < BF16_GOAL else []
         if name == "W4A16" and to_int4 < INT4_GOALS.get(tokens, 0):
             missed.append(f"{to_int4:.2f} < {INT4_GOALS[tokens]}x int4")
+        row: dict[str, float | list[str]] = {}
+        if name == "W4A8" and "onnxruntime" in seconds:
+            row["times_onnxruntime"] = to_ort = seconds["onnxruntime"] / seconds[name]
+            if to_ort < 1:
+                missed.append(f"{to_ort:.2f} < 1x onnxruntime")
         if name == "W4A16" and tokens == 1 and share < BANDWIDTH_GOAL:
             missed.append(f"{share:.0%} < {BANDWIDTH_GOAL:.0%} of bandwidth")
-        rows[name] = {
+        rows[name] = row | {
             "milliseconds": seconds[name] * 1e3,
             "weight_gb_per_s": read[name] / seconds[name] / 1e9,
             "share_of_read_bandwidth": share,
@@ -98,18 +124,19 @@ def judge(tokens: int, seconds: dict[str, float], read: dict[str, int]) -> dict[
             "times_bf16": to_bf16,
             "missed": missed,
         }
-    for name in ("torch int4", "bf16", "read"):
+    for name in seconds.keys() - set(OURS):
         rows[name] = {"milliseconds": seconds[name] * 1e3, "weight_gb_per_s": read[name] / seconds[name] / 1e9}
     return rows
 
 
 def show(results: dict[int, dict[str, dict[str, float | list[str]]]], title: str) -> None:
     table = Table(
-        "tokens", "kernel", "ms", "GB/s", "of read bandwidth", "x torch int4", "x bf16", "goals missed", title=title
+        *("tokens", "kernel", "ms", "GB/s", "of read bandwidth", "x torch int4", "x bf16", "x onnxruntime", "goals missed"),
+        title=title,
     )
     for tokens, rows in results.items():
         for name, row in rows.items():
-            cells = [f"{row[key]:.2f}" if key in row else "" for key in list(rows[OURS[0]])[:-1]]
+            cells = [f"{row[key]:.2f}" if key in row else "" for key in COLUMNS]
             missed = row.get("missed", [])
             assert isinstance(missed, list)
             table.add_row(str(tokens), name, *cells, "; ".join(missed))
@@ -135,10 +162,15 @@ def main(rows: int, inputs: int, tokens: str, rounds: int, threads: int, cache_m
     threads = torch.get_num_threads()
     clock = time.process_time if threads == 1 else time.perf_counter
     run, read = contenders(rows, inputs, cache_mb * 2**20)
+    if theirs := onnxruntime_contender(rows, inputs, -(-3 * cache_mb * 2**20 // (rows * inputs // 2)), threads):
+        run["onnxruntime"], read["onnxruntime"] = theirs, rows * inputs // 2 + rows * inputs // 128 * 4
     results = {}
     for count in map(int, tokens.split(",")):
-        x = torch.randn(count, inputs).bfloat16()
-        seconds = measure(run, x, rounds if count < 64 else max(3, rounds // 3), clock)
+        x = torch.randn(count, inputs)
+        given = {name: x.numpy() if name == "onnxruntime" else x.bfloat16() for name in run}
+        turns = {name: partial(call, given[name]) for name, call in run.items()}
+        found = timed(turns, rounds if count < 64 else max(3, rounds // 3), clock)
+        seconds = {name: median(values) for name, values in found.items()}
         results[count] = judge(count, seconds, read)
     show(results, f"{rows} x {inputs}, {threads} thread(s), medians")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,11 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_model(folder: Path, layers: int, width: int) -> int:
-    """A random checkpoint with the bundled model's tokenizer, one shard a layer; returns its bytes of weights."""
+def write_model(folder: Path, layers: int, width: int, changes: dict[str, Any] | None = None) -> int:
+    """A random checkpoint with the bundled model's tokenizer, one shard a layer; returns its bytes of weights.
+
+    Hidden and expert size are `width`; `changes` are further fields of its config.json.
+    """
     config = json.loads((ROOT / "examples" / "tiny-hunyuan" / "config.json").read_text())
     config |= {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": width}
-    config |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 128}
+    config |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 128, **(changes or {})}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes((ROOT / "examples" / "tiny-hunyuan" / "tokenizer.json").read_bytes())

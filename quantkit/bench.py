@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import Model
 from quantkit.scheme import Kind, Scheme
 
-__all__ = ["SHAPES", "Matrix", "bench", "matrices_of", "random_weight"]
+__all__ = ["SHAPES", "Matrix", "bench", "matrices_of", "random_weight", "roofline", "timed"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ SHAPES: dict[str, list[tuple[str, int, int]]] = {
 }
 
 
-def random_weight(scheme: Scheme, rows: int, inputs: int) -> QuantizedTensor:
+def random_weight(scheme: Scheme, rows: int, inputs: int, device: torch.device | str = "cpu") -> QuantizedTensor:
     """Random codes [rows, inputs] and scales: time does not depend on them."""
     grid = scheme.weight
     shape = grid.scale_shape(rows, inputs)
     low, high = int(grid.qmin), int(grid.qmax) + 1
-    codes = torch.randint(low, high, (rows, inputs), dtype=torch.int16)
-    zero = None if grid.symmetric else torch.randint(low, high, shape, dtype=torch.int8)
+    codes = torch.randint(low, high, (rows, inputs), dtype=torch.int16, device=device)
     typed = codes.float().to(torch.float8_e4m3fn) if grid.kind is Kind.FLOAT else codes.to(torch.int8)
-    return QuantizedTensor(typed, torch.rand(shape).add_(0.5).bfloat16(), zero, grid)
+    scale = torch.rand(shape, device=device).add_(0.5).bfloat16()
+    zero = None if grid.symmetric else torch.randint(low, high, shape, dtype=torch.int8, device=device)
+    input_scale = torch.full((1,), 0.01, device=device).bfloat16() if scheme.static else None
+    return QuantizedTensor(typed, scale, zero, grid, input_scale)
 
 
 def matrices_of(model: Model) -> list[Matrix]:
@@ -68,45 +70,67 @@ def matrices_of(model: Model) -> list[Matrix]:
     return list(found)
 
 
-def _seconds(run: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of each contender in each round; within a round they take turns in random order. One round warms up."""
+def timed(
+    run: Mapping[str, Callable[[int], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Seconds of each contender in each round; a contender is called with the round's number, the first round warms up.
+
+    Within a round they take turns in random order: load from elsewhere, and what is left in the caches, meets all alike.
+    """
     order, names = random.Random(0), list(run)
     measured: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds + 1):
         order.shuffle(names)
         for name in names:
-            start = time.perf_counter()
-            run[name]()
+            start = clock()
+            run[name](i)
             if i:
-                measured[name].append(time.perf_counter() - start)
+                measured[name].append(clock() - start)
     return {name: np.array(values) for name, values in measured.items()}
 
 
-def roofline(rounds: int) -> tuple[float, float]:
-    """(bytes per second read from memory, BF16 operations per second) of this machine now."""
-    buffer, square = torch.ones(2**26, dtype=torch.int64), torch.ones(2048, 2048, dtype=torch.bfloat16)
-    seconds = _seconds({"read": buffer.sum, "multiply": lambda: square @ square}, rounds)
-    return buffer.numel() * 8 / float(seconds["read"].min()), 2 * 2048**3 / float(seconds["multiply"].min())
+def _finish(device: torch.device, call: Callable[[], object], _: int) -> None:
+    """Call, and wait until the device has done it."""
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def bench(matrices: Iterable[Matrix], tokens: list[int], rounds: int = 20) -> list[dict[str, Any]]:
+def roofline(rounds: int, device: torch.device) -> tuple[float, float]:
+    """(bytes per second read from memory, BF16 operations per second) of this device now."""
+    size = 2048 if device.type == "cpu" else 8192
+    buffer, square = torch.ones(2**26, dtype=torch.int64, device=device), torch.ones(size, size, device=device).bfloat16()
+    run: dict[str, Callable[[], object]] = {"read": buffer.sum, "multiply": lambda: square @ square}
+    seconds = timed({name: partial(_finish, device, call) for name, call in run.items()}, rounds)
+    return buffer.numel() * 8 / float(seconds["read"].min()), 2 * size**3 / float(seconds["multiply"].min())
+
+
+def bench(
+    matrices: Iterable[Matrix], tokens: list[int], rounds: int = 20, device: str = "cpu", kernels: str = "auto"
+) -> list[dict[str, Any]]:
     """One row for each matrix and token count: the kernel that dispatch chooses beside BF16, microseconds and ratios.
 
-    Raises ConfigError when there is nothing to measure or a matrix does not fit its scheme.
+    kernels: as for `runtime.load`. Raises ConfigError when there is nothing to measure or a matrix does not fit its scheme.
     """
-    bandwidth, arithmetic = roofline(rounds)
+    place = torch.device(device)
+    bandwidth, arithmetic = roofline(rounds, place)
     rows = []
     for matrix in matrices:
         if problem := matrix.scheme.misfit(matrix.out_features, matrix.in_features):
             raise ConfigError(f"{matrix.name} cannot take {matrix.scheme.name}: {problem}", "choose another scheme")
         shape = matrix.out_features, matrix.in_features
-        choice, q = dispatch.choose(matrix.scheme, shape, torch.device("cpu")), random_weight(matrix.scheme, *shape)
-        product = choice.backend.linear(q, matrix.scheme) if choice.backend else partial(linear, weight=q, activation=None)
-        plain = torch.randn(matrix.out_features, matrix.in_features).bfloat16()
+        q = random_weight(matrix.scheme, *shape, place)
+        choice = dispatch.choose(matrix.scheme, shape, place, dispatch.OPTIONS[kernels])
+        activation = matrix.scheme.activation
+        product = (
+            choice.backend.linear(q, matrix.scheme) if choice.backend else partial(linear, weight=q, activation=activation)
+        )
+        plain = torch.randn(shape, device=place).bfloat16()
         size = matrix.scheme.bits_per_weight(*q.shape) / 8 * q.codes.numel()
         for count in tokens:
-            x = torch.randn(count, matrix.in_features).bfloat16()
-            seconds = _seconds({"kernel": partial(product, x), "bf16": partial(F.linear, x, plain)}, rounds)
+            x = torch.randn(count, matrix.in_features, device=place).bfloat16()
+            run = {"kernel": partial(product, x), "bf16": partial(F.linear, x, plain)}
+            seconds = timed({name: partial(_finish, place, call) for name, call in run.items()}, rounds)
             operations = 2.0 * count * q.codes.numel()
             rows.append(_row(matrix, choice.kernel, count, seconds, size, operations, bandwidth, arithmetic))
     if not rows:

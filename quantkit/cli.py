@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import click
 
@@ -17,6 +17,14 @@ from quantkit.errors import QuantkitError
 __all__ = ["main"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+Kernels = Literal["auto", "w4a8", "reference"]  # as in runtime.py, which would import torch
+kernels_option = click.option(
+    "--kernels",
+    default="auto",
+    show_default=True,
+    type=click.Choice(get_args(Kernels)),
+    help="auto: this machine's; w4a8: INT4 weights by INT8 inputs, faster on a CPU; reference: float32.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
@@ -72,6 +80,7 @@ def main() -> None:
 @click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts.")
 @click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts.")
 @click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections.")
+@click.option("--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches.")
 @click.option("--group-size", type=int, help="Weights per scale in schemes with groups. [default: 128]")
 @click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]")
 @click.option("--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]")
@@ -101,12 +110,13 @@ def quantize(
     \b
     quantkit quantize MODEL -o OUT
     quantkit quantize MODEL -o OUT --experts W4A16 --attention FP8_DYNAMIC --shared-experts FP8_DYNAMIC
+    quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
     from quantkit import pipeline
     from quantkit.progress import console, layer_line, plan_table, size
     from quantkit.scheme import Recipe
 
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value not in (None, ())}
     recipe = Recipe.read(recipe_file, given) if recipe_file else Recipe.of(given, "options")
     screen = console(stderr=True)
     if dry_run:
@@ -157,34 +167,51 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--prompt", "prompts", required=True, multiple=True, help="Text to continue; given again, a batch.")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", default=0, show_default=True)
 @click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice(["float32", "bf16", "fp8"]))
+@kernels_option
 @click.option("--device", default="cpu", show_default=True)
 @command
 def generate(
     path: Path,
-    prompt: str,
+    prompts: tuple[str, ...],
     max_tokens: int,
     temperature: float,
     top_p: float,
     seed: int,
     kv_cache: str,
+    kernels: Kernels,
     device: str,
 ) -> None:
-    """Continue a prompt with a checkpoint, quantised or not, printing text as it comes."""
+    """Continue a prompt with a checkpoint, quantised or not, printing text as it comes.
+
+    Several prompts are continued together and printed when all are done.
+    """
     import quantkit
     from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
+    from quantkit.progress import console
     from quantkit.sampling import Sampling
-    from quantkit.text import stream_text
+    from quantkit.text import complete, stream_text
 
-    model = quantkit.load(path, str(pick_device(device)))
-    click.echo(prompt, nl=False)
-    for piece in stream_text(model, prompt, max_tokens, Sampling(temperature, top_p, seed), KVFormat(kv_cache)):
+    with console(stderr=True).status("loading") as status:
+        model = quantkit.load(
+            path,
+            str(pick_device(device)),
+            kernels,
+            progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
+        )
+    how = Sampling(temperature, top_p, seed), KVFormat(kv_cache)
+    if len(prompts) > 1:
+        for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):
+            click.echo(f"{prompt}{text}\n")
+        return
+    click.echo(prompts[0], nl=False)
+    for piece in stream_text(model, prompts[0], max_tokens, *how):
         click.echo(piece, nl=False)
     click.echo()
 
@@ -199,9 +226,12 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
     from quantkit.progress import inspect_table, kernel_table
 
     if kernels:
-        import quantkit
+        import torch
 
-        show({"path": str(path), "kernels": quantkit.load(path).explain()}, kernel_table, as_json)
+        from quantkit.runtime import Model
+
+        model = Model(path, torch.device("cpu"), kernels="auto")
+        show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
         return
     from quantkit.verify import inspect as run
 
@@ -214,15 +244,29 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
 @click.option("--scheme", default="W4A16", show_default=True, help="With --shape.")
 @click.option("--tokens", default="1,4,16,64,256", show_default=True, help="Token counts, with commas.")
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=1))
+@kernels_option
+@click.option("--device", default="cpu", show_default=True)
 @as_json
 @command
-def bench(path: Path | None, shape: str | None, scheme: str, tokens: str, rounds: int, as_json: bool) -> None:
+def bench(
+    path: Path | None,
+    shape: str | None,
+    scheme: str,
+    tokens: str,
+    rounds: int,
+    kernels: Kernels,
+    device: str,
+    as_json: bool,
+) -> None:
     """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
-    import quantkit
+    import torch
+
     from quantkit.bench import SHAPES, Matrix, matrices_of
     from quantkit.bench import bench as run
     from quantkit.errors import ConfigError
+    from quantkit.host import pick_device
     from quantkit.progress import bench_table
+    from quantkit.runtime import Model
     from quantkit.scheme import scheme_named
 
     if (path is None) == (shape is None) or (shape is not None and shape not in SHAPES):
@@ -232,12 +276,16 @@ def bench(path: Path | None, shape: str | None, scheme: str, tokens: str, rounds
         raise ConfigError(f"--tokens {tokens!r}", "give positive numbers with commas between, such as 1,16,256")
     chosen = scheme_named(scheme)
     if path is not None:
-        matrices = matrices_of(quantkit.load(path))
+        matrices = matrices_of(Model(path, torch.device("cpu")))
     elif chosen is None:
         raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
     else:
         matrices = [Matrix(name, out, inputs, chosen) for name, out, inputs in SHAPES[str(shape)]]
-    show({"title": str(path or shape), "rows": run(matrices, counts, rounds)}, bench_table, as_json)
+    show(
+        {"title": str(path or shape), "rows": run(matrices, counts, rounds, str(pick_device(device)), kernels)},
+        bench_table,
+        as_json,
+    )
 
 
 @main.command()

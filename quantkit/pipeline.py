@@ -31,6 +31,7 @@ from quantkit.formats.writer import ShardWriter
 from quantkit.host import peak_memory, pick_device
 from quantkit.journal import Journal
 from quantkit.kernels.reference import round_activation
+from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, make_plan, needs_tokens
 from quantkit.quant.solve import solve
@@ -73,7 +74,10 @@ def quantize(
     Interrupted, the same call resumes and ends with the same bytes. Raises a QuantkitError, and leaves no `out`, when
     anything is wrong.
     """
-    job = _Job(_prepare(model, out, recipe or Recipe(), device))
+    ready = _prepare(model, out, recipe or Recipe(), device)
+    if shortage := ready.shortage():
+        raise OutputError(shortage, "free space, or choose another OUT")
+    job = _Job(ready)
     try:
         return job.run(progress or (lambda step: None))
     finally:
@@ -81,18 +85,21 @@ def quantize(
 
 
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
-    """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer."""
-    plan = _prepare(model, out, recipe, device).plan
+    """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
+    without enough space is a note: the plan may be for another machine."""
+    ready = _prepare(model, out, recipe, device)
+    plan, shortage = ready.plan, ready.shortage()
     return {
         "architecture": plan.spec.architecture,
         "layers": len(plan.spec.layers),
+        "parameters": plan.spec.parameters,
         "roles": plan.by_role(),
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "tape_bytes": plan.tape_bytes,
         "shards": sum(len(unit.shards) for unit in plan.units),
         "calibrated": plan.calibrated,
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *([shortage] if shortage else [])],
         "recipe": recipe.model_dump(),
     }
 
@@ -120,6 +127,13 @@ class _Ready:
     def partial(self) -> Path:
         return self.target.with_name(self.target.name + ".partial")
 
+    def shortage(self) -> str | None:
+        """What to say when there is not enough room for what is still to be written."""
+        folder = next(p for p in (self.partial, *self.partial.absolute().parents) if p.exists())
+        present = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file()) if self.partial.exists() else 0
+        needed, free = self.plan.output_bytes + self.plan.tape_bytes - present, shutil.disk_usage(folder).free
+        return f"{folder} has {free:,} bytes free, and {needed:,} are needed" if free < needed else None
+
     def key(self) -> dict[str, str]:
         """All that decides the bytes of the result."""
         return {
@@ -139,9 +153,7 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     refuse_present(target)
     reader = CheckpointReader(source)
     plan = make_plan(reader, recipe)
-    ready = _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
-    _check_space(plan, ready.partial)
-    return ready
+    return _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
 
 
 def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
@@ -149,22 +161,12 @@ def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
     tokenizer = tokens.load_tokenizer(reader.folder)
     texts = tokens.documents(recipe.calibration, reader.folder)
     ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
-    if int(ids.max()) >= plan.spec.vocab:
+    if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
-            f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.spec.vocab - 1}",
+            f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
             "use the tokenizer that belongs to this model",
         )
     return ids
-
-
-def _check_space(plan: Plan, partial: Path) -> None:
-    folder = next(p for p in (partial, *partial.absolute().parents) if p.exists())
-    present = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
-    needed, free = plan.output_bytes + plan.tape_bytes - present, shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
-        )
 
 
 class _Job:
@@ -209,13 +211,13 @@ class _Job:
     def _tape(self, index: int, create: bool) -> Tape:
         assert self.ids is not None
         path, rows = self.work / f"tape-{index}.f32", self.ids.numel()
-        return (Tape.create if create else Tape)(path, rows, self.plan.spec.hidden)
+        return (Tape.create if create else Tape)(path, rows, self.plan.model.hidden)
 
     def _input_tape(self, index: int) -> Tape | None:
         """The tape that unit `index` reads: none for unit 0 and without calibration."""
         return self._tape(index, create=False) if self.plan.calibrated and 0 < index < len(self.plan.units) else None
 
-    def step(self, layer: Layer, outcomes: dict[str, dict[str, Any]]) -> Step:
+    def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
         """What to tell about a layer that has just been quantised."""
         elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
         of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
@@ -312,7 +314,7 @@ class _UnitRun:
         ids = self.job.ids
         assert ids is not None
         walk = Walk(
-            spec=self.plan.spec,
+            spec=self.plan.model,
             weights=self.job.reader,
             windows=(ids.shape[0], ids.shape[1]),
             device=self.job.device,
@@ -323,9 +325,9 @@ class _UnitRun:
         if tape is None:
             embed(walk, ids, following)
             return
-        a = self.plan.spec.layers[0].attention
-        kv = walk.tape("kv", 2 * a.kv_heads * a.head_dim)
+        kv = walk.tape("kv", self.plan.model.layers[0].attention.kv_width)
         for layer in self.unit.layers:
+            assert isinstance(layer, Layer)
             walk_layer(walk, layer, tape, following, kv)
             self.progress(self.job.step(layer, self.outcomes))
             tape = following

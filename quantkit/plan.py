@@ -15,8 +15,9 @@ from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardPlan
+from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Layer, Linear, ModelSpec, MoE, Role
+from quantkit.model.spec import Layer, Linear, ModelSpec, Role
 from quantkit.scheme import Recipe, Scheme, Strategy
 
 __all__ = ["Plan", "Unit", "make_plan"]
@@ -26,9 +27,12 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Unit:
-    """What is committed at once: layers that share K/V (none for the tensors around the layers), and their shards."""
+    """What is committed at once: layers that share K/V (none for the tensors around the layers), and their shards.
 
-    layers: tuple[Layer, ...]
+    In a model of unknown architecture a part of its tensors stands for a layer.
+    """
+
+    layers: tuple[Layer, ...] | tuple[Part, ...]
     kept: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
 
@@ -37,14 +41,24 @@ class Unit:
 class Plan:
     """The whole run. schemes: by linear, None where it is kept. calibrated: whether any linear needs tokens."""
 
-    spec: ModelSpec
+    spec: ModelSpec | NamedSpec
     recipe: Recipe
     schemes: dict[str, Scheme | None]
     units: tuple[Unit, ...]
-    quantization_config: dict[str, Any]
     source_bytes: int
     output_bytes: int
     notes: tuple[str, ...]
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """For config.json. Made when it is wanted: importing the library that checks it takes seconds and 180 MB."""
+        return compressed_tensors.config(self.schemes, [moe.router.key for moe in self.spec.moes()])
+
+    @property
+    def model(self) -> ModelSpec:
+        """The architecture, which a calibrated run has."""
+        assert isinstance(self.spec, ModelSpec)
+        return self.spec
 
     @property
     def calibrated(self) -> bool:
@@ -55,8 +69,8 @@ class Plan:
         """Scratch disk: hidden states in and out, K/V, and the widest stage input, float32 per calibration token."""
         if not self.calibrated:
             return 0
-        a = self.spec.layers[0].attention
-        width = 3 * self.spec.hidden + 2 * a.kv_heads * a.head_dim + max(self.spec.hidden, a.o.in_features)
+        a, hidden = self.model.layers[0].attention, self.model.hidden
+        width = 3 * hidden + a.kv_width + max(hidden, a.o.in_features)
         return self.recipe.samples * self.recipe.seq_len * width * 4
 
     def by_role(self) -> dict[str, dict[str, Any]]:
@@ -86,21 +100,61 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     where = str(reader.folder / "config.json")
     if reader.config.get("quantization_config"):
         raise ConfigError(f"{where} says the model is already quantised", "start from the BF16 model")
-    spec = build_spec(reader.config, where)
-    _check_names(reader, spec)
-    schemes = _assign(reader, spec, recipe)
+    spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
+    if isinstance(spec, ModelSpec):
+        _check_names(reader, spec)
+    schemes = _assign(spec, recipe)
     units = _units(reader, spec, schemes)
-    routers = [layer.mlp.router.key for layer in spec.layers if isinstance(layer.mlp, MoE)]
-    return Plan(
+    plan = Plan(
         spec=spec,
         recipe=recipe,
         schemes=schemes,
         units=units,
-        quantization_config=compressed_tensors.config(schemes, routers),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
-        notes=tuple(_engine_notes(spec, schemes)),
+        notes=tuple(_engine_notes(spec, schemes)) if isinstance(spec, ModelSpec) else (),
     )
+    if isinstance(spec, NamedSpec):
+        _check_by_name(plan)
+    return plan
+
+
+def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
+    if is_known(reader.config):
+        raise ConfigError(
+            f"'linears' is for architectures that quantkit does not know, and it knows {reader.config['model_type']}",
+            "name linears by role (--experts, --attention, ...) or by 'rules' in a recipe",
+        )
+    spec = spec_by_name(reader)
+    keys = [ref.key for ref in spec.linears()]
+    for ref in spec.linears():
+        if ref.weight not in reader.entries or reader.entries[ref.weight].dtype not in FLOATS:
+            raise ConfigError(f"'{ref.key}' in {reader.folder} is already quantised", "start from the BF16 model")
+    for pattern in recipe.linears:
+        if not any(fnmatchcase(key, pattern) for key in keys):
+            raise ConfigError(
+                f"pattern '{pattern}' matches no matrix of {reader.folder}; there are {len(keys)}, such as {keys[:3]}",
+                "name linears as in 'model.layers.*.mlp.*_proj', without '.weight'",
+            )
+    return spec
+
+
+def _check_by_name(plan: Plan) -> None:
+    """Refuse what cannot be done without knowing the architecture."""
+    for key, scheme in plan.schemes.items():
+        if needs_tokens(plan.recipe, scheme):
+            assert scheme
+            raise ConfigError(
+                f"'{key}' in {scheme.name} needs calibration, and so an architecture that quantkit knows",
+                "add --method rtn, or choose FP8_DYNAMIC, FP8_BLOCK, W8A8 or W8A16",
+            )
+    seen = compressed_tensors.parse(plan.quantization_config, plan.schemes)
+    for key, scheme in plan.schemes.items():
+        if seen[key] != scheme:
+            raise ConfigError(
+                f"the name '{key}' ends as another linear's does that is treated differently; engines would mix them up",
+                "choose patterns that treat both alike",
+            )
 
 
 def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
@@ -125,7 +179,7 @@ def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
             )
 
 
-def _assign(reader: CheckpointReader, spec: ModelSpec, recipe: Recipe) -> dict[str, Scheme | None]:
+def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | None]:
     schemes: dict[str, Scheme | None] = {}
     for ref in spec.linears():
         scheme = recipe.scheme_of(ref)
@@ -145,8 +199,8 @@ def _assign(reader: CheckpointReader, spec: ModelSpec, recipe: Recipe) -> dict[s
     for layer in spec.layers:
         for group in layer.same_input():
             _same_scheme(group, schemes, "engines fuse them into one weight")
-        if isinstance(layer.mlp, MoE):
-            _same_scheme([ref for e in layer.mlp.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
+    for moe in spec.moes():
+        _same_scheme([ref for e in moe.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
     return schemes
 
 
@@ -159,16 +213,16 @@ def _same_scheme(refs: list[Linear] | tuple[Linear, ...], schemes: dict[str, Sch
             )
 
 
-def _units(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> tuple[Unit, ...]:
+def _units(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> tuple[Unit, ...]:
     """Around the layers first, then each group of layers; every tensor placed in a shard of at most MAX_SHARD_BYTES."""
 
     def plain(key: str) -> TensorPlan:
         return TensorPlan(key, reader.entries[key].dtype, reader.entries[key].shape)
 
-    around = [key for key in (spec.embedding, spec.final_norm, "lm_head.weight") if key in reader.entries]
-    drafts: list[tuple[tuple[Layer, ...], tuple[str, ...], list[TensorPlan]]] = [
-        ((), tuple(around), [plain(key) for key in around])
-    ]
+    around = [key for key in spec.around() if key in reader.entries]
+    drafts: list[tuple[tuple[Layer, ...] | tuple[Part, ...], tuple[str, ...], list[TensorPlan]]] = []
+    if around:
+        drafts.append(((), tuple(around), [plain(key) for key in around]))
     for layers in spec.groups():
         kept: list[str] = []
         tensors: list[TensorPlan] = []
@@ -205,9 +259,9 @@ def _split(tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
 def _engine_notes(spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
     """Where tensor parallelism would cut a group or block: engines refuse to load that."""
     notes: dict[str, None] = {}
-    for ref in spec.linears():
+    for ref in (ref for layer in spec.layers for ref in (layer.attention.o, *(mlp.down for mlp in layer.mlps()))):
         scheme = schemes[ref.key]
-        if scheme is None or not ref.key.endswith(("down_proj", "o_proj")):
+        if scheme is None:
             continue
         unit = {Strategy.GROUP: scheme.weight.group_size, Strategy.BLOCK: (scheme.weight.block or (0, 0))[1]}.get(
             scheme.weight.strategy

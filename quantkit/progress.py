@@ -54,7 +54,7 @@ def layer_line(step: Step) -> str:
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """What a run would do: by role the scheme and bits per weight, then sizes."""
-    table = Table(title=f"{plan['architecture']}, {plan['layers']} layers")
+    table = Table(title=f"{plan['architecture']}, {plan['layers']} layers, {plan['parameters']:,} parameters")
     for name in ("role", "scheme", "linears", "weights", "bits/weight"):
         table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
     for role, row in plan["roles"].items():

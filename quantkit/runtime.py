@@ -14,11 +14,12 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.dtypes import FLOATS
+from quantkit.formats.dtypes import DTYPES, FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
+from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.registry import build_spec
@@ -30,12 +31,12 @@ from quantkit.scheme import Scheme
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "load", "misfits", "schemes_of"]
 
 
-Kernels = Literal["auto", "reference"]
+Kernels = Literal["auto", "w4a8", "reference"]
 
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
     """The scheme of every linear of a checkpoint; None where it is not quantised."""
-    spec = build_spec(reader.config, str(reader.folder / "config.json"))
+    spec = spec_of(reader)
     keys = [ref.key for ref in spec.linears()]
     quantization = reader.config.get("quantization_config")
     try:
@@ -44,11 +45,12 @@ def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
         raise ConfigError(f"{reader.folder / 'config.json'}: {error.problem}", error.fix) from error
 
 
-def misfits(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
+def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> list[str]:
     """What is missing, unexpected, or of another dtype or shape than the architecture and the schemes say."""
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    expected = {key: (FLOATS, shape) for key, shape in spec.tensors().items()}
-    if "lm_head.weight" in reader.entries:  # a tied head may be stored once more
+    allowed = FLOATS if isinstance(spec, ModelSpec) else tuple(DTYPES)
+    expected = {key: (allowed, shape) for key, shape in spec.tensors().items()}
+    if isinstance(spec, ModelSpec) and "lm_head.weight" in reader.entries:  # a tied head may be stored once more
         expected["lm_head.weight"] = expected[spec.embedding]
     for ref in spec.linears():
         scheme = schemes[ref.key]
@@ -111,14 +113,15 @@ class KernelWeights(CheckpointWeights):
     dtype they are stored in.
     """
 
-    def __init__(self, reader: CheckpointReader, device: torch.device) -> None:
+    def __init__(self, reader: CheckpointReader, device: torch.device, backends: tuple[Backend, ...]) -> None:
         super().__init__(reader, device, hold=True)
+        self.backends = backends
         self._linears: dict[str, QuantLinear | None] = {}
-        self._fused: dict[str, QuantExperts | None] = {}
+        self._fused: dict[tuple[str, int], QuantExperts | None] = {}
 
     def choice(self, ref: Linear) -> dispatch.Choice:
         """What serves a linear here."""
-        return dispatch.choose(self.schemes.get(ref.key), (ref.out_features, ref.in_features), self.device)
+        return dispatch.choose(self.schemes.get(ref.key), (ref.out_features, ref.in_features), self.device, self.backends)
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
@@ -129,7 +132,7 @@ class KernelWeights(CheckpointWeights):
         return kernel(x) if kernel else super().linear(ref, x)
 
     def mlp(self, spec: MLP, x: Tensor) -> Tensor:
-        kernel = self._experts(spec.gate.key, (spec,))
+        kernel = self._experts((spec,))
         if kernel is None:
             return super().mlp(spec, x)
         ids = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
@@ -137,10 +140,10 @@ class KernelWeights(CheckpointWeights):
 
     def experts(self, spec: MoE, x: Tensor, routing: Routing) -> Tensor:
         ids, weights = routing.experts, routing.weights
-        if spec.shared and (kernel := self._experts(spec.shared.gate.key, (*spec.experts, spec.shared))):
+        if spec.shared and (kernel := self._experts((*spec.experts, spec.shared))):
             ids = torch.cat([ids, torch.full_like(ids[:, :1], len(spec.experts))], dim=1)
             return kernel(x, ids, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
-        if not (kernel := self._experts(spec.experts[0].gate.key, spec.experts)):
+        if not (kernel := self._experts(spec.experts)):
             return super().experts(spec, x, routing)
         routed = kernel(x, ids, weights)
         return routed + self.mlp(spec.shared, x) if spec.shared else routed
@@ -150,15 +153,19 @@ class KernelWeights(CheckpointWeights):
         for layer in spec.layers:
             for ref in layer.attention.linears():
                 self._linear(ref, self.schemes[ref.key])
-            mlp = layer.mlp
-            if isinstance(mlp, MLP):
-                self._experts(mlp.gate.key, (mlp,))
-            elif not (mlp.shared and self._experts(mlp.shared.gate.key, (*mlp.experts, mlp.shared))):
-                self._experts(mlp.experts[0].gate.key, mlp.experts)
+            if isinstance(mlp := layer.mlp, MLP):
+                self._pack((mlp,))
+            elif not (mlp.shared and self._experts((*mlp.experts, mlp.shared))):
+                self._pack(mlp.experts)
                 if mlp.shared:
-                    self._experts(mlp.shared.gate.key, (mlp.shared,))
+                    self._pack((mlp.shared,))
             if progress:
                 progress(layer.index + 1, len(spec.layers))
+
+    def _pack(self, parts: tuple[MLP, ...]) -> None:
+        if self._experts(parts) is None:
+            for ref in (ref for part in parts for ref in part.linears()):
+                self._linear(ref, self.schemes[ref.key])
 
     def _linear(self, ref: Linear, scheme: Scheme | None) -> QuantLinear | None:
         """Its kernel, packed; None when it is not quantised or the reference serves it."""
@@ -171,18 +178,22 @@ class KernelWeights(CheckpointWeights):
             self._linears[ref.key] = kernel
         return self._linears[ref.key]
 
-    def _experts(self, key: str, parts: tuple[MLP, ...]) -> QuantExperts | None:
+    def _experts(self, parts: tuple[MLP, ...]) -> QuantExperts | None:
         """One kernel for all these MLPs, packed; None when they are not alike or the reference serves them."""
+        key = parts[0].gate.key, len(parts)
         if key not in self._fused:
             alike = self._alike(parts)
             kernel = None
             if alike:
                 scheme, backend = alike
-                loaded = (Expert(*(self._decode(ref, scheme) for ref in part.linears())) for part in parts)
-                with _named(key):
-                    kernel = backend.experts(loaded, len(parts), scheme)
+                with _named(parts[0].gate.key if len(parts) == 1 else f"{parts[0].gate.key}, or another expert there,"):
+                    kernel = backend.experts((self._expert(part, scheme) for part in parts), len(parts), scheme)
             self._fused[key] = kernel
         return self._fused[key]
+
+    def _expert(self, part: MLP, scheme: Scheme) -> Expert:
+        with _named(part.gate.key):
+            return Expert(*(self._decode(ref, scheme) for ref in part.linears()))
 
     def _alike(self, parts: tuple[MLP, ...]) -> tuple[Scheme, Backend] | None:
         """The scheme and backend that all linears of these MLPs have in common, if they have their shapes too."""
@@ -203,21 +214,25 @@ def _named(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise CheckpointError(
-            f"'{key}' cannot be packed: {error}", "quantise again, or load with kernels='reference'"
+            f"{key} cannot be packed: {error}", "quantise again, or load with kernels='reference'"
         ) from error
 
 
 class Model:
     """A loaded checkpoint. `spec` says what it is, `weights` where its numbers come from.
 
-    hold: keep weights once read. kernels: "auto" for the fastest this machine has, "reference" for float32.
+    hold: keep weights once read. kernels: see `load`.
     """
 
     def __init__(self, folder: Path, device: torch.device, hold: bool = True, kernels: Kernels = "reference") -> None:
         reader = CheckpointReader(folder)
         self.folder, self.device, self.config = folder, device, reader.config
         self.spec = build_spec(reader.config, str(folder / "config.json"))
-        self.weights = KernelWeights(reader, device) if kernels == "auto" else CheckpointWeights(reader, device, hold)
+        self.weights = (
+            CheckpointWeights(reader, device, hold)
+            if kernels == "reference"
+            else KernelWeights(reader, device, dispatch.OPTIONS[kernels])
+        )
         if problems := misfits(reader, self.spec, self.weights.schemes):
             raise CheckpointError(
                 f"{folder}: {len(problems)} tensors do not match config.json: {problems[0]}",
@@ -245,13 +260,21 @@ class Model:
         return self.head(hidden)
 
     def stream(
-        self, input_ids: Tensor, sampling: Sampling = GREEDY, kv_format: KVFormat = KVFormat.BF16
+        self,
+        input_ids: Tensor,
+        sampling: Sampling = GREEDY,
+        kv_format: KVFormat = KVFormat.BF16,
+        padding: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Continue int64 [batch, time] without end, yielding int64 [batch, 1]: prefill once, then a token at a time.
 
-        The cache holds one K and one V per CLA group, in kv_format.
+        The cache holds one K and one V per CLA group, in kv_format. padding: int64 [batch], how many ids at the start of
+        each row only fill it up, where prompts are of different lengths.
         """
-        cache, generator = Cache(kv_format), torch.Generator().manual_seed(sampling.seed)
+        if padding is not None and (padding.shape != input_ids.shape[:1] or bool((padding >= input_ids.shape[1]).any())):
+            seen = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
+            raise ConfigError(seen, "give a number for each row that leaves it at least one token")
+        cache, generator = Cache(kv_format, padding), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
         while True:
             following = sample(self.logits(following, cache)[:, -1], sampling, generator)
@@ -274,7 +297,8 @@ class Model:
             (ref.role.value, self.weights.schemes[ref.key], (ref.out_features, ref.in_features))
             for ref in self.spec.linears()
         )
-        return dispatch.explain(linears, self.device)
+        asked = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
+        return dispatch.explain(linears, self.device, asked)
 
     def _check(self, input_ids: Tensor) -> None:
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -294,8 +318,9 @@ def load(
     """A quantised or unquantised checkpoint folder, ready for `logits`, `stream` and `generate`.
 
     kernels: "auto" packs quantised linears for this machine's kernels (`Model.explain` says which; the first use may build
-    them), "reference" dequantises and multiplies in float32. progress is called with (layers packed, layers in all).
-    Raises QuantkitError when the checkpoint is not sound.
+    them); "w4a8" does so too and rounds the inputs of INT4 weights to INT8, faster on a CPU; "reference" dequantises and
+    multiplies in float32. progress is called with (layers packed, layers in all). Raises QuantkitError when the
+    checkpoint is not sound.
     """
     model = Model(Path(path), torch.device(device), kernels=kernels)
     if isinstance(model.weights, KernelWeights):

@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -135,6 +136,7 @@ _ROWS = (
 PRESETS: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
+@cache
 def scheme_named(name: str, group_size: int | None = None) -> Scheme | None:
     """The preset of that name, with another group size if it has groups; None for BF16. Raises ConfigError."""
     if name == BF16:
@@ -163,6 +165,7 @@ class Recipe(BaseModel):
     experts: str | None = None
     shared_experts: str | None = None
     attention: str | None = None
+    linears: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     group_size: int | None = Field(default=None, ge=8)
     method: Method | None = None
@@ -179,7 +182,12 @@ class Recipe(BaseModel):
         return value
 
     def scheme_of(self, ref: Linear) -> Scheme | None:
-        """The scheme of one linear: first matching rule, else its role's, else the general one. None keeps it."""
+        """The scheme of one linear: first matching rule, else its role's, else the general one. None keeps it.
+
+        linears: for an unknown architecture, globs of which a linear must match one.
+        """
+        if self.linears and not any(fnmatchcase(ref.key, pattern) for pattern in self.linears):
+            return None
         for rule in self.rules:
             if fnmatchcase(ref.key, rule.match):
                 return scheme_named(rule.scheme, self.group_size)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from quantkit.calib.tokens import load_tokenizer
@@ -14,7 +15,7 @@ from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
 from quantkit.sampling import GREEDY, Sampling
 
-__all__ = ["stream_text"]
+__all__ = ["complete", "stream_text"]
 
 
 def stream_text(
@@ -28,17 +29,49 @@ def stream_text(
 
     End tokens are config.json's eos_token_id. Raises ConfigError for a prompt without a token.
     """
-    tokenizer = load_tokenizer(model.folder)
-    ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise ConfigError("the prompt holds no token", "give some text")
-    end = model.config.get("eos_token_id")
-    ends = set(end) if isinstance(end, list) else {end}
+    tokenizer, ends = load_tokenizer(model.folder), _ends(model)
     decoder = DecodeStream(ids=[], skip_special_tokens=True)
-    stream = model.stream(torch.tensor([ids]), sampling, kv_format)
+    stream = model.stream(torch.tensor([_encode(tokenizer, prompt)]), sampling, kv_format)
     for token in islice(stream, max_tokens):
         if token.item() in ends:
             return
         piece = decoder.step(tokenizer, int(token.item()))
         if piece:
             yield piece
+
+
+def complete(
+    model: Model,
+    prompts: Sequence[str],
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    kv_format: KVFormat = KVFormat.BF16,
+) -> list[str]:
+    """Continue several prompts at once, as one batch: what follows each, until max_tokens or an end token."""
+    tokenizer, ends = load_tokenizer(model.folder), _ends(model)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    width = max(map(len, encoded))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded])
+    padding = torch.tensor([width - len(row) for row in encoded])
+    done = [False] * len(encoded)
+    drawn: list[list[int]] = [[] for _ in encoded]
+    for tokens in islice(model.stream(ids, sampling, kv_format, padding), max_tokens):
+        for i, token in enumerate(tokens.flatten().tolist()):
+            done[i] |= token in ends
+            if not done[i]:
+                drawn[i].append(token)
+        if all(done):
+            break
+    return [tokenizer.decode(row) for row in drawn]
+
+
+def _ends(model: Model) -> set[object]:
+    end = model.config.get("eos_token_id")
+    return set(end) if isinstance(end, list) else {end}
+
+
+def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(prompt).ids
+    if not ids:
+        raise ConfigError("the prompt holds no token", "give some text")
+    return ids

@@ -17,7 +17,7 @@ from quantkit.errors import QuantkitError, VerificationError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader
-from quantkit.model.registry import build_spec
+from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.runtime import misfits, schemes_of
 from quantkit.scheme import Kind, Scheme
@@ -57,10 +57,13 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     problems: list[str] = []
     files = _check_hashes(folder, problems)
     reader = CheckpointReader(folder)
-    spec = build_spec(reader.config, str(folder / "config.json"))
+    spec = spec_of(reader)
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
     problems += misfits(reader, spec, schemes)
+    if original and isinstance(spec, NamedSpec):  # what should be there, only the source can say
+        differing = original.entries.keys() ^ spec.tensors().keys()
+        problems += [f"tensor '{key}' is in one of source and output" for key in sorted(differing)]
     errors: dict[str, list[float]] = {}
     if not problems:
         for ref in spec.linears():
@@ -71,7 +74,8 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
                 continue
             if error is not None:
                 errors.setdefault(ref.role.value, []).append(error)
-        _check_kept(reader, original, spec, problems)
+        quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
+        _check_kept(reader, original, spec.tensors().keys() - quantized, problems)
     if problems:
         shown = "\n  ".join(problems[:10])
         raise VerificationError(f"{folder}: {len(problems)} problems:\n  {shown}", "quantise again, or copy the files again")
@@ -117,11 +121,9 @@ def _check_linear(
     return error
 
 
-def _check_kept(reader: CheckpointReader, original: CheckpointReader | None, spec: ModelSpec, problems: list[str]) -> None:
+def _check_kept(reader: CheckpointReader, original: CheckpointReader | None, keys: set[str], problems: list[str]) -> None:
     """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
-    for key in sorted(spec.tensors().keys() & reader.entries.keys()):
-        if reader.entries[key].dtype in ("F8_E4M3", "I8"):
-            continue  # a quantised weight under its own name
+    for key in sorted(keys & reader.entries.keys()):
         try:
             kept = reader.tensor(key)
             same = original is None or _identical(kept, original.tensor(key))
@@ -139,7 +141,7 @@ def _identical(a: Tensor, b: Tensor) -> bool:
 def inspect(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds: per role the schemes, linears, weights, bytes and bits per weight; the same in total."""
     reader = CheckpointReader(folder)
-    spec = build_spec(reader.config, str(folder / "config.json"))
+    spec = spec_of(reader)
     schemes = schemes_of(reader)
     roles: dict[str, dict[str, Any]] = {}
     counted = 0
@@ -161,7 +163,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     others = spec.tensors().keys() - {ref.weight for ref in spec.linears()}
     for key in sorted({*others, "lm_head.weight"} & reader.entries.keys()):
         entry = reader.entries[key]
-        role = "embedding and head" if key in (spec.embedding, "lm_head.weight") else "norms and router"
+        role = "norms and router" if isinstance(spec, ModelSpec) else "others"
+        role = "embedding and head" if key in (*spec.around()[:1], "lm_head.weight") else role
         count(role, entry.dtype, torch.Size(entry.shape).numel(), entry.nbytes)
         counted += entry.nbytes
     for row in roles.values():

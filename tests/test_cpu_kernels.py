@@ -12,16 +12,17 @@ from torch import Tensor
 
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import build
-from quantkit.kernels.cpu.linear import PackedLinear, matmul, moe_matmul, pack
+from quantkit.kernels.cpu.backend import rounding_of_w4a8
+from quantkit.kernels.cpu.linear import Packed, experts, gather, matmul, moe_matmul, pack, stack
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import PRESETS, Grid, Kind, Strategy
+from quantkit.scheme import PRESETS, Activation, Grid, Kind, Scheme, Strategy
 
 LIBRARY = build.load()
 built = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no CPU kernels: {LIBRARY}")
 compiles = pytest.mark.skipif(
     bool(build.missing_cpu_flags()) or not build.shutil.which("g++"), reason="no g++, or a processor without AVX-512 BF16"
 )
-TOKENS = (0, 1, 2, 3, 4, 5, 9, 17, 24, 25, 64, 65, 193, 300)
+TOKENS = (0, 1, 2, 3, 4, 5, 9, 16, 17, 25, 64, 65, 193, 300)
 INT4_CHANNEL = Grid(Kind.INT, 4, Strategy.CHANNEL)
 GRIDS = {name: scheme.weight for name, scheme in PRESETS.items()} | {
     "INT4 channel": INT4_CHANNEL,
@@ -55,6 +56,10 @@ def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     return QuantizedTensor(stored, (2.0 ** torch.randint(-2, 2, shape)).bfloat16(), zero, grid)
 
 
+def one(q: QuantizedTensor, activation: Activation | None = None) -> Packed:
+    return gather([pack(q, activation)])
+
+
 def poisoned(tokens: int, rows: int) -> Tensor:
     return torch.full((tokens, rows), float("nan"))
 
@@ -76,7 +81,7 @@ def test_error_is_below_bf16(name: str) -> None:
     grid = GRIDS[name]
     for rows, inputs in shapes(grid):
         q = random_weight(grid, rows, inputs)
-        packed, plain = pack(q), q.dequantize()
+        packed, plain = one(q), q.dequantize()
         for tokens in TOKENS:
             x = torch.randn(tokens, inputs).bfloat16()
             y = matmul(x, packed, poisoned(tokens, rows))
@@ -92,7 +97,7 @@ def test_exact_where_arithmetic_is(name: str) -> None:
     grid = GRIDS[name]
     for rows, inputs in shapes(grid):
         q = exact_weight(grid, rows, inputs)
-        packed = pack(q)
+        packed = one(q)
         for tokens in TOKENS:
             x = torch.randint(-8, 9, (tokens, inputs)).float()
             y = matmul(x, packed, poisoned(tokens, rows))
@@ -106,7 +111,7 @@ def test_odd_inputs_of_8_bit_weights(inputs: int) -> None:
         q = exact_weight(GRIDS[name], 19, inputs)
         for tokens in (1, 30):
             x = torch.randint(-8, 9, (tokens, inputs)).float()
-            assert torch.equal(matmul(x, pack(q), poisoned(tokens, 19)), reference.linear(x, q, None))
+            assert torch.equal(matmul(x, one(q), poisoned(tokens, 19)), reference.linear(x, q, None))
 
 
 @built
@@ -125,7 +130,7 @@ def test_every_code(grid: Grid, tokens: int) -> None:
         spread[:, column] = codes
         stored = spread.view(torch.float8_e4m3fn) if grid.kind is Kind.FLOAT else spread
         q = QuantizedTensor(stored, torch.ones(grid.scale_shape(*stored.shape)).bfloat16(), None, grid)
-        y = matmul(torch.eye(16).repeat(tokens // 16, 1), pack(q))
+        y = matmul(torch.eye(16).repeat(tokens // 16, 1), one(q))
         assert torch.equal(y, q.dequantize().T.repeat(tokens // 16, 1))
 
 
@@ -135,24 +140,131 @@ def test_x_may_be_strided_and_of_any_rank() -> None:
     x = torch.randint(-8, 9, (256, 2, 5)).float().permute(1, 2, 0)
     assert not x.is_contiguous()
     for given in (x, x.bfloat16(), x[0, 0], x[:, ::2, :]):
-        assert torch.equal(matmul(given, pack(q)), reference.linear(given.float(), q, None))
+        assert torch.equal(matmul(given, one(q)), reference.linear(given.float(), q, None))
 
 
 @built
 def test_float32_x_is_rounded_to_bf16() -> None:
-    packed, x = pack(random_weight(GRIDS["FP8"], 24, 128)), torch.randn(3, 128)
+    packed, x = one(random_weight(GRIDS["FP8"], 24, 128)), torch.randn(3, 128)
     assert torch.equal(matmul(x, packed), matmul(x.bfloat16(), packed))
 
 
 @built
 def test_threads_do_not_change_the_result() -> None:
-    packed, x = pack(random_weight(GRIDS["W4A16_ASYM"], 264, 512)), torch.randn(70, 512).bfloat16()
-    one = matmul(x, packed)
+    packed, x = one(random_weight(GRIDS["W4A16_ASYM"], 264, 512)), torch.randn(70, 512).bfloat16()
+    single = matmul(x, packed)
     try:
         torch.set_num_threads(3)
-        assert torch.equal(matmul(x, packed), one)
+        assert torch.equal(matmul(x, packed), single)
     finally:
         torch.set_num_threads(1)
+
+
+# Every way in which an input is rounded: as its scheme says, and INT8 by groups for the INT4 weights of W4A8.
+ROUNDED = {name: (scheme.weight, scheme.activation) for name, scheme in PRESETS.items() if scheme.activation} | {
+    f"{name} A8": (grid, rounding_of_w4a8(Scheme(name, grid)))
+    for name, grid in GRIDS.items()
+    if grid.bits == 4 and grid.kind is Kind.INT
+}
+
+
+def rounded_weight(name: str, rows: int, inputs: int, exact: bool = False) -> tuple[QuantizedTensor, Activation]:
+    grid, activation = ROUNDED[name]
+    assert activation
+    q = (exact_weight if exact else random_weight)(grid, rows, inputs)
+    scale = None if activation.dynamic else (torch.rand(1) * 0.01 + 0.01).bfloat16()
+    return QuantizedTensor(q.codes, q.scale, q.zero, grid, scale), activation
+
+
+def rounded_shapes(name: str) -> list[tuple[int, int]]:
+    """A dynamic group of inputs must be whole."""
+    grid, activation = ROUNDED[name]
+    assert activation
+    return [(rows, inputs) for rows, inputs in shapes(grid) if inputs % (activation.group_size or 1) == 0]
+
+
+@built
+@pytest.mark.parametrize("name", ROUNDED)
+def test_input_is_rounded_as_the_reference_rounds_it(name: str) -> None:
+    """Against the exact product of the reference's codes and scales: a code that differs by one step would show."""
+    for rows, inputs in rounded_shapes(name):
+        q, activation = rounded_weight(name, rows, inputs)
+        packed = one(q, activation)
+        for tokens in (1, 3, 19, 70):
+            x = torch.randn(tokens, inputs) * torch.logspace(-4, 4, inputs)
+            x[0, : inputs // 2] = 0
+            y = matmul(x, packed, poisoned(tokens, rows))
+            codes = reference.round_activation(x, activation, q.input_scale).double()
+            wanted = codes @ q.dequantize().double().T
+            magnitude = codes.abs() @ q.dequantize().double().abs().T
+            assert ((y - wanted).abs() <= magnitude * 2**-21).all(), (rows, inputs, tokens)  # sums in float32
+
+
+@built
+@pytest.mark.parametrize("name", ["W8A8", "FP8_DYNAMIC", "FP8_BLOCK", "W4A16 A8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(name: str, bad: float) -> None:
+    q, activation = rounded_weight(name, 24, 256)
+    x = torch.randn(3, 256)
+    x[1, 200] = bad
+    finite = matmul(x, one(q, activation)).isfinite().all(1)
+    assert finite.tolist() == [True, False, True]
+
+
+def by_definition(
+    x: Tensor, ids: Tensor, weights: Tensor, parts: list[list[QuantizedTensor]], how: Activation | None
+) -> Tensor:
+    """The sum over a token's experts, in float32."""
+    out = torch.zeros_like(x)
+    for t, chosen in enumerate(ids.tolist()):
+        for slot, e in enumerate(chosen):
+            gate, up, down = parts[e]
+            act = F.silu(reference.linear(x[t], gate, how)) * reference.linear(x[t], up, how)
+            out[t] += weights[t, slot] * reference.linear(act, down, how)
+    return out
+
+
+@built
+@pytest.mark.parametrize("name", [*PRESETS, "W4A16 A8", "W4A16_ASYM A8"])
+@pytest.mark.parametrize(("tokens", "top_k", "count"), [(1, 1, 3), (5, 2, 4), (60, 1, 2), (0, 2, 2)])
+def test_layer_of_experts(name: str, tokens: int, top_k: int, count: int) -> None:
+    hidden, inner = 128, 256 if name == "FP8_BLOCK" or "W4" in name else 72  # 72 rows do not fill a block of 16
+    grid, how = ROUNDED.get(name, (GRIDS.get(name, GRIDS["W4A16"]), None))
+
+    def weight(rows: int, inputs: int) -> QuantizedTensor:
+        if name == "W8A16":
+            return random_weight(Grid(Kind.INT, 8, Strategy.GROUP, group_size=8), rows, inputs)
+        q = random_weight(grid, rows, inputs)
+        scale = (q.scale.float() * 0.003).bfloat16()
+        fixed = None if how is None or how.dynamic else (torch.rand(1) * 0.01 + 0.01).bfloat16()
+        return QuantizedTensor(q.codes, scale, q.zero, grid, fixed)
+
+    parts = [[weight(inner, hidden), weight(inner, hidden), weight(hidden, inner)] for _ in range(count)]
+    for gate, up, _ in parts:  # they read one input
+        object.__setattr__(up, "input_scale", gate.input_scale)
+    packed = [[pack(q, how) for q in part] for part in parts]
+    gate_up, down = gather([stack(gate, up) for gate, up, _ in packed]), gather([down for _, _, down in packed])
+    x, ids = torch.randn(tokens, hidden), torch.randint(0, count - 1, (tokens, top_k))  # the last expert is idle
+    weights = torch.rand(tokens, top_k)
+    y = experts(x, ids, weights, gate_up, down, poisoned(tokens, hidden))
+    wanted = by_definition(x, ids, weights, parts, how)
+    # bfloat16 keeps 2^-9 of the inputs that are not rounded; where the last bit of an activation tips a code, a step of FP8
+    # (2^-4) or INT8 (2^-7) is added in one of `inner` places.
+    allowed = 0.01 if how is None else 0.02
+    assert not tokens or (y - wanted).norm() <= allowed * wanted.norm()
+
+
+@built
+def test_silu_at_its_ends() -> None:
+    """Through identity weights: gate from -200 to 200, up 1."""
+    grid = GRIDS["FP8"]
+    eye = QuantizedTensor(torch.eye(16).to(torch.float8_e4m3fn), torch.ones(1).bfloat16(), None, grid)
+    x = torch.tensor([[-200.0, -90, -88, -87, -20, -1, -1e-3, 0, 1e-3, 1, 20, 87, 88, 90, 200, -3]])
+    y = experts(
+        x, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), gather([stack(pack(eye), pack(eye))]), gather([pack(eye)])
+    )
+    rounded = x.bfloat16().float()
+    torch.testing.assert_close(y, (F.silu(rounded) * rounded).bfloat16().float(), rtol=2**-7, atol=1e-30)
 
 
 @built
@@ -162,13 +274,13 @@ def test_experts(name: str, counts: tuple[int, ...]) -> None:
     weights = [exact_weight(GRIDS[name], 40, 256) for _ in counts]
     offsets = torch.tensor([0, *counts]).cumsum(0)
     x = torch.randint(-8, 9, (sum(counts), 256)).float()
-    y = moe_matmul(x, offsets, [pack(q) for q in weights], poisoned(len(x), 40))
+    y = moe_matmul(x, offsets, gather([pack(q) for q in weights]), poisoned(len(x), 40))
     wanted = [reference.linear(part, q, None) for part, q in zip(x.split(counts), weights, strict=True)]
     assert torch.equal(y, torch.cat(wanted))
 
 
-def _packed(name: str = "W4A16", rows: int = 8, inputs: int = 128) -> PackedLinear:
-    return pack(random_weight(GRIDS[name], rows, inputs))
+def _packed(name: str = "W4A16", rows: int = 8, inputs: int = 128) -> Packed:
+    return one(random_weight(GRIDS[name], rows, inputs))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -178,15 +290,17 @@ def test_what_does_not_fit_is_refused() -> None:
             matmul(bad, packed)
     for out in (torch.zeros(4, 9), torch.zeros(4, 8).double(), torch.zeros(8, 4).T):
         with pytest.raises(ValueError, match="out is"):
-            moe_matmul(x, torch.tensor([0, 4]), [packed], out)
+            moe_matmul(x, torch.tensor([0, 4]), packed, out)
         with pytest.raises(ValueError, match="out is"):
             matmul(x, packed, out)
     for offsets in (torch.tensor([0, 4]), two.int(), torch.tensor([1, 2, 4]), torch.tensor([0, 5, 4]), two - 1):
         with pytest.raises(ValueError, match="offsets"):
-            moe_matmul(x, offsets, [packed, packed])
-    for experts in ([packed, _packed("FP8")], [packed, _packed(rows=16)], [packed, _packed("W4A16_ASYM")], []):
+            moe_matmul(x, offsets, gather([*packed.parts, *packed.parts]))
+    for other in (_packed("FP8"), _packed(rows=16), _packed("W4A16_ASYM")):
         with pytest.raises(ValueError, match="experts"):
-            moe_matmul(x, two, experts)
+            gather([*packed.parts, *other.parts])
+    with pytest.raises(ValueError, match="experts"):
+        gather([])
 
 
 def test_weights_without_a_kernel_are_refused() -> None:
@@ -265,7 +379,7 @@ def test_missing_compiler_and_processor(tmp_path: Path, source: Path, monkeypatc
 
 def test_processor_flags_are_read(tmp_path: Path) -> None:
     info = tmp_path / "cpuinfo"
-    info.write_text("processor : 0\nflags\t\t: fma avx2 avx512f avx512bw avx512cd avx512dq avx512vl\n")
+    info.write_text("processor : 0\nflags\t\t: fma avx2 avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni\n")
     assert build.missing_cpu_flags(info) == ["avx512_bf16"]
     assert set(build.missing_cpu_flags(tmp_path / "none")) == build.CPU_FLAGS
 

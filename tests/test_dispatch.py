@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.cli import main
+from quantkit.errors import CheckpointError
 from quantkit.kernels import dispatch
 from quantkit.kernels.cpu import build
+from quantkit.runtime import Kernels, KernelWeights, Model
 from quantkit.scheme import PRESETS, Recipe, scheme_named
 
+built = pytest.mark.skipif(isinstance(build.load(), str), reason=f"no CPU kernels: {build.load()}")
 CPU, SHAPE = torch.device("cpu"), (64, 128)
 
 
@@ -47,23 +52,73 @@ def test_explain_counts_every_linear(make_model: Callable[..., Path], tmp_path: 
     assert [row["linears"] for row in rows.values()] == [12, 12, 48] and rows["shared_experts"]["kernel"] == "torch"
 
 
-@pytest.mark.parametrize("scheme", PRESETS)
-def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
-    if isinstance(reason := build.load(), str):
-        pytest.skip(reason)
-    model = make_model(intermediate_size=128)
-    quantkit.quantize(model, tmp_path / "out", Recipe(scheme=scheme, group_size=32, method="rtn", samples=4, seq_len=32))
-    fast, slow = quantkit.load(tmp_path / "out"), quantkit.load(tmp_path / "out", kernels="reference")
-    assert {row["kernel"] for row in fast.explain()} == {"cpu-avx512"}
+def check_against_reference(folder: Path, kernels: Kernels, tolerance: float) -> Model:
+    """The first layer, over tokens whose expert is the same: bfloat16 may tip a router that is nearly even."""
+    fast, slow = quantkit.load(folder, kernels=kernels), quantkit.load(folder, kernels="reference")
     ids = torch.arange(1, 61).view(2, 30)
     here, there = next(fast.layers(ids)), next(slow.layers(ids))
     assert here.routing is not None and there.routing is not None
-    same = (here.routing.experts == there.routing.experts).flatten()  # bfloat16 may tip a router that is nearly even
+    same = (here.routing.experts == there.routing.experts).flatten()
     assert same.double().mean() > 0.9
     moved = (here.hidden - there.hidden).flatten(0, 1)[same].norm() / there.hidden.flatten(0, 1)[same].norm()
-    # bfloat16 rounds each linear's input by 2^-9; where that tips an FP8 or INT8 code, one step of 2^-4 or 2^-7 is added.
-    assert moved < (0.05 if PRESETS[scheme].activation else 0.01)
+    assert moved < tolerance
     assert torch.equal(fast.generate(ids[:, :4], 3)[:, :4], ids[:, :4])
+    return fast
+
+
+@built
+@pytest.mark.parametrize("scheme", PRESETS)
+def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """bfloat16 rounds each linear's input by 2^-9; where that tips an FP8 or INT8 code, a step of 2^-4 or 2^-7 is added."""
+    recipe = Recipe(scheme=scheme, group_size=32, method="rtn", samples=4, seq_len=32)
+    quantkit.quantize(make_model(intermediate_size=128), tmp_path / "out", recipe)
+    model = check_against_reference(tmp_path / "out", "auto", 0.05 if PRESETS[scheme].activation else 0.01)
+    assert {row["kernel"] for row in model.explain()} == {"cpu-avx512"}
+
+
+@built
+def test_w4a8_when_asked(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = Recipe(group_size=32, attention="FP8_DYNAMIC", method="rtn")
+    quantkit.quantize(make_model(), tmp_path / "out", recipe)
+    model = check_against_reference(tmp_path / "out", "w4a8", 0.03)
+    kernels = {row["role"]: row["kernel"] for row in model.explain()}
+    assert kernels == {"attention": "cpu-avx512", "experts": "cpu-w4a8", "shared_experts": "cpu-w4a8"}
+
+
+@built
+@pytest.mark.parametrize(
+    ("recipe", "fused"),
+    [
+        ({}, 4),  # the shared expert goes with the routed ones
+        ({"shared_experts": "FP8_DYNAMIC"}, 8),
+        ({"shared_experts": "BF16"}, 4),
+        ({"experts": "BF16"}, 4),
+        ({"rules": [{"match": "*.layers.1.mlp.shared_mlp.down_proj", "scheme": "BF16"}]}, 4),
+    ],
+)
+def test_experts_that_differ_go_apart(
+    recipe: dict[str, Any], fused: int, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantkit.quantize(make_model(), tmp_path / "out", Recipe(group_size=32, method="rtn", **recipe))
+    model = check_against_reference(tmp_path / "out", "auto", 0.03)
+    assert isinstance(model.weights, KernelWeights)
+    assert sum(kernel is not None for kernel in model.weights._fused.values()) == fused
+    assert not model.weights._quantized  # nothing lies in memory twice
+
+
+def test_input_scales_that_differ_are_refused_by_name(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    if isinstance(reason := build.load(), str):
+        pytest.skip(reason)
+    out = tmp_path / "out"
+    quantkit.quantize(make_model(), out, Recipe(scheme="FP8", method="rtn", samples=4, seq_len=32))
+    name = "model.layers.2.mlp.experts.1.up_proj.input_scale"
+    shard = next(path for path in out.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
+    tensors[name] = tensors[name] * 2
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.experts\.1\.gate_proj cannot.*gate and up read one input"):
+        quantkit.load(out)
+    assert quantkit.load(out, kernels="reference").logits(torch.ones(1, 3, dtype=torch.int64)).isfinite().all()
 
 
 def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -10,14 +10,17 @@ import torch
 from click.testing import CliRunner
 
 import quantkit
+from quantkit.calib.tokens import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError
-from quantkit.model.cache import KVFormat
+from quantkit.model.cache import Cache, KVFormat
+from quantkit.runtime import Kernels
 from quantkit.sampling import Sampling, sample
 from quantkit.scheme import Recipe
-from quantkit.text import stream_text
+from quantkit.text import complete, stream_text
 from tests.conftest import byte_tokenizer
 
+TINY = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 
@@ -64,9 +67,60 @@ def test_text_streams_in_whole_characters_until_the_end_token(model: Path, monke
     assert list(stream_text(loaded, "x", 3)) == ["a"]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_prompts_of_different_lengths_go_as_one_batch(kernels: Kernels) -> None:
+    model = quantkit.load(TINY, kernels=kernels)
+    prompts = ["import os\nimport ", "def f(x", "class Parser:\n    def __init__(self, text):\n        self."]
+    alone = ["".join(stream_text(model, prompt, 12, kv_format=KVFormat.FLOAT32)) for prompt in prompts]
+    together = complete(model, prompts, 12, kv_format=KVFormat.FLOAT32)
+    assert len(set(alone)) == 3
+    # Sums of another batch end in other last bits, which may turn one near tie: the texts agree up to there.
+    for one, other in zip(alone, together, strict=True):
+        assert other[: len(one) * 2 // 3].startswith(one[: len(one) // 2])
+    logits = [model.logits(torch.tensor([ids])) for ids in ([5, 6, 7], [9, 8, 5, 6, 7])]
+    padded = model.logits(torch.tensor([[9, 8, 5, 6, 7]] * 2), Cache(padding=torch.tensor([2, 0])))
+    torch.testing.assert_close(padded[0, 2:], logits[0][0], atol=0.1 if kernels == "auto" else 1e-4, rtol=0)
+    torch.testing.assert_close(padded[1], logits[1][0], atol=0.1 if kernels == "auto" else 1e-4, rtol=0)
+    assert (padded[0, 2:] - padded[1, 2:]).abs().max() > 0.5
+    with pytest.raises(ConfigError, match="padding"):
+        next(model.stream(torch.ones(2, 3, dtype=torch.int64), padding=torch.tensor([0, 3])))
+
+
 def test_generate_command(model: Path) -> None:
     arguments = ["generate", str(model), "--prompt", "import os", "--max-tokens", "5"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout.startswith("import os")
+    other = CliRunner().invoke(main, [*arguments, "--kernels", "reference"], catch_exceptions=False)
+    assert other.stdout == result.stdout  # nothing is quantised: the same numbers
+    batch = CliRunner().invoke(main, [*arguments, "--prompt", "x"], catch_exceptions=False)
+    assert batch.exit_code == 0 and batch.stdout.startswith("import os") and "\nx" in batch.stdout
     empty = CliRunner().invoke(main, ["generate", str(model), "--prompt", ""])
     assert empty.exit_code == 2 and "no token" in empty.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheme", "bounds"), [("W4A16", {"auto": 5e-4, "w4a8": 5e-3}), ("FP8_DYNAMIC", {"auto": 5e-4})], ids=["INT4", "FP8"]
+)
+def test_generated_text_has_the_references_probabilities(scheme: str, bounds: dict[Kernels, float], tmp_path: Path) -> None:
+    """The bundled model on this machine's kernels, and the reference model on the same dequantised weights in float32.
+
+    bfloat16 keeps 8 bits of each input: log-probabilities move by about 0.01, and KL by its square. Rounding inputs to
+    INT8 moves more, and quantisation itself much more, or this test could not tell.
+    """
+    quantkit.quantize(TINY, tmp_path / "out", Recipe(scheme=scheme, method="rtn"))
+    exact, base = (quantkit.load(path, kernels="reference") for path in (tmp_path / "out", TINY))
+    prompt = load_tokenizer(TINY).encode("def main(argv):\n    ").ids
+    for kernels, bound in bounds.items():
+        model = quantkit.load(tmp_path / "out", kernels=kernels)
+        ids = model.generate(torch.tensor([prompt]), 48)
+        here, there, other = (m.logits(ids)[:, :-1].log_softmax(-1) for m in (model, exact, base))
+        moved = (here - there).gather(-1, ids[:, 1:, None]).abs()
+        assert moved.mean() < 0.05 and divergence(there, here) < bound
+        assert divergence(other, there) > 3 * bound
+    pieces = "".join(stream_text(model, "def main(argv):\n    ", 24))
+    assert load_tokenizer(TINY).decode(ids[0, len(prompt) : len(prompt) + 24].tolist()).startswith(pieces)
+
+
+def divergence(base: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL in nats of log-probabilities [.., vocab]."""
+    return float((base.exp() * (base - other)).sum(-1).mean())

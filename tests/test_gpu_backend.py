@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from quantkit.kernels import dispatch
+from quantkit.kernels.backend import Backend
 from quantkit.kernels.cuda import build
 from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton import tiles
@@ -92,22 +93,22 @@ def test_the_cpu_is_served_in_the_interpreter_only(monkeypatch: pytest.MonkeyPat
     assert "not on xpu" in (lacks(PRESETS["W4A16"], torch.device("xpu")) or "")
 
 
-def on_hopper() -> dispatch.Backend:
-    """The backend as it would be on a machine with an H100."""
-    return dataclasses.replace(BACKEND, lacks=lambda scheme, device: lacks(scheme, device, lambda _: (9, 0)))
+def on_hopper() -> tuple[Backend, ...]:
+    """The backends as they would be on a machine with an H100."""
+    able = dataclasses.replace(BACKEND, lacks=lambda scheme, device: lacks(scheme, device, lambda _: (9, 0)))
+    return tuple(able if backend is BACKEND else backend for backend in dispatch.BACKENDS)
 
 
 def test_explain_says_which_kernel_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS", (on_hopper(), *dispatch.BACKENDS[1:]))
     monkeypatch.setattr(build, "library", lambda: "nvcc is not on PATH")
-    choice = dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA)
+    choice = dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA, on_hopper())
     assert choice.kernel == "triton" and "Triton for one token too: nvcc is not on PATH" in choice.why
     assert "avx512" in choice.elsewhere
     monkeypatch.setattr(build, "library", lambda: Library(None))  # type: ignore[arg-type]
-    assert "CUDA for up to 16 tokens a weight" in dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA).why
+    assert "CUDA for up to 16 tokens a weight" in dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA, on_hopper()).why
     short = scheme_named("W4A16", 64)
-    assert "groups of a multiple of 128, not 64" in dispatch.choose(short, (64, 128), CUDA).why
-    rows = dispatch.explain([("experts", PRESETS["FP8"], (64, 128))] * 3, CUDA)
+    assert "groups of a multiple of 128, not 64" in dispatch.choose(short, (64, 128), CUDA, on_hopper()).why
+    rows = dispatch.explain([("experts", PRESETS["FP8"], (64, 128))] * 3, CUDA, on_hopper())
     assert [(row["kernel"], row["linears"]) for row in rows] == [("triton", 3)] and "CUDA" not in str(rows[0]["why"])
 
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit.errors import ConfigError
-from quantkit.model import blocks
+from quantkit.model import attention, blocks
 from quantkit.model import forward as fw
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import Weights, forward, head
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec, MoE
+from quantkit.model.spec import GQA, Layer, Linear, ModelSpec, MoE
 from tests.conftest import CONFIG, random_weights
 
 GOLDEN = Path(__file__).parent / "golden-hunyuan-large"
@@ -71,46 +71,42 @@ def test_matches_the_released_code(top_k: int) -> None:
 
 def renormalised_top1(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
     def layer(original: object) -> object:
-        assert isinstance(original, fw.Layer) and isinstance(original.mlp, MoE)
-        return dataclasses.replace(original, mlp=dataclasses.replace(original.mlp, renormalise=True))
+        assert isinstance(original, Layer) and isinstance(original.mlp, MoE)
+        router = dataclasses.replace(original.mlp.router, renormalise=True)
+        return dataclasses.replace(original, mlp=dataclasses.replace(original.mlp, router=router))
 
     return dataclasses.replace(spec, layers=tuple(layer(x) for x in spec.layers))  # type: ignore[misc]
 
 
+def with_attention(spec: ModelSpec, change: Callable[[GQA], GQA]) -> ModelSpec:
+    def layer(original: Layer) -> Layer:
+        assert isinstance(original.attention, GQA)
+        return dataclasses.replace(original, attention=change(original.attention))
+
+    return dataclasses.replace(spec, layers=tuple(layer(x) for x in spec.layers))
+
+
 def norm_before_rope(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
-    def early(a, q_raw, kv, tables, weights, eps):  # type: ignore[no-untyped-def]
-        q = fw._split_heads(q_raw, a.head_dim)
-        q = blocks.apply_rope(blocks.rms_norm(q, weights.tensor(a.q_norm), eps), *tables)
-        return blocks.attend(q, *kv)
-
-    def early_kv(a, k_raw, v_raw, tables, eps):  # type: ignore[no-untyped-def]
-        k = blocks.rms_norm(fw._split_heads(k_raw, a.head_dim), golden(1)[1].tensor(a.k_norm), eps)
-        return blocks.apply_rope(k, *tables), fw._split_heads(v_raw, a.head_dim)
-
-    monkeypatch.setattr(fw, "attention_core", early)
-    monkeypatch.setattr(fw, "key_value", early_kv)
-    return spec
+    return with_attention(spec, lambda a: dataclasses.replace(a, norm_first=True))
 
 
 def leader_key_norm(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
-    layers = []
-    for layer in spec.layers:
-        owner = spec.layers[layer.attention.kv_from]
-        attention = dataclasses.replace(layer.attention, k_norm=owner.attention.k_norm)
-        layers.append(dataclasses.replace(layer, attention=attention))
-    return dataclasses.replace(spec, layers=tuple(layers))
+    def of_leader(a: GQA) -> GQA:
+        return dataclasses.replace(a, k_norm=f"model.layers.{a.kv_from}.self_attn.key_layernorm.weight")
+
+    return with_attention(spec, of_leader)
 
 
 def no_key_norm_on_cross_layers(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
-    original = fw.attention_core
+    original = attention.query
 
-    def without(a, q_raw, kv, tables, weights, eps):  # type: ignore[no-untyped-def]
+    def without(a, x, linear, tables, weights, eps):  # type: ignore[no-untyped-def]
         if a.k is not None:
-            return original(a, q_raw, kv, tables, weights, eps)
-        q = blocks.apply_rope(fw._split_heads(q_raw, a.head_dim), *tables)
-        return blocks.attend(blocks.rms_norm(q, weights.tensor(a.q_norm), eps), *kv)
+            return original(a, x, linear, tables, weights, eps)
+        q = blocks.apply_rope(attention._split_heads(linear(a.q, x), a.head_dim), *tables)
+        return blocks.rms_norm(q, weights.tensor(a.q_norm), eps)
 
-    monkeypatch.setattr(fw, "attention_core", without)
+    monkeypatch.setattr(fw, "query", without)
     return spec
 
 
@@ -178,7 +174,7 @@ def test_hunyuan_large_as_released() -> None:
     assert len(shapes) == 3778
     assert round(sum(torch.Size(s).numel() for s in shapes.values()) / 1e9, 2) == 388.70
     a = spec.layers[0].attention
-    assert len(spec.groups()) * 2 * a.kv_heads * a.head_dim * 2 == 81_920  # bytes of BF16 cache per token
+    assert len(spec.groups()) * a.kv_width * 2 == 81_920  # bytes of BF16 cache per token
 
 
 def test_untied_head_and_no_token_dropped() -> None:

@@ -26,7 +26,7 @@ def test_architecture_and_size() -> None:
     assert spec.head is None and [layer.attention.kv_from for layer in spec.layers] == [0, 0, 2, 2]
     for layer in spec.layers:
         assert isinstance(layer.mlp, MoE) and layer.attention.q_norm and layer.attention.k_norm
-        assert len(layer.mlp.experts) == 16 and layer.mlp.top_k == 1 and layer.mlp.shared
+        assert len(layer.mlp.experts) == 16 and layer.mlp.router.top_k == 1 and layer.mlp.shared
 
 
 def test_card_states_what_training_recorded() -> None:

@@ -1,7 +1,8 @@
 """transformers' own loader reads what quantkit writes, and computes the same logits.
 
-It has no Hunyuan-Large, so the model is a tiny Hunyuan-A13B (`hunyuan_v1_moe`), saved by transformers itself. It
-decompresses experts at load and does not round their activations, so agreement in FP8 is judged by that rounding.
+It has no Hunyuan-Large, so the model is a tiny Hunyuan-A13B (`hunyuan_v1_moe`), saved by transformers itself; then every
+other architecture. It decompresses experts at load and does not round their activations, so agreement in FP8 is judged
+by that rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from quantkit.model.forward import Weights, forward
 from quantkit.model.spec import Linear, Role
 from quantkit.runtime import Model
 from quantkit.scheme import Recipe
-from tests.conftest import SMALL, byte_tokenizer
+from tests.architectures import TINY
+from tests.conftest import SMALL, byte_tokenizer, random_weights, write_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -59,8 +61,9 @@ def theirs(folder: Path) -> Tensor:
 
 
 class Emulated(Weights):
-    """quantkit's reading of a checkpoint with transformers' two departures, both in experts only: their inputs are not
-    rounded to FP8, and kept or packed weights are multiplied in bfloat16 although float32 is asked for."""
+    """quantkit's reading of a checkpoint with transformers' three departures. In experts inputs are not rounded to FP8, and
+    kept or packed weights are multiplied in bfloat16 although float32 is asked for. The input of DeepSeek's kv_b_proj is
+    [batch, 1, time, rank] there, of which "per token" becomes one FP8 scale for a whole sequence."""
 
     def __init__(self, model: Model) -> None:
         self.weights = model.weights
@@ -72,7 +75,10 @@ class Emulated(Weights):
         activation = scheme.activation if scheme else None
         if ref.role is Role.EXPERTS:
             return F.linear(x, weight) if activation else F.linear(x.bfloat16(), weight.bfloat16())
-        return F.linear(round_activation(x, activation, None) if activation else x, weight)
+        if activation:
+            together = x.flatten(1) if ref.key.endswith("kv_b_proj") else x
+            x = round_activation(together, activation, None).view_as(x)
+        return F.linear(x, weight)
 
     def tensor(self, key: str) -> Tensor:
         return self.weights.tensor(key)
@@ -108,6 +114,17 @@ def test_integer_weights_agree(fields: dict[str, Any], a13b: Path, tmp_path: Pat
     )
     assert relative(emulated(out), logits) < 0.005  # sums in bfloat16, in another order
     assert relative(ours, logits) < 0.02 < relative(ours, base) or fields["scheme"] == "W8A16"
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "FP8_DYNAMIC"])
+def test_every_architecture_agrees(name: str, scheme: str, tmp_path: Path) -> None:
+    """As exactly as sums in another order allow, and far nearer than the unquantised model."""
+    folder = write_checkpoint(tmp_path / "model", TINY[name], random_weights(TINY[name]))
+    quantkit.quantize(folder, tmp_path / "out", Recipe(scheme=scheme, method="rtn", group_size=32))
+    logits, base = theirs(tmp_path / "out"), quantkit.load(folder, kernels="reference").logits(IDS)
+    distance = relative(emulated(tmp_path / "out"), logits)
+    assert distance < (1e-4 if scheme == "FP8_DYNAMIC" else 0.01) and distance < relative(logits, base) / 2
 
 
 def test_fp8_dynamic_agrees(a13b: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.calib.tape import Tape
+from quantkit.model.attention import Tensors, attention_core, keep, latent, query, query_input, raw_kv
 from quantkit.model.blocks import rms_norm, rope_tables, route
-from quantkit.model.forward import Tensors, attention_core, key_value
-from quantkit.model.spec import MLP, Layer, Linear, ModelSpec, MoE
+from quantkit.model.spec import MLA, MLP, Layer, Linear, ModelSpec, MoE
 from quantkit.stats import LinearStats
 
 __all__ = ["Apply", "Walk", "embed", "walk_layer"]
@@ -73,7 +73,7 @@ def embed(walk: Walk, ids: Tensor, tape: Tape) -> None:
 def walk_layer(walk: Walk, layer: Layer, source: Tape, target: Tape, kv: Tape) -> None:
     """Quantise one layer and carry the hidden states from `source` to `target` (they may be the same tape).
 
-    kv: raw K and V, [tokens, 2 * kv_heads * head_dim]: written by the layer that owns them, read by those that borrow.
+    kv: raw K and V, [tokens, kv_width]: written by the layer that owns them, read by those that borrow.
     """
     _attention(walk, layer, source, target, kv)
     if isinstance(layer.mlp, MoE):
@@ -86,30 +86,55 @@ def walk_layer(walk: Walk, layer: Layer, source: Tape, target: Tape, kv: Tape) -
         inputs.remove()
 
 
+class _Stages:
+    """The linears of one layer's attention, quantised in groups that read one input; `linear` applies them after that."""
+
+    def __init__(self, walk: Walk, rows: int) -> None:
+        self.walk, self.rows = walk, rows
+        self.run: dict[Linear, Apply] = {}
+
+    def quantise(self, refs: Sequence[Linear], inputs: Callable[[int, int], Tensor]) -> None:
+        """inputs: (start, stop) -> the rows of their input, [stop - start, in_features]."""
+        stats = self.walk.stats(refs)
+        if stats is not None:
+            for span in self.walk.spans(self.rows):
+                stats.add(inputs(*span).to(self.walk.device))
+        self.run.update(zip(refs, self.walk.quantise(refs, stats), strict=True))
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        return self.run[ref](x)
+
+
 def _attention(walk: Walk, layer: Layer, source: Tape, target: Tape, kv: Tape) -> None:
-    a, rows = layer.attention, source.shape[0]
-    inputs = [ref for ref in (a.q, a.k, a.v) if ref is not None]
-    stats = walk.stats(inputs)
-    if stats is not None:
-        for span in walk.spans(rows):
-            stats.add(walk.norm(layer.input_norm, source.read(*span)))
-    run = dict(zip(inputs, walk.quantise(inputs, stats), strict=True))
-    core, o_stats = walk.tape("attention", a.o.in_features), walk.stats([a.o])
+    a, rows, weights = layer.attention, source.shape[0], walk.weights
+    stages = _Stages(walk, rows)
+
+    def inputs(start: int, stop: int) -> Tensor:
+        return walk.norm(layer.input_norm, source.read(start, stop))
+
+    def windows(x: Tensor) -> Tensor:
+        cut: Tensor = x.to(walk.device).unflatten(0, (-1, walk.windows[1]))
+        return cut
+
+    first, *_ = a.same_input()
+    stages.quantise(first, inputs)
+    for span in walk.spans(rows):
+        raw = raw_kv(a, inputs(*span), stages.linear)
+        if raw is not None:
+            kv.write(span[0], raw)
+    if isinstance(a, MLA):
+        if a.q not in first:
+            stages.quantise([a.q], lambda *span: query_input(a, inputs(*span), stages.linear, weights))
+        stages.quantise([a.kv_b], lambda *span: latent(a, kv.read(*span).to(walk.device), weights))
+    core = walk.tape("attention", a.o.in_features)
     tables = rope_tables(walk.spec.rope, torch.arange(walk.windows[1], device=walk.device))
     for start, stop in walk.spans(rows):
-        x = walk.norm(layer.input_norm, source.read(start, stop))
-        if a.k is not None and a.v is not None:
-            kv.write(start, torch.cat((run[a.k](x), run[a.v](x)), dim=1))
-        k_raw, v_raw = kv.read(start, stop).to(walk.device).unflatten(0, (-1, walk.windows[1])).chunk(2, dim=-1)
-        kept = key_value(a, k_raw, v_raw, tables, walk.spec.eps)
-        q_raw = run[a.q](x).unflatten(0, (-1, walk.windows[1]))
-        y = attention_core(a, q_raw, kept, tables, walk.weights, walk.spec.eps).flatten(0, 1)
-        if o_stats is not None:
-            o_stats.add(y)
-        core.write(start, y)
-    (o,) = walk.quantise([a.o], o_stats)
+        kept = keep(a, windows(kv.read(start, stop)), tables, weights, walk.spec.eps)
+        q = query(a, windows(inputs(start, stop)), stages.linear, tables, weights, walk.spec.eps)
+        core.write(start, attention_core(a, q, kept, stages.linear).flatten(0, 1))
+    stages.quantise([a.o], core.read)
     for start, stop in walk.spans(rows):
-        target.write(start, source.read(start, stop) + o(core.read(start, stop).to(walk.device)).cpu())
+        target.write(start, source.read(start, stop) + stages.linear(a.o, core.read(start, stop).to(walk.device)).cpu())
     core.remove()
 
 
@@ -164,12 +189,12 @@ def _mlp(walk: Walk, mlp: MLP, tokens: _Rows, target: Tape) -> None:
 def _moe(walk: Walk, layer: Layer, moe: MoE, target: Tape) -> None:
     """Route all tokens once, nothing dropped; then the shared expert on all of them and each expert on its own."""
     inputs = walk.tape("moe_in", walk.spec.hidden)
-    router = walk.weights.tensor(moe.router.weight).to(walk.device)
+    table = walk.weights.tensor(moe.router.weight).to(walk.device)
     experts, weights, logits = [], [], []
     for start, stop in walk.spans(target.shape[0]):
         x = walk.norm(layer.post_attention_norm, target.read(start, stop))
         inputs.write(start, x)
-        routing = route(x, router, moe.top_k, moe.renormalise)
+        routing = route(x, moe.router, table)
         experts.append(routing.experts.cpu())
         weights.append(routing.weights.cpu())
         logits.append(routing.logits.log_softmax(-1).cpu())

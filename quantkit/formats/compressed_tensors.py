@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import ConfigError
-from quantkit.formats.dtypes import TensorPlan
+from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import PRESETS, Kind, Scheme, scheme_named
 
-__all__ = ["config", "decode", "encode", "parse", "planned"]
+__all__ = ["config", "decode", "encode", "matrices", "parse", "planned"]
+
+_TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
 
 def _packed(scheme: Scheme) -> bool:
@@ -80,6 +82,25 @@ def decode(ref: Linear, scheme: Scheme, read: Callable[[str], Tensor]) -> Quanti
     return QuantizedTensor(codes, read(f"{ref.key}.weight_scale"), zero, scheme.weight, input_scale)
 
 
+def matrices(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], Tensor]
+) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """[out, in] of every matrix, quantised or not, by key, and the tensors that belong to none.
+
+    entries: dtype and shape of each tensor. read: a tensor by name, for the shapes of packed ones.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, (dtype, shape) in entries.items():
+        key, _, last = name.rpartition(".")
+        if last == "weight_packed" and f"{key}.weight_shape" in entries:
+            out, inputs = read(f"{key}.weight_shape").tolist()
+            found[key] = (out, inputs)
+        elif last == "weight" and len(shape) == 2 and (dtype in FLOATS or f"{key}.weight_scale" in entries):
+            found[key] = (shape[0], shape[1])
+    parts = (name.rpartition(".") for name in entries)
+    return found, [f"{key}{dot}{last}" for key, dot, last in parts if key not in found or last not in _TENSORS]
+
+
 def _template(key: str) -> str:
     """A regular expression for the linears that differ from this one in layer or expert number only."""
     return "re:.*" + re.sub(r"\d+", r"\\d+", re.escape(key).replace(r"\-", "-")).removeprefix("model") + "$"
@@ -94,7 +115,7 @@ def _targets(keys: Iterable[str], everything: Mapping[str, Scheme | None], schem
 
 
 def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dict[str, Any]:
-    """The quantization_config for linears assigned to schemes (None: kept). The router and the head are always ignored."""
+    """The quantization_config for linears assigned to schemes (None: kept). Routers are ignored, and the head if kept."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus  # seconds to import
 
     schemes = sorted({s for s in assigned.values() if s is not None}, key=lambda s: (s.name, s.weight.group_size or 0))
@@ -111,7 +132,8 @@ def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dic
         for i, scheme in enumerate(schemes)
     }
     formats = {format_of(scheme) for scheme in schemes}
-    ignore = ["lm_head", *sorted({_template(router) for router in routers}), *_targets(kept, assigned, None)]
+    head = [] if assigned.get("lm_head") else ["lm_head"]
+    ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(kept, assigned, None)]
     checked = QuantizationConfig.model_validate(
         {
             "config_groups": groups,

@@ -29,7 +29,7 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return DTYPES[dtype].itemsize * math.prod(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
     """Name, dtype and shape of a tensor that will be written."""
 

@@ -14,19 +14,20 @@ __all__ = ["pack_rows", "unpack_rows"]
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """int8 [rows, n] of `bits`-bit codes (4 or 8; n a multiple of 32 / bits) -> int32 [rows, n * bits / 32]."""
-    per_word = 32 // bits
-    if codes.shape[1] % per_word:
+    if codes.shape[1] % (32 // bits):
         raise ValueError(f"{codes.shape[1]} codes of {bits} bits do not fill whole 32-bit words")
-    digits = (codes.to(torch.int32) + 2 ** (bits - 1)).view(codes.shape[0], -1, per_word)
-    words = torch.zeros(digits.shape[:2], dtype=torch.int32, device=codes.device)
-    for i in range(per_word):
-        words |= digits[:, :, i] << (bits * i)
+    digits = codes.contiguous().view(torch.uint8) + 2 ** (bits - 1)
+    if bits == 4:
+        low, high = (digits & 15).unflatten(1, (-1, 2)).unbind(2)
+        digits = low | high << 4
+    words: Tensor = digits.contiguous().view(torch.int32)  # the first byte is the least significant one
     return words
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_rows`: int32 [rows, m] -> int8 [rows, m * 32 / bits]."""
-    mask = 2**bits - 1
-    digits = torch.stack([((words >> (bits * i)) & mask) for i in range(32 // bits)], dim=-1)
-    codes: Tensor = (digits - 2 ** (bits - 1)).to(torch.int8).flatten(1)
+    digits = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        digits = torch.stack((digits & 15, digits >> 4), dim=2).flatten(1)
+    codes: Tensor = (digits - 2 ** (bits - 1)).view(torch.int8)
     return codes

@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor as a shard's header describes it. dtype in safetensors' spelling (BF16, F32, I32, F8_E4M3, ...)."""
 

@@ -59,10 +59,14 @@ class _Buffer:
 
 
 class Cache:
-    """groups maps the index of the layer that owns a group's K/V to its (key, value)."""
+    """groups maps the index of the layer that owns a group's K/V to its (key, value).
 
-    def __init__(self, kv_format: KVFormat = KVFormat.FLOAT32) -> None:
-        self.format = kv_format
+    padding: int64 [batch], how many ids at the start of each row only fill it up; None for none. Positions count from the
+    first id that is real.
+    """
+
+    def __init__(self, kv_format: KVFormat = KVFormat.FLOAT32, padding: Tensor | None = None) -> None:
+        self.format, self.padding = kv_format, padding
         self.groups: dict[int, tuple[_Buffer, _Buffer]] = {}
 
     @property

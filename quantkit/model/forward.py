@@ -1,43 +1,21 @@
-"""The reference model: runs a `ModelSpec` over any source of weights; `weights.linear` does every product but the router's.
-
-Cross-layer attention (CLA): a group of layers shares one raw K and V. The released code rotates and normalises K anew in
-each layer with that layer's own key norm. A score only sees q_norm_w * k_norm_w * (q_hat . k_hat), so the key that is kept
-is rotated and normalised WITHOUT a weight, once per group, and each layer folds its key-norm weight into its query. This
-is exact, and it is why a cache holds one key and one value per group.
-"""
+"""The reference model: a `ModelSpec` run on any source of weights. `weights.linear` does every product but the router's."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.model.blocks import Routing, apply_rope, attend, rms_norm, rope_tables, route
+from quantkit.model.attention import Tables, attention_core, keep, query, raw_kv
+from quantkit.model.blocks import Routing, rms_norm, rope_tables, route
 from quantkit.model.cache import KV, Cache
-from quantkit.model.spec import MLP, Attention, Layer, Linear, ModelSpec, MoE, Role
+from quantkit.model.spec import MLP, Layer, Linear, ModelSpec, MoE, Role
 
-__all__ = [
-    "KV",
-    "Cache",
-    "LayerTrace",
-    "Tensors",
-    "Weights",
-    "attention_core",
-    "forward",
-    "head",
-    "key_value",
-]
-
-
-class Tensors(Protocol):
-    """Where tensors that are not a linear's come from: norms, router, embedding, head."""
-
-    def tensor(self, key: str) -> Tensor: ...
+__all__ = ["KV", "Cache", "LayerTrace", "Weights", "forward", "head"]
 
 
 class Weights(ABC):
@@ -60,7 +38,7 @@ class Weights(ABC):
     def experts(self, spec: MoE, x: Tensor, routing: Routing) -> Tensor:
         """The routed experts' outputs, weighted, plus the shared expert's; x [n, hidden]. An idle expert is not called."""
         order = routing.experts.flatten().argsort(stable=True)  # (token, slot) pairs, expert by expert
-        tokens = order // spec.top_k
+        tokens = order // spec.router.top_k
         counts = torch.bincount(routing.experts.flatten(), minlength=len(spec.experts)).tolist()
         parts = zip(spec.experts, x[tokens].split(counts), strict=True)
         y = torch.cat([self.mlp(expert, part) for expert, part in parts if len(part)])
@@ -78,48 +56,30 @@ class LayerTrace:
     routing: Routing | None
 
 
-def _split_heads(x: Tensor, head_dim: int) -> Tensor:
-    heads: Tensor = x.unflatten(-1, (-1, head_dim))
-    return heads.transpose(1, 2)
-
-
-def key_value(a: Attention, k_raw: Tensor, v_raw: Tensor, tables: tuple[Tensor, Tensor], eps: float) -> KV:
-    """The K and V that a group keeps, from the raw projections [batch, time, kv_heads * head_dim]."""
-    k = apply_rope(_split_heads(k_raw, a.head_dim), *tables)
-    return (rms_norm(k, None, eps) if a.k_norm else k), _split_heads(v_raw, a.head_dim)
-
-
-def attention_core(
-    a: Attention, q_raw: Tensor, kv: KV, tables: tuple[Tensor, Tensor], weights: Tensors, eps: float
-) -> Tensor:
-    """From the raw query projection [batch, time, heads * head_dim] to the input of o_proj, same shape."""
-    q = apply_rope(_split_heads(q_raw, a.head_dim), *tables)
-    if a.q_norm and a.k_norm:
-        q = rms_norm(q, weights.tensor(a.q_norm), eps) * weights.tensor(a.k_norm).to(q.dtype)
-    return attend(q, *kv)
-
-
 def _layer(
     layer: Layer,
     h: Tensor,
     kv: KV | None,
     cache: Cache | None,
-    tables: tuple[Tensor, Tensor],
+    tables: Tables,
     weights: Weights,
     eps: float,
 ) -> tuple[Tensor, KV, Routing | None]:
     a = layer.attention
     x = rms_norm(h, weights.tensor(layer.input_norm), eps)
-    if a.k is not None and a.v is not None:
-        kv = key_value(a, weights.linear(a.k, x), weights.linear(a.v, x), tables, eps)
+    raw = raw_kv(a, x, weights.linear)
+    if raw is not None:
+        kv = keep(a, raw, tables, weights, eps)
         kv = cache.append(layer.index, kv) if cache is not None else kv
     if kv is None:
         raise ValueError(f"layer {layer.index} borrows K/V from layer {a.kv_from}, which has not run")
-    h = h + weights.linear(a.o, attention_core(a, weights.linear(a.q, x), kv, tables, weights, eps))
+    q = query(a, x, weights.linear, tables, weights, eps)
+    padding = cache.padding if cache is not None else None
+    h = h + weights.linear(a.o, attention_core(a, q, kv, weights.linear, padding))
     x = rms_norm(h, weights.tensor(layer.post_attention_norm), eps).flatten(0, 1)
     block, routing = layer.mlp, None
     if isinstance(block, MoE):
-        routing = route(x, weights.tensor(block.router.weight), block.top_k, block.renormalise)
+        routing = route(x, block.router, weights.tensor(block.router.weight))
         out = weights.experts(block, x, routing)
     else:
         out = weights.mlp(block, x)
@@ -130,6 +90,8 @@ def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache |
     """Run the layers over int64 input_ids [batch, time], yielding after each. With a cache, ids continue what it holds."""
     start = cache.length if cache is not None else 0
     positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+    if cache is not None and cache.padding is not None:
+        positions = (positions - cache.padding.to(positions.device)[:, None, None]).clamp(min=0)  # [batch, 1, time]
     tables = rope_tables(spec.rope, positions)
     h = F.embedding(input_ids, weights.tensor(spec.embedding)).float()
     shared: dict[int, KV] = {}

@@ -8,14 +8,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantkit.errors import ConfigError
-from quantkit.model import hunyuan_a13b, hunyuan_large
+from quantkit.model import deepseek_v2, hunyuan_a13b, llama, mixtral, qwen3_moe
 from quantkit.model.spec import ModelSpec
 
 __all__ = ["ARCHITECTURES", "build_spec"]
 
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
-    "hunyuan": hunyuan_large.build,
+    "hunyuan": hunyuan_a13b.build_hunyuan,
     "hunyuan_v1_moe": hunyuan_a13b.build,
+    "mixtral": mixtral.build,
+    "deepseek_v2": deepseek_v2.build,
+    "llama": llama.build,
+    "qwen3_moe": qwen3_moe.build,
 }
 
 
@@ -25,7 +29,8 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
             f"{where}: unknown architecture, model_type {name!r}",
-            f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model",
+            f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model; "
+            "linears of any other can be named, to be rounded without calibration: --linears 'model.layers.*_proj'",
         )
     try:
         return ARCHITECTURES[name](dict(config))

@@ -6,11 +6,26 @@ a checkpoint's. A new architecture is one file that maps a config.json to a `Mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-__all__ = ["MLP", "MoE", "Attention", "Layer", "Linear", "ModelSpec", "Role", "Rope"]
+__all__ = [
+    "GQA",
+    "MLA",
+    "MLP",
+    "Attention",
+    "Layer",
+    "Linear",
+    "Llama3",
+    "MoE",
+    "ModelSpec",
+    "Role",
+    "Rope",
+    "Router",
+    "Yarn",
+]
 
 
 class Role(str, Enum):
@@ -22,9 +37,10 @@ class Role(str, Enum):
     MLP = "mlp"
     ROUTER = "router"
     HEAD = "head"
+    LINEAR = "linear"  # of a model whose architecture is not known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Linear:
     """y = x W^T without bias; W is stored as `key` + '.weight', shape [out_features, in_features]."""
 
@@ -38,9 +54,28 @@ class Linear:
         return f"{self.key}.weight"
 
 
+@dataclass(frozen=True, slots=True)
+class Router(Linear):
+    """softmax(x W^T), best `top_k`, and the weight each of them gets.
+
+    renormalise: divide the chosen probabilities by their sum. scale: multiply them. groups, top_groups: cut the experts
+    into that many groups of equal size and choose among the experts of the best groups only, where a group is as good as
+    its best expert (DeepSeek-V2, arXiv 2405.04434, section 2.2.2).
+    """
+
+    top_k: int
+    renormalise: bool
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+
 @dataclass(frozen=True)
-class Attention:
-    """Grouped-query attention. A cross layer (k and v are None) borrows K and V from layer `kv_from`."""
+class GQA:
+    """Grouped-query attention. A cross layer (k and v are None) borrows K and V from layer `kv_from`.
+
+    q_norm, k_norm: RMS norms of each head, before RoPE if `norm_first`, else after it.
+    """
 
     q: Linear
     k: Linear | None
@@ -52,12 +87,69 @@ class Attention:
     kv_heads: int
     head_dim: int
     kv_from: int
+    norm_first: bool = False
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of raw K and V for a token."""
+        return 2 * self.kv_heads * self.head_dim
 
     def linears(self) -> tuple[Linear, ...]:
         return tuple(ref for ref in (self.q, self.k, self.v, self.o) if ref is not None)
 
+    def same_input(self) -> list[tuple[Linear, ...]]:
+        return [self.linears()[:-1], (self.o,)]
+
+    def norms(self) -> dict[str, tuple[int, ...]]:
+        return {key: (self.head_dim,) for key in (self.q_norm, self.k_norm) if key}
+
 
 @dataclass(frozen=True)
+class MLA:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    kv_a gives a latent of `rank`, normalised, from which kv_b makes each head's key (`nope_dim`) and value (`v_dim`), and
+    one more key part (`rope_dim`) that is rotated and that all heads share. q reads norm(q_a(x)), or x where q_a is None.
+    RoPE pairs neighbouring elements. scale multiplies the scores. eps is that of the two inner norms.
+    """
+
+    q_a: Linear | None
+    q_a_norm: str | None
+    q: Linear
+    kv_a: Linear
+    kv_a_norm: str
+    kv_b: Linear
+    o: Linear
+    heads: int
+    rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    scale: float
+    eps: float
+    kv_from: int
+
+    @property
+    def kv_width(self) -> int:
+        """Elements of latent and shared key for a token: all that a cache keeps."""
+        return self.rank + self.rope_dim
+
+    def linears(self) -> tuple[Linear, ...]:
+        return tuple(ref for group in self.same_input() for ref in group)
+
+    def same_input(self) -> list[tuple[Linear, ...]]:
+        first = [(self.q_a, self.kv_a), (self.q,)] if self.q_a else [(self.q, self.kv_a)]
+        return [*first, (self.kv_b,), (self.o,)]
+
+    def norms(self) -> dict[str, tuple[int, ...]]:
+        norms: dict[str, tuple[int, ...]] = {self.kv_a_norm: (self.rank,)}
+        return {self.q_a_norm: (self.q.in_features,), **norms} if self.q_a_norm else norms
+
+
+Attention = GQA | MLA
+
+
+@dataclass(frozen=True, slots=True)
 class MLP:
     """down(silu(gate(x)) * up(x))."""
 
@@ -71,17 +163,14 @@ class MLP:
 
 @dataclass(frozen=True)
 class MoE:
-    """Routed experts plus an ungated shared one. `renormalise`: divide the top-k probabilities by their sum."""
+    """Routed experts plus an ungated shared one."""
 
-    router: Linear
+    router: Router
     experts: tuple[MLP, ...]
     shared: MLP | None
-    top_k: int
-    renormalise: bool
 
-    def linears(self) -> tuple[Linear, ...]:
-        shared = self.shared.linears() if self.shared else ()
-        return (*shared, *(ref for expert in self.experts for ref in expert.linears()))
+    def mlps(self) -> tuple[MLP, ...]:
+        return (*([self.shared] if self.shared else []), *self.experts)
 
 
 @dataclass(frozen=True)
@@ -95,26 +184,23 @@ class Layer:
     mlp: MoE | MLP
 
     def linears(self) -> tuple[Linear, ...]:
-        """The linears that a recipe may quantise (the router is not among them)."""
-        return (*self.attention.linears(), *self.mlp.linears())
+        """The linears that a recipe may quantise (the router is not among them), in the order they are quantised."""
+        return tuple(ref for group in self.same_input() for ref in group)
+
+    def mlps(self) -> tuple[MLP, ...]:
+        return self.mlp.mlps() if isinstance(self.mlp, MoE) else (self.mlp,)
 
     def same_input(self) -> list[tuple[Linear, ...]]:
         """The same linears, grouped by the tensor they read: q, k, v together, gate and up together."""
-        a = self.attention
-        moe = self.mlp if isinstance(self.mlp, MoE) else None
-        mlps = [self.mlp] if isinstance(self.mlp, MLP) else []
-        if moe:
-            mlps = [*([moe.shared] if moe.shared else []), *moe.experts]
-        groups: list[tuple[Linear, ...]] = [tuple(ref for ref in (a.q, a.k, a.v) if ref is not None), (a.o,)]
-        for mlp in mlps:
+        groups = self.attention.same_input()
+        for mlp in self.mlps():
             groups += [(mlp.gate, mlp.up), (mlp.down,)]
         return groups
 
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Tensors that are carried over unchanged, with their shapes."""
-        a, hidden = self.attention, self.attention.q.in_features
-        kept: dict[str, tuple[int, ...]] = {self.input_norm: (hidden,), self.post_attention_norm: (hidden,)}
-        kept.update({key: (a.head_dim,) for key in (a.q_norm, a.k_norm) if key})
+        hidden = self.attention.o.out_features
+        kept = {self.input_norm: (hidden,), self.post_attention_norm: (hidden,), **self.attention.norms()}
         if isinstance(self.mlp, MoE):
             router = self.mlp.router
             kept[router.weight] = (router.out_features, router.in_features)
@@ -122,11 +208,49 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding, rotate-half form. `base` already holds any NTK factor."""
+class Llama3:
+    """Llama 3.1's scaling: wavelengths above original_context / low_freq_factor are stretched by `factor`, those below
+    original_context / high_freq_factor are not, and between them the frequency is interpolated."""
 
-    head_dim: int
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071) as DeepSeek-V2 uses it: frequencies that turn less than beta_slow times in original_context
+    are divided by `factor`, those that turn more than beta_fast times are not, with a linear ramp between."""
+
+    factor: float
+    original_context: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+    def _amplitude(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    @property
+    def rope_factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        return self._amplitude(self.mscale) / self._amplitude(self.mscale_all_dim)
+
+    @property
+    def score_factor(self) -> float:
+        """What attention scores are multiplied by, beside 1 / sqrt(head_dim)."""
+        return self._amplitude(self.mscale_all_dim) ** 2
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of `dim` elements. `base` already holds any NTK factor."""
+
+    dim: int
     base: float
+    scaling: Llama3 | Yarn | None = None
     bf16_frequencies: bool = False
 
 
@@ -158,6 +282,18 @@ class ModelSpec:
         if self.head:
             shapes[self.head] = (self.vocab, self.hidden)
         return shapes
+
+    def moes(self) -> list[MoE]:
+        return [layer.mlp for layer in self.layers if isinstance(layer.mlp, MoE)]
+
+    def around(self) -> tuple[str, ...]:
+        """Tensors of no layer. A tied head may be stored once more."""
+        return self.embedding, self.final_norm, "lm_head.weight"
+
+    @property
+    def parameters(self) -> int:
+        """How many, a tied head counted once."""
+        return sum(math.prod(shape) for shape in self.tensors().values())
 
     def groups(self) -> list[tuple[Layer, ...]]:
         """Layers that share one K/V, in order: the unit of commitment, so no borrowed K/V crosses a commit."""

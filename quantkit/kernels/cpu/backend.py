@@ -1,4 +1,4 @@
-"""The CPU kernels as a `Backend`: bfloat16 products of packed INT4, INT8 and FP8 weights, summed in float32."""
+"""The CPU kernels as `Backend`s: one for the schemes as they are, and one that multiplies INT4 weights by INT8 inputs."""
 
 from __future__ import annotations
 
@@ -6,91 +6,78 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.kernels.backend import Backend, Expert
 from quantkit.kernels.cpu import build
-from quantkit.kernels.cpu.linear import PackedLinear, matmul, moe_matmul, pack, served
-from quantkit.kernels.reference import quantize_activation, round_activation
+from quantkit.kernels.cpu.linear import Packed, experts, gather, matmul, pack, stack, unfit
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Activation, Scheme, Strategy
+from quantkit.scheme import Activation, Kind, Scheme, Strategy
 
-__all__ = ["BACKEND"]
-
-
-def _rounded(x: Tensor, activation: Activation | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What is multiplied, and the scale that then goes onto the product.
-
-    Codes of 8 bits are exact in bfloat16, codes times a scale are not.
-    """
-    if activation is None:
-        return x, None
-    if activation.strategy is Strategy.GROUP:
-        return round_activation(x, activation, input_scale), None
-    return quantize_activation(x, activation, input_scale)
+__all__ = ["AVX512", "W4A8", "rounding_of_w4a8"]
 
 
 @dataclass(frozen=True)
 class _Linear:
-    packed: PackedLinear
-    activation: Activation | None
-    input_scale: Tensor | None
+    weight: Packed
 
     def __call__(self, x: Tensor) -> Tensor:
-        codes, scale = _rounded(x, self.activation, self.input_scale)
-        y = matmul(codes, self.packed)
-        return (y if scale is None else y * scale).to(x.dtype)
+        return matmul(x, self.weight).to(x.dtype)
 
 
 @dataclass(frozen=True)
 class _Experts:
-    gates: list[_Linear]
-    ups: list[_Linear]
-    downs: list[_Linear]
+    gate_up: Packed
+    down: Packed
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        order = ids.flatten().argsort(stable=True)  # (token, slot) pairs, expert by expert
-        tokens = order // ids.shape[1]
-        counts = torch.bincount(ids.flatten(), minlength=len(self.gates))
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        rows = x[tokens]
-        owners = ids.flatten()[order]
-        act = F.silu(self._product(self.gates, rows, owners, offsets)) * self._product(self.ups, rows, owners, offsets)
-        y = self._product(self.downs, act, owners, offsets) * weights.flatten()[order, None]
-        return torch.zeros_like(x).index_add(0, tokens, y.to(x.dtype))
-
-    def _product(self, linears: list[_Linear], x: Tensor, owners: Tensor, offsets: Tensor) -> Tensor:
-        parts = [l.packed for l in linears]
-        static = [l.input_scale for l in linears if l.input_scale is not None]  # each expert has its own
-        codes, scale = _rounded(x, linears[0].activation, torch.stack(static)[owners] if static else None)
-        y = moe_matmul(codes, offsets, parts)
-        return y if scale is None else y * scale
+        return experts(x, ids, weights, self.gate_up, self.down).to(x.dtype)
 
 
-def _linear(q: QuantizedTensor, scheme: Scheme) -> _Linear:
-    return _Linear(pack(q), scheme.activation, q.input_scale)
+def _linear(q: QuantizedTensor, activation: Activation | None) -> _Linear:
+    return _Linear(gather([pack(q, activation)]))
 
 
-def _experts(parts: Iterable[Expert], count: int, scheme: Scheme) -> _Experts:
-    packed = [(_linear(part.gate, scheme), _linear(part.up, scheme), _linear(part.down, scheme)) for part in parts]
-    gates, ups, downs = (list(column) for column in zip(*packed, strict=True))
-    return _Experts(gates, ups, downs)
+def _experts(parts: Iterable[Expert], activation: Activation | None) -> _Experts:
+    pairs = [(stack(pack(part.gate, activation), pack(part.up, activation)), pack(part.down, activation)) for part in parts]
+    gate_ups, downs = zip(*pairs, strict=True)
+    return _Experts(gather(gate_ups), gather(downs))
 
 
 def _lacks(scheme: Scheme, device: torch.device) -> str | None:
     if device.type != "cpu":
-        return f"{BACKEND.name} runs on the CPU, not on {device}"
+        return f"{AVX512.name} runs on the CPU, not on {device}"
     library = build.load()
     return library if isinstance(library, str) else None
 
 
-BACKEND = Backend(
+def rounding_of_w4a8(scheme: Scheme) -> Activation:
+    """INT8 with a scale for each group of inputs that share a scale of the weight, 128 where a whole row does."""
+    return Activation(Kind.INT, Strategy.GROUP, dynamic=True, group_size=scheme.weight.group_size or 128)
+
+
+def _w4a8_takes(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    if scheme.weight.bits != 4 or scheme.activation is not None:
+        return f"{W4A8.name} multiplies INT4 weights whose scheme leaves the input as it is, not {scheme.name}"
+    return unfit(scheme.weight, rounding_of_w4a8(scheme))
+
+
+HARDWARE = f"an x86-64 CPU with {', '.join(sorted(build.CPU_FLAGS))} and a C++ compiler"
+AVX512 = Backend(
     name="cpu-avx512",
-    hardware=f"an x86-64 CPU with {', '.join(sorted(build.CPU_FLAGS))} and a C++ compiler",
-    why="INT4, INT8 and FP8 weights by table, bfloat16 products summed in float32",
-    takes=lambda scheme, shape: served(scheme.weight),
+    hardware=HARDWARE,
+    why="weights by table and products summed in float32; INT8 by INT8 in integers",
+    takes=lambda scheme, shape: unfit(scheme.weight, scheme.activation),
     lacks=_lacks,
-    linear=_linear,
-    experts=_experts,
+    linear=lambda q, scheme: _linear(q, scheme.activation),
+    experts=lambda parts, count, scheme: _experts(parts, scheme.activation),
+)
+W4A8 = Backend(
+    name="cpu-w4a8",
+    hardware=HARDWARE,
+    why="asked for: inputs rounded to INT8 by groups, integer products",
+    takes=_w4a8_takes,
+    lacks=_lacks,
+    linear=lambda q, scheme: _linear(q, rounding_of_w4a8(scheme)),
+    experts=lambda parts, count, scheme: _experts(parts, rounding_of_w4a8(scheme)),
 )

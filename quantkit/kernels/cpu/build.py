@@ -16,7 +16,7 @@ from pathlib import Path
 
 __all__ = ["FLAGS", "SOURCE", "build", "cache_folder", "load", "missing_cpu_flags"]
 
-SOURCE = Path(__file__).with_name("quantkit_cpu.cpp")
+SOURCE = Path(__file__).with_name("csrc") / "quantkit_cpu.cpp"
 # A fixed target, not -march=native: home folders, and the cache with them, may be shared between machines. Floating point
 # stays strict. -fopenmp links libgomp.so.1 by name, which is the one that torch has already loaded.
 FLAGS = (
@@ -24,12 +24,15 @@ FLAGS = (
     "-O3",
     "-march=x86-64-v4",
     "-mavx512bf16",
+    "-mavx512vnni",
     "-mprefer-vector-width=512",
     "-fopenmp",
     "-fPIC",
     "-shared",
 )
-CPU_FLAGS = frozenset({"avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"})
+CPU_FLAGS = frozenset(
+    {"avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
+)
 LIBRARY = "quantkit_cpu.so"
 COMPILE_SECONDS = 300
 
@@ -92,7 +95,8 @@ def _compile(compiler: str, source: Path, target: Path) -> str | None:
 def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Path | None, str]:
     """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason).
 
-    The cache key is the SHA-256 of source, compiler version and flags. Safe for several processes at once.
+    The cache key is the SHA-256 of the source and the headers beside it, compiler version and flags. Safe for several
+    processes at once.
     """
     if missing := missing_cpu_flags():
         return None, f"this processor lacks {', '.join(missing)}"
@@ -102,7 +106,8 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
     if status:
         return None, f"{found} --version failed: {version.strip()}"
     try:
-        key = hashlib.sha256(b"\0".join([source.read_bytes(), version.encode(), " ".join(FLAGS).encode()])).hexdigest()
+        texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+        key = hashlib.sha256(b"\0".join([*texts, version.encode(), " ".join(FLAGS).encode()])).hexdigest()
         target = cache / key / LIBRARY
         reason = None if target.exists() else _compile(found, source, target)
     except OSError as error:
@@ -112,7 +117,7 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | str:
-    """The loaded library, or the reason why there is none. Built on first use (about 5 seconds), once a machine."""
+    """The loaded library, or the reason why there is none. Built on first use (about 10 seconds), once a machine."""
     import torch  # noqa: F401  loads the OpenMP runtime that the library shall share
 
     path, reason = build(cache_folder())
@@ -123,6 +128,7 @@ def load() -> ctypes.CDLL | str:
     except OSError as error:
         return f"{path} cannot be loaded: {error}"
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.quantkit_matmul.restype = ctypes.c_int
-    library.quantkit_matmul.argtypes = [ctypes.c_int, size, *[pointer] * 6, *[size] * 4, ctypes.c_int]
+    library.quantkit_matmul.restype = library.quantkit_experts.restype = ctypes.c_int
+    library.quantkit_matmul.argtypes = [pointer, pointer, size, pointer, pointer, ctypes.c_int]
+    library.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
     return library

@@ -1,12 +1,14 @@
-"""Linear layers on the CPU with INT4, INT8 or FP8 E4M3 weights: prepack once at load, then multiply bf16 activations."""
+"""Linears and layers of experts on the CPU: weights are prepacked once at load, activations rounded in the kernel."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,38 +16,102 @@ from torch import Tensor
 
 from quantkit.kernels.cpu.build import load
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Grid, Kind, Strategy
+from quantkit.scheme import Activation, Grid, Kind, Strategy
 
-__all__ = ["PackedLinear", "matmul", "moe_matmul", "pack", "served"]
+__all__ = ["Packed", "PackedLinear", "experts", "gather", "matmul", "moe_matmul", "on_huge_pages", "pack", "stack", "unfit"]
 
-ROWS = 16  # rows interleaved to a block: the float32 lanes of a register
+ROWS = 16  # rows interleaved to a block: the 32-bit lanes of a register
 STEP = 8  # inputs in a step of the kernel
 MAX_CHUNK = 256  # inputs of a row between two applications of the scale, at most
 FORMATS = {(Kind.INT, 4): 0, (Kind.FLOAT, 8): 1, (Kind.INT, 8): 2}
+BYTES = {4: 3, 8: 4}  # integers that meet activations of 8-bit integers
+ROUNDINGS = {Kind.FLOAT: 1, Kind.INT: 2}
 ALIGNMENT = 64
 HUGE = 2**21
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A weight [rows, inputs] in the kernel's order; `quantkit_cpu.cpp` describes it. Never written to disk.
+    """A weight [rows, inputs] in the kernel's order; csrc/formats.h describes it. Never written to disk.
 
-    weight: uint8. scale: bfloat16 [row blocks, scales of a row, 16]. zero: int8 like scale, or None. format: 0 INT4,
-    1 FP8, 2 INT8. chunk: inputs that are summed before a scale is applied; a scale serves `chunks_per_scale` of them.
+    weight: uint8. scale: bfloat16 [row blocks, scales of a row, 16]. zero: int8 like scale, or None. chunk: inputs that are
+    summed before a scale is applied; a scale serves `chunks_per_scale` of them. format: a number of csrc/quantkit_cpu.cpp.
+    rounding: 0 the activation becomes bfloat16, 1 FP8, 2 INT8, with one scale for `span` inputs: the largest magnitude's, or
+    input_scale [1].
     """
 
     weight: Tensor
     scale: Tensor
     zero: Tensor | None
     shape: tuple[int, int]
-    format: int
     chunk: int
     chunks_per_scale: int
+    format: int
+    rounding: int
+    span: int
+    input_scale: Tensor | None
 
     @property
     def layout(self) -> tuple[object, ...]:
         """All that experts of one call must have in common."""
-        return self.shape, self.format, self.chunk, self.chunks_per_scale, self.zero is None, tuple(self.scale.shape)
+        kinds = self.format, self.rounding, self.span, self.zero is None, self.input_scale is None
+        return self.shape, self.chunk, self.chunks_per_scale, tuple(self.scale.shape), kinds
+
+    @property
+    def nbytes(self) -> int:
+        """What one token reads of it."""
+        return sum(part.nbytes for part in (self.weight, self.scale, self.zero) if part is not None)
+
+
+class _Matrix(ctypes.Structure):
+    """`Matrix` of csrc/quantkit_cpu.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "input_scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "chunk", "chunks_per_scale", "span")),
+        *((name, ctypes.c_int32) for name in ("format", "rounding")),
+    )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One linear, or one of each expert, as the library reads them."""
+
+    parts: tuple[PackedLinear, ...]
+
+    @cached_property
+    def matrix(self) -> Any:
+        """A reference to its `_Matrix`, made at the first call. It holds on to what it points to."""
+        first = self.parts[0]
+        columns: dict[str, Any] = {
+            "weight": _pointers([part.weight for part in self.parts]),
+            "scale": _pointers([part.scale for part in self.parts]),
+            "zero": None if first.zero is None else _pointers([p.zero for p in self.parts if p.zero is not None]),
+            "input_scale": None,
+        }
+        if first.input_scale is not None:
+            scales = [float(p.input_scale) for p in self.parts if p.input_scale is not None]
+            columns["input_scale"] = (ctypes.c_float * len(scales))(*scales)
+        fields = {name: ctypes.cast(values, ctypes.c_void_p) for name, values in columns.items() if values is not None}
+        numbers = first.chunk, first.chunks_per_scale, first.span, first.format, first.rounding
+        names = ("chunk", "chunks_per_scale", "span", "format", "rounding")
+        made = _Matrix(**fields, rows=first.shape[0], inputs=first.shape[1], **dict(zip(names, numbers, strict=True)))
+        made.holds = columns
+        return made
+
+
+def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    for tensor in tensors:
+        if tensor.data_ptr() % ALIGNMENT or not tensor.is_contiguous():
+            raise ValueError(f"a packed tensor is not contiguous and aligned to {ALIGNMENT} bytes: pack it again")
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+
+def gather(parts: Sequence[PackedLinear]) -> Packed:
+    """Experts of one call. Raises ValueError unless they are at least one and alike."""
+    if not parts or any(part.layout != parts[0].layout for part in parts):
+        raise ValueError("experts of one call must be at least one, with the same shape, format, groups and zero points")
+    return Packed(tuple(parts))
 
 
 def _span(grid: Grid, inputs: int) -> int:
@@ -59,12 +125,22 @@ def _span(grid: Grid, inputs: int) -> int:
     return -(-inputs // STEP) * STEP
 
 
-def served(grid: Grid) -> str | None:
-    """Why weights on this grid have no CPU kernel, or None when they have one."""
+def _chunk(grid: Grid, inputs: int) -> int:
+    if grid.strategy not in (Strategy.GROUP, Strategy.BLOCK):
+        return 128
+    span = _span(grid, inputs)
+    return max(c for c in range(STEP, min(span, MAX_CHUNK) + 1, STEP) if span % c == 0)
+
+
+def unfit(grid: Grid, activation: Activation | None) -> str | None:
+    """Why weights on this grid, with activations rounded so, have no CPU kernel, or None when they have one."""
     if (grid.kind, grid.bits) not in FORMATS:
         return f"no CPU kernel for a {grid.bits}-bit {grid.kind.value} weight"
     if (span := _span(grid, STEP)) % STEP:
         return f"no CPU kernel for groups of {span} inputs: not a multiple of {STEP}"
+    groups = activation.group_size if activation and activation.strategy is Strategy.GROUP else None
+    if groups and groups % _chunk(grid, STEP):
+        return f"no CPU kernel for activations in groups of {groups} and weights in chunks of {_chunk(grid, STEP)}"
     return None
 
 
@@ -84,17 +160,26 @@ def _interleave(per_row: Tensor) -> Tensor:
     return padded.view(-1, ROWS, padded.shape[1]).transpose(1, 2).contiguous()
 
 
-def _weight(codes: Tensor, grid: Grid) -> Tensor:
+def _weight(codes: Tensor, bits: int, as_bytes: bool) -> Tensor:
     """Codes [rows, inputs] -> uint8 in the kernel's order. What fills up a block or a step stands for zero."""
     padded = F.pad(codes.view(torch.uint8), (0, -codes.shape[1] % STEP, 0, -codes.shape[0] % ROWS))
-    if grid.bits == 8:  # [block, row, half step, vector, odd or even]; vectors are the bytes of a lane
-        return padded.view(-1, ROWS, padded.shape[1] // 4, 2, 2).permute(0, 2, 1, 4, 3).flatten()
-    digits = (padded + 8 & 15).view(-1, ROWS, padded.shape[1] // STEP, 2, 2, 2)
-    low, high = digits.unbind(4)  # [block, row, step, byte of a lane, nibble of a byte, odd or even]
-    return (low | high << 4).permute(0, 2, 1, 4, 3).flatten()
+    if as_bytes:  # unsigned: code + 2^(bits - 1)
+        padded = padded + (1 << bits - 1)
+    steps = padded.view(-1, ROWS, padded.shape[1] // STEP, STEP).transpose(1, 2)  # [block, step, row, input]
+    if as_bytes and bits == 8:  # lanes are words of 4 inputs
+        ordered = steps.unflatten(3, (2, 4)).transpose(2, 3)
+    elif as_bytes:
+        ordered = steps[..., :4] & 15 | (steps[..., 4:] & 15) << 4
+    elif bits == 8:  # [.., half step, vector, odd or even]: vectors are the bytes of a lane
+        ordered = steps.unflatten(3, (2, 2, 2)).permute(0, 1, 3, 2, 5, 4)
+    else:
+        low, high = (steps + 8 & 15).unflatten(3, (2, 2, 2)).unbind(4)  # [.., byte of a lane, odd or even]
+        ordered = (low | high << 4).transpose(3, 4)
+    flat: Tensor = ordered.flatten()
+    return flat
 
 
-def _on_huge_pages(data: Tensor) -> Tensor:
+def on_huge_pages(data: Tensor) -> Tensor:
     """A copy of uint8 `data` on pages of 2 MB where the system has them: few tokens read 10 to 20 % faster from those."""
     if data.numel() < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return data
@@ -106,100 +191,102 @@ def _on_huge_pages(data: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8).copy_(data)  # holds on to `memory`
 
 
-def pack(q: QuantizedTensor) -> PackedLinear:
-    """A quantised weight in the kernel's order.
+def pack(q: QuantizedTensor, activation: Activation | None = None) -> PackedLinear:
+    """A quantised weight in the kernel's order, and how its input is rounded.
 
-    Raises ValueError for a grid without a kernel (see `served`: bits other than 4 or 8, groups that are not a multiple of
+    Raises ValueError for a grid without a kernel (see `unfit`: bits other than 4 or 8, groups that are not a multiple of
     8), a weight without elements, FP8 codes that are NaN, a weight that is not on the CPU.
     """
     rows, inputs = q.shape
-    if unfit := served(q.grid):
-        raise ValueError(unfit)
+    if problem := unfit(q.grid, activation):
+        raise ValueError(problem)
     if not rows or not inputs or q.codes.device.type != "cpu":
         raise ValueError(f"a weight of shape {q.shape} on {q.codes.device} cannot be packed: use one on the CPU, not empty")
     if q.grid.kind is Kind.FLOAT and bool((q.codes.view(torch.int8) & 0x7F).eq(0x7F).any()):
         raise ValueError("FP8 codes hold NaN")
-    span = _span(q.grid, inputs)
-    whole = q.grid.strategy not in (Strategy.GROUP, Strategy.BLOCK)
-    chunk = 128 if whole else max(c for c in range(STEP, min(span, MAX_CHUNK) + 1, STEP) if span % c == 0)
+    if activation and not activation.dynamic and (q.input_scale is None or not bool(q.input_scale > 0)):
+        raise ValueError(f"a static activation needs an input scale above 0, not {q.input_scale}")
+    as_bytes = q.grid.kind is Kind.INT and activation is not None and activation.kind is Kind.INT
+    chunk = _chunk(q.grid, inputs)
+    padded = -(-inputs // STEP) * STEP
     return PackedLinear(
-        weight=_on_huge_pages(_weight(q.codes, q.grid)),
+        weight=on_huge_pages(_weight(q.codes, q.grid.bits, as_bytes)),
         scale=_interleave(_per_row(q.scale, q.grid, rows)),
         zero=None if q.zero is None else _interleave(_per_row(q.zero, q.grid, rows)),
         shape=(rows, inputs),
-        format=FORMATS[q.grid.kind, q.grid.bits],
         chunk=chunk,
-        chunks_per_scale=-(-span // chunk),
+        chunks_per_scale=-(-_span(q.grid, inputs) // chunk),
+        format=BYTES[q.grid.bits] if as_bytes else FORMATS[q.grid.kind, q.grid.bits],
+        rounding=ROUNDINGS[activation.kind] if activation else 0,
+        span=(activation.group_size if activation else None) or padded,
+        input_scale=q.input_scale if activation and not activation.dynamic else None,
     )
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    for tensor in tensors:
-        if tensor.data_ptr() % ALIGNMENT or not tensor.is_contiguous():
-            raise ValueError(f"a packed tensor is not contiguous and aligned to {ALIGNMENT} bytes: pack it again")
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def stack(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
+    """Both as one weight: the rows of gate filled up to whole blocks, then those of up likewise. Raises ValueError."""
+    if gate.layout != up.layout:
+        raise ValueError(f"gate {gate.shape} and up {up.shape} differ in shape, format, groups or zero points")
+    zero = None if gate.zero is None or up.zero is None else torch.cat([gate.zero, up.zero])
+    rows = 2 * -(-gate.shape[0] // ROWS) * ROWS
+    weight = on_huge_pages(torch.cat([gate.weight, up.weight]))
+    return replace(gate, weight=weight, scale=torch.cat([gate.scale, up.scale]), zero=zero, shape=(rows, gate.shape[1]))
 
 
-def _check(x: Tensor, offsets: Tensor, experts: Sequence[PackedLinear]) -> None:
-    if not experts or any(expert.layout != experts[0].layout for expert in experts):
-        raise ValueError("experts of one call must be at least one, with the same shape, format, groups and zero points")
-    if x.dim() != 2 or x.shape[1] != experts[0].shape[1]:
-        raise ValueError(f"x is {tuple(x.shape)}, the weight takes [tokens, {experts[0].shape[1]}]")
+def _library() -> ctypes.CDLL:
+    if isinstance(library := load(), str):
+        raise RuntimeError(f"no CPU kernels: {library}")
+    return library
+
+
+def _input(x: Tensor, inputs: int) -> Tensor:
+    """x as contiguous float32, which the kernel rounds itself. Raises ValueError."""
+    if x.dim() != 2 or x.shape[1] != inputs:
+        raise ValueError(f"x is {tuple(x.shape)}, the weight takes [tokens, {inputs}]")
     if x.dtype not in (torch.bfloat16, torch.float32) or x.device.type != "cpu":
         raise ValueError(f"x is {x.dtype} on {x.device}; the kernel takes bfloat16 or float32 on the CPU")
-    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (len(experts) + 1,) or offsets.device.type != "cpu":
-        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, not int64 ({len(experts) + 1},) on the CPU")
+    return x.detach().float().contiguous()
+
+
+def _output(out: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=torch.float32)
+    if out.dtype != torch.float32 or tuple(out.shape) != shape or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, not contiguous float32 {shape}")
+    return out
+
+
+def moe_matmul(x: Tensor, offsets: Tensor, weights: Packed, out: Tensor | None = None) -> Tensor:
+    """Each token times the weight of its expert, all experts in one call.
+
+    x: bfloat16 or float32 [tokens, inputs], sorted by expert; rounded as the weights say, to bfloat16 or to 8-bit codes.
+    offsets: int64 [experts + 1]; expert e has the tokens offsets[e] up to offsets[e + 1], maybe none. out: float32 [tokens,
+    rows], contiguous, overwritten; made when None. Returns it: exact products, summed in float32 in an order that depends
+    on the number of tokens but not on the number of threads. No gradient.
+    Raises ValueError for what does not fit, RuntimeError with the reason when the kernels cannot be built here.
+    """
+    rows, inputs = weights.parts[0].shape
+    count = len(weights.parts)
+    x = _input(x, inputs)
+    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (count + 1,) or offsets.device.type != "cpu":
+        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, not int64 ({count + 1},) on the CPU")
     bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != x.shape[0] or any(b < a for a, b in pairwise(bounds)):
         raise ValueError(f"offsets {bounds} do not rise from 0 to the {x.shape[0]} tokens")
-
-
-def moe_matmul(x: Tensor, offsets: Tensor, experts: Sequence[PackedLinear], out: Tensor | None = None) -> Tensor:
-    """Each token times the weight of its expert, all experts in one call.
-
-    x: bfloat16 or float32 [tokens, inputs], sorted by expert; float32 is rounded to bfloat16. offsets: int64
-    [experts + 1]; expert e has the tokens offsets[e] up to offsets[e + 1], maybe none. experts: of one shape and format.
-    out: float32 [tokens, rows], contiguous, overwritten; made when None. Returns it: products of bf16 values, summed in
-    float32 in an order that depends on the number of tokens but not on the number of threads. No gradient.
-    Raises ValueError for what does not fit, RuntimeError with the reason when the kernels cannot be built here.
-    """
-    _check(x, offsets, experts)
-    rows, inputs = experts[0].shape
-    if out is None:
-        out = torch.empty(x.shape[0], rows, dtype=torch.float32)
-    if out.dtype != torch.float32 or tuple(out.shape) != (x.shape[0], rows) or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, not contiguous float32 {(x.shape[0], rows)}")
-    library = load()
-    if isinstance(library, str):
-        raise RuntimeError(f"no CPU kernels: {library}")
-    x, offsets, first = x.detach().bfloat16().contiguous(), offsets.contiguous(), experts[0]
-    zeros = [expert.zero for expert in experts if expert.zero is not None]
-    status = library.quantkit_matmul(
-        first.format,
-        len(experts),
-        _pointers([expert.weight for expert in experts]),
-        _pointers([expert.scale for expert in experts]),
-        _pointers(zeros) if zeros else None,
-        offsets.data_ptr(),
-        x.data_ptr(),
-        out.data_ptr(),
-        rows,
-        inputs,
-        first.chunk,
-        first.chunks_per_scale,
-        torch.get_num_threads(),
-    )
-    if status:
+    out, offsets = _output(out, (x.shape[0], rows)), offsets.contiguous()
+    call = _library().quantkit_matmul
+    threads = torch.get_num_threads()
+    if call(ctypes.byref(weights.matrix), offsets.data_ptr(), count, x.data_ptr(), out.data_ptr(), threads):
         raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
     return out
 
 
-def matmul(x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor:
+def matmul(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
     """x [..., inputs] times a packed weight [rows, inputs]: float32 [..., rows]. See `moe_matmul` for types and errors.
 
-    The kernel fits itself to the number of tokens: one tile of up to 24, or several of 14 to 24.
+    The kernel fits itself to the number of tokens: one tile of up to 16, or several of 9 to 16.
     """
-    rows, inputs = packed.shape
+    rows, inputs = weight.parts[0].shape
     if x.dim() == 0 or x.shape[-1] != inputs:
         raise ValueError(f"x is {tuple(x.shape)}, the weight takes [..., {inputs}]")
     shape = (*x.shape[:-1], rows)
@@ -207,4 +294,29 @@ def matmul(x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor
         raise ValueError(f"out is {tuple(out.shape)}, not contiguous {shape}")
     flat = x.reshape(-1, inputs)
     offsets = torch.tensor([0, flat.shape[0]])
-    return moe_matmul(flat, offsets, [packed], None if out is None else out.view(-1, rows)).view(shape)
+    return moe_matmul(flat, offsets, weight, None if out is None else out.view(-1, rows)).view(shape)
+
+
+def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Packed, down: Packed, out: Tensor | None = None) -> Tensor:
+    """A whole layer of experts in one call: the sum over a token's ids of weight * down(silu(gate x) * up x).
+
+    x: bfloat16 or float32 [tokens, hidden]. ids: int64 [tokens, k], each in [0, experts). weights: float32 [tokens, k], used
+    as they are. gate_up: `stack`ed. Returns float32 [tokens, hidden]; errors as for `moe_matmul`.
+    """
+    hidden, inner = down.parts[0].shape
+    count = len(down.parts)
+    if len(gate_up.parts) != count or gate_up.parts[0].shape != (2 * -(-inner // ROWS) * ROWS, hidden):
+        raise ValueError(f"{len(gate_up.parts)} x {gate_up.parts[0].shape} does not go with {count} x {(hidden, inner)}")
+    x = _input(x, hidden)
+    if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.device.type != "cpu":
+        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}, not int64 [{x.shape[0]}, k] on the CPU")
+    if weights.shape != ids.shape or weights.dtype is not torch.float32:
+        raise ValueError(f"router weights are {weights.dtype} {tuple(weights.shape)}, not float32 {tuple(ids.shape)}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
+        raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, there are {count} experts")
+    out, ids, weights = _output(out, (x.shape[0], hidden)), ids.contiguous(), weights.contiguous()
+    call = _library().quantkit_experts
+    pointers = (ctypes.byref(gate_up.matrix), ctypes.byref(down.matrix), *(t.data_ptr() for t in (ids, weights, x, out)))
+    if call(*pointers, *ids.shape, count, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+    return out
