@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TOOLS := .venv/.tools
 
-.PHONY: demo test check setup bench gpu-bench clean
+.PHONY: demo test check setup bench gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -35,8 +35,14 @@ bench: $(READY)
 	$(BIN)/python bench/generate.py
 	$(BIN)/python -m bench.plan_scale
 
+# On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
+gpu-test gpu-bench: export QUANTKIT_CUDA = 1
+
+gpu-test: $(TOOLS)
+	$(BIN)/python -m tests.gpu
+
 gpu-bench: $(TOOLS)
-	$(BIN)/python bench/gpu_kernels.py
+	$(BIN)/python bench/gpu_kernels.py $(ARGS)
 
 clean:
 	rm -rf .venv .demo

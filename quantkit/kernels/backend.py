@@ -56,8 +56,9 @@ class Backend:
     """A family of kernels.
 
     takes: why weights [out, in] of a scheme have no kernel here on any hardware, or None. lacks: what this device lacks to
-    run a scheme, or None. linear, experts: pack; what they are given has passed both. experts takes a layer's experts one
-    at a time, and their number, so that they need never lie in memory twice.
+    run a scheme, or None. note: what there is to add to `why` on a device that lacks nothing. linear, experts: pack; what
+    they are given has passed takes and lacks. experts takes a layer's experts one at a time, and their number, so that they
+    need never lie in memory twice.
     """
 
     name: str
@@ -67,3 +68,4 @@ class Backend:
     lacks: Callable[[Scheme, torch.device], str | None]
     linear: Callable[[QuantizedTensor, Scheme], QuantLinear]
     experts: Callable[[Iterable[Expert], int, Scheme], QuantExperts]
+    note: Callable[[Scheme, torch.device], str | None] = lambda scheme, device: None
