@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "model.spec", "formats.dtypes"},
     {"scheme", "qtensor", "stats", "quant", "formats.packing", "formats.atomic", "kernels.reference"},
     {"model", "calib", "formats", "kernels"},
-    {"host", "sampling", "runtime", "text", "bench", "verify", "plan", "journal", "evals", "pipeline"},
+    {"host", "sampling", "runtime", "text", "bench", "verify", "plan", "journal", "evals", "pipeline", "conversion"},
     {"progress", "cli"},
 ]
 FORBIDDEN = {

@@ -136,6 +136,8 @@ def unfit(grid: Grid, activation: Activation | None) -> str | None:
     """Why weights on this grid, with activations rounded so, have no CPU kernel, or None when they have one."""
     if (grid.kind, grid.bits) not in FORMATS:
         return f"no CPU kernel for a {grid.bits}-bit {grid.kind.value} weight"
+    if grid.scale_dtype != "BF16":
+        return f"no CPU kernel for {grid.scale_dtype} scales, and rounding them to BF16 would change the model"
     if (span := _span(grid, STEP)) % STEP:
         return f"no CPU kernel for groups of {span} inputs: not a multiple of {STEP}"
     groups = activation.group_size if activation and activation.strategy is Strategy.GROUP else None
