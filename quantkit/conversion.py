@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import quantkit
-from quantkit.errors import ConfigError, OutputError, VerificationError
+from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
@@ -85,24 +85,15 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     key = {"source": plan.reader.fingerprint(), "convert to": to, "quantkit": code_digest(), "torch": torch.__version__}
     journal = Journal(partial / ".work", key)
     try:
-        _drop_orphans(partial, {unit["shard"] for unit in journal.units})
-        for index in range(len(journal.units), len(plan.shards)):
-            shard, pieces = plan.shards[index]
-            rounded = _write(plan, partial, shard, pieces)
-            journal.commit({"shard": shard.file, "sha256": sha256(partial / shard.file), "rounded": rounded})
-            if progress:
-                progress(index + 1, len(plan.shards))
-        hashes = {unit["shard"]: unit["sha256"] for unit in journal.units}
-        complete(partial, source, plan.config, (shard for shard, _ in plan.shards), hashes)
-        try:
-            _prove(plan, partial)
-        except VerificationError:
-            shutil.rmtree(partial)
-            raise
-        record = _record(plan, to, sum(unit["rounded"] for unit in journal.units), time.monotonic() - start)
+        rounded = _write_shards(plan, partial, journal, progress or (lambda done, total: None))
+        _prove(plan, partial)
+        record = _record(plan, to, rounded, time.monotonic() - start)
         write_json(partial / "run.json", record)
         publish(partial, target)
         shutil.rmtree(target / ".work")
+    except (CheckpointError, ConfigError, VerificationError):
+        shutil.rmtree(partial)  # resuming would only meet the same again
+        raise
     finally:
         journal.close()
     return record
@@ -190,6 +181,19 @@ def _check_space(plan: _Plan, partial: Path) -> None:
         raise OutputError(
             f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
         )
+
+
+def _write_shards(plan: _Plan, partial: Path, journal: Journal, progress: Progress) -> int:
+    """What is not yet written of the folder but run.json; how many weights had to be rounded to BF16."""
+    _drop_orphans(partial, {unit["shard"] for unit in journal.units})
+    for index in range(len(journal.units), len(plan.shards)):
+        shard, pieces = plan.shards[index]
+        rounded = _write(plan, partial, shard, pieces)
+        journal.commit({"shard": shard.file, "sha256": sha256(partial / shard.file), "rounded": rounded})
+        progress(index + 1, len(plan.shards))
+    hashes = {unit["shard"]: unit["sha256"] for unit in journal.units}
+    complete(partial, plan.reader.folder, plan.config, (shard for shard, _ in plan.shards), hashes)
+    return sum(unit["rounded"] for unit in journal.units)
 
 
 def _drop_orphans(partial: Path, committed: set[str]) -> None:
