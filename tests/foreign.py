@@ -155,6 +155,7 @@ CASES: dict[str, Case] = {
     "gptq 8 bits": _gptq("gptq", "W8A16", {"bits": 8}, bits=8, g_idx=False),
     "gptq 8 bits asym": _gptq("gptq", "W8A16_ASYM", {"bits": 8, "sym": False}, bits=8, sym=False),
     "gptq row": _gptq("gptq", "W4A16_CHANNEL", {"group_size": -1, "desc_act": True}, group=-1),
+    "gptq 8 bits row": _gptq("gptq", "W8A16_CHANNEL", {"bits": 8, "group_size": -1}, bits=8, group=-1),
     "gptq bfloat16": _gptq("gptq", "W4A16", {"dynamic": {"-:.*q_proj": {}}}, scales=torch.bfloat16),
     "gptq, zeros of v2": _gptq("gptq", "W4A16", V1, version=2),
     "gptq-v2": _gptq("gptq-v2", "W4A16", V2, version=2),

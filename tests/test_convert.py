@@ -1,7 +1,7 @@
 """`quantkit convert`: the same codes, scales and zero points in another format, or a refusal that says why.
 
 Oracles: the files themselves (bytes after a round trip), compressed-tensors' own converters and decompressor, and the
-numbers of tests/foreign.py.
+numbers of tests/foreign.py; where it is installed, GPTQModel's own packing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import quantkit
 from quantkit import conversion
 from quantkit.conversion import TARGETS
 from quantkit.formats.reader import CheckpointReader
-from quantkit.scheme import Recipe
+from quantkit.formats.table import FORMATS
+from quantkit.model.spec import Linear, Role
+from quantkit.qtensor import QuantizedTensor
+from quantkit.scheme import Recipe, weight_only
 from tests.conftest import random_weights, write_checkpoint
 from tests.foreign import CASES, KEPT, SMALL_CONFIG
 from tests.test_bad_input import accepted, edit, refused
@@ -127,6 +130,42 @@ def test_awq_is_what_another_converter_reads(made: Path, tmp_path: Path) -> None
     back = AutoAWQConverter.from_autoawq_config(config).process(tensors(tmp_path / "awq"))
     there = tensors(made / "W4A16_ASYM")
     assert back.keys() == there.keys() and all(same(back[key], there[key]) for key in there)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", [32, None])
+def test_gptqmodel_packs_the_same_words(bits: int, sym: bool, group: int | None) -> None:
+    """GPTQModel packs the dequantised weight into the words that we write, in both versions; so does its AWQ."""
+    gptqmodel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="gptqmodel is not installed: it pins torch")
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    out, inputs, half = 64, 128, 2 ** (bits - 1)
+    ref, scheme = Linear("a.b", out, inputs, Role.MLP), weight_only(bits, sym, group).stored("F16")
+    shape = scheme.weight.scale_shape(out, inputs)
+    zero = None if sym else torch.randint(1 - half, half, shape, dtype=torch.int8)
+    codes = torch.randint(-half, half, (out, inputs), dtype=torch.int8)
+    q = QuantizedTensor(codes, (torch.rand(shape) * 0.02 + 0.001).half(), zero, scheme.weight)
+    plain = torch.nn.Linear(inputs, out, bias=False)
+    plain.weight.data = q.dequantize()
+    zeros = (torch.zeros(shape) if zero is None else zero.float()) + half
+    order = (torch.arange(inputs) // (group or inputs)).int()
+    options = {"bits": bits, "group_size": group or -1, "sym": sym, "desc_act": False, "register_buffers": True}
+    theirs = gptqmodel.TorchLinear(in_features=inputs, out_features=out, **options)
+    theirs.pack_original(plain, q.scale.float(), zeros, order)
+    for name, needs_change in {"gptq": True, "gptq-v2": False}.items():
+        ours = gptqmodel.TorchLinear(in_features=inputs, out_features=out, **options)
+        for suffix, tensor in FORMATS[name].encode(ref, scheme, q).items():
+            setattr(ours, suffix.removeprefix("a.b."), tensor)
+        if needs_change:
+            convert_gptq_v1_to_v2_format_module(ours, bits, torch.int32)
+        assert all(torch.equal(getattr(ours, n), getattr(theirs, n)) for n in ("qweight", "qzeros", "scales", "g_idx"))
+    if bits == 4:
+        awq = AwqTorchLinear(in_features=inputs, out_features=out, **options)
+        awq.pack(plain, q.scale.float(), zeros)
+        made = FORMATS["awq"].encode(ref, FORMATS["awq"].target(scheme), q)
+        assert all(torch.equal(made[f"a.b.{n}"], getattr(awq, n)) for n in ("qweight", "qzeros", "scales"))
 
 
 @pytest.mark.parametrize("name", ["deepseek-fp8", "deepseek-fp8 of 96 x 32"])
