@@ -26,6 +26,7 @@ kernels_option = click.option(
     type=click.Choice(get_args(Kernels)),
     help="auto: this machine's; w4a8: INT4 weights by INT8 inputs, faster on a CPU; reference: float32.",
 )
+FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers", "bf16")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
@@ -157,6 +158,31 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
         data["engine"] = found.as_dict()
     show(data, plan_table, as_json)
     sys.exit(0 if chosen is None or found.loads else 1)
+
+
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
+@click.option("--to", required=True, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
+@as_json
+@click.option("--quiet", is_flag=True, help="No progress.")
+@command
+def convert(model: str, out: Path, to: str, as_json: bool, quiet: bool) -> None:
+    """Write the quantised checkpoint MODEL in another format: the same codes, scales and zero points, or a refusal.
+
+    bf16 holds the dequantised values, and counts those that it has to round.
+    """
+    from quantkit.conversion import convert as run
+    from quantkit.progress import console, size
+
+    screen = console(stderr=True)
+    progress = None if quiet else lambda done, total: screen.print(f"shard {done} of {total}")
+    record = run(model, out, to, progress=progress)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        lost = f"{record['rounded_weights']:,} weights rounded to BF16" if record["rounded_weights"] else "lossless"
+        sizes = f"{size(record['source_bytes'])} -> {size(record['output_bytes'])}"
+        notes = "".join(f"\n  {note}" for note in record["notes"])
+        console().print(f"{out}: {record['from']} -> {to}, {sizes}, {lost}, verified{notes}", soft_wrap=True)
 
 
 @main.command("eval")

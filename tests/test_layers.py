@@ -29,6 +29,7 @@ LEVELS = [
         "journal",
         "evals",
         "pipeline",
+        "conversion",
     },
     {"progress", "options", "cli"},
 ]

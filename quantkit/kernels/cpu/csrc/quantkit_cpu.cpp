@@ -15,11 +15,11 @@ using namespace quantkit;
 // One linear, or one linear of each expert. linear.py has the same fields.
 struct Matrix {
     const void* const* weight;  // [experts], each packed
-    const void* const* scale;   // [experts], each bf16 [blocks, scales, 16]
+    const void* const* scale;   // [experts], each bf16 or float32 [blocks, scales, 16]
     const void* const* zero;    // [experts], or null
     const float* input_scale;   // [experts], or null
     int64_t rows, inputs, chunk, chunks_per_scale, span;
-    int32_t format, rounding;
+    int32_t format, rounding, wide;  // wide: scales are float32
 };
 
 namespace {
@@ -129,7 +129,8 @@ private:
         for (int64_t part = 0; part < parts; ++part) {
             Job job{};
             job.weight = static_cast<const uint8_t*>(m.weight[expert]);
-            job.scale = static_cast<const uint16_t*>(m.scale[expert]);
+            job.scale = m.scale[expert];
+            job.wide = m.wide;
             job.zero = m.zero ? static_cast<const int8_t*>(m.zero[expert]) : nullptr;
             job.expert = expert;
             job.first = begin + tokens * part / parts;

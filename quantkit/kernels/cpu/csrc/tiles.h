@@ -32,8 +32,9 @@ struct Shape {
 // One expert's weight and some of its tokens.
 struct Job {
     const uint8_t* weight;
-    const uint16_t* scale;  // bf16 [blocks, scales, 16]
+    const void* scale;      // bf16, or float32 if wide, [blocks, scales, 16]
     const int8_t* zero;     // like scale, or null
+    bool wide;
     int64_t first, tokens;  // rows of the output
     int expert, tile, tiles;
     uint32_t* words;  // activations, chunk by chunk, tile by tile: [word][token of the tile]
@@ -50,8 +51,13 @@ template <class Format, int T>
 inline void add_scaled(const Shape& shape, const Job& job, int64_t block, int64_t c, int t,
                        const typename Format::Sum (&acc)[T], __m512 (&total)[T]) {
     const int64_t at = (block * shape.scales() + c / shape.chunks_per_scale) * kRows, of_x = (c * job.tiles + t) * T;
-    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(job.scale + at));
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    __m512 scale;
+    if (job.wide) {
+        scale = _mm512_load_ps(static_cast<const float*>(job.scale) + at);
+    } else {
+        const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(job.scale) + at));
+        scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
     __m512 value[T];
 #pragma GCC unroll 16
     for (int i = 0; i < T; ++i) value[i] = Format::value(acc[i]);
