@@ -25,7 +25,7 @@ struct Matrix {
 namespace {
 
 constexpr int kBlocks = 4;    // row blocks of one work item
-constexpr int kMaxTiles = 12;  // tiles of a job
+constexpr int kMaxTiles = 16;  // tiles of a job
 constexpr int64_t kSerial = 1 << 16;  // elements to prepare in one thread: 256 KB
 constexpr std::align_val_t kCacheLine{64};
 
@@ -112,7 +112,7 @@ private:
 
     void multiply(float* y) const {
         const int64_t slabs = ceil_div(shape_.blocks(), kBlocks), items = slabs * static_cast<int64_t>(jobs_.size());
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(guided, 1)
         for (int64_t item = 0; item < items; ++item) {
             const Job& job = jobs_[item / slabs];
             const int64_t first = item % slabs * kBlocks;
@@ -121,7 +121,7 @@ private:
         }
     }
 
-    int64_t plain_bytes() const { return shape_.steps() * Plain::kBytes; }
+    int64_t plain_bytes() const { return kBlocks * shape_.steps() * Plain::kBytes; }
 
     // The jobs of one expert: one, or several of about equal size when its tokens would not fit kMaxTiles.
     void split(const Matrix& m, int expert, int64_t begin, int64_t end) {

@@ -107,7 +107,7 @@ void multiply(const Shape& shape, const Job& job, const uint8_t* at, int64_t fir
 #pragma GCC unroll 16
                 for (int i = 0; i < T; ++i) acc[s][i] = Format::none();
             const auto step = [&](Sum(*sums)[T]) __attribute__((always_inline)) {
-                for (int line = 0; line < Format::kBytes; line += 64) _mm_prefetch(at + kPrefetch + line, _MM_HINT_T1);
+                for (int line = 0; line < Format::kStreamed; line += 64) _mm_prefetch(at + kPrefetch + line, _MM_HINT_T1);
 #pragma GCC unroll 4
                 for (int v = 0; v < Format::kVectors; ++v) {
                     const __m512i weight = format.decode(at, v);
@@ -132,7 +132,7 @@ void multiply(const Shape& shape, const Job& job, const uint8_t* at, int64_t fir
     }
 }
 
-// Row blocks first .. last times all tokens of a job. Where decoding is not cheap and there are several tiles, each block is
+// Row blocks first .. last times all tokens of a job. Where decoding is not cheap and there are several tiles, weights are
 // decoded once, to `plain`.
 template <class Format, int T>
 void work(const Shape& shape, const Job& job, int64_t first, int64_t last, uint8_t* plain, float* y) {
@@ -140,13 +140,11 @@ void work(const Shape& shape, const Job& job, int64_t first, int64_t last, uint8
     if constexpr (!Format::kCheap && T > kMaxTile / 2) {  // smaller tiles come alone
         if (job.tiles > 1) {
             const Format format;
-            for (int64_t block = first; block < last; ++block) {
-                const uint8_t* at = job.weight + block * steps * Format::kBytes;
-                for (int64_t i = 0; i < steps; ++i)
-                    for (int v = 0; v < Format::kVectors; ++v)
-                        _mm512_store_si512(plain + i * Plain::kBytes + v * 64, format.decode(at + i * Format::kBytes, v));
-                for (int t = 0; t < job.tiles; ++t) multiply<Plain, T>(shape, job, plain, block, block + 1, t, y);
-            }
+            const uint8_t* at = job.weight + first * steps * Format::kBytes;
+            for (int64_t i = 0; i < (last - first) * steps; ++i)
+                for (int v = 0; v < Format::kVectors; ++v)
+                    _mm512_store_si512(plain + i * Plain::kBytes + v * 64, format.decode(at + i * Format::kBytes, v));
+            for (int t = 0; t < job.tiles; ++t) multiply<Plain, T>(shape, job, plain, first, last, t, y);
             return;
         }
     }
