@@ -160,6 +160,8 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     sys.exit(0 if chosen is None or found.loads else 1)
 
 
+@main.command()
+@click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
 @click.option("--to", required=True, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
 @as_json
