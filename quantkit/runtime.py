@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from quantkit.formats.base import KV_SCALE, Format
 from quantkit.formats.dtypes import DTYPES, FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import dispatch, reference
-from quantkit.kernels.backend import Backend, Expert, QuantExperts, QuantLinear
+from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.cache import Cache, KVFormat
@@ -179,9 +179,13 @@ class KernelWeights(CheckpointWeights):
                 progress(layer.index + 1, len(spec.layers))
 
     def _pack(self, parts: tuple[MLP, ...]) -> None:
-        if self._experts(parts) is None:
-            for ref in (ref for part in parts for ref in part.linears()):
-                self._linear(ref, self.schemes[ref.key])
+        """Together, else each alone, else linear by linear."""
+        if self._experts(parts) is not None:
+            return
+        for part in parts if len(parts) > 1 else ():
+            self._pack((part,))
+        for ref in parts[0].linears() if len(parts) == 1 else ():
+            self._linear(ref, self.schemes[ref.key])
 
     def _linear(self, ref: Linear, scheme: Scheme | None) -> QuantLinear | None:
         """Its kernel, packed; None when it is not quantised or the reference serves it."""
@@ -202,14 +206,14 @@ class KernelWeights(CheckpointWeights):
             kernel = None
             if alike:
                 scheme, backend = alike
-                with _named(parts[0].gate.key if len(parts) == 1 else f"{parts[0].gate.key}, or another expert there,"):
-                    kernel = backend.experts((self._expert(part, scheme) for part in parts), len(parts), scheme)
+                loaded = (Expert(*(self._decode(ref, scheme) for ref in part.linears())) for part in parts)
+                with (
+                    suppress(InputScalesDiffer),  # gate and up then go apart
+                    _named(parts[0].gate.key if len(parts) == 1 else f"{parts[0].gate.key}, or another expert there,"),
+                ):
+                    kernel = backend.experts(loaded, len(parts), scheme)
             self._fused[key] = kernel
         return self._fused[key]
-
-    def _expert(self, part: MLP, scheme: Scheme) -> Expert:
-        with _named(part.gate.key):
-            return Expert(*(self._decode(ref, scheme) for ref in part.linears()))
 
     def _alike(self, parts: tuple[MLP, ...]) -> tuple[Scheme, Backend] | None:
         """The scheme and backend that all linears of these MLPs have in common, if they have their shapes too."""
@@ -228,6 +232,8 @@ def _named(key: str) -> Iterator[None]:
     """A weight that a kernel cannot pack is an error of the checkpoint, and has a name."""
     try:
         yield
+    except InputScalesDiffer:
+        raise
     except ValueError as error:
         raise CheckpointError(
             f"{key} cannot be packed: {error}", "quantise again, or load with kernels='reference'"
