@@ -28,7 +28,7 @@ from quantkit.formats.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
 from quantkit.host import peak_memory
 from quantkit.journal import Journal
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec, MoE
+from quantkit.model.spec import Linear, ModelSpec
 from quantkit.pipeline import code_digest
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import format_of, misfits, schemes_of
@@ -115,7 +115,7 @@ def _plan(reader: CheckpointReader, to: str) -> _Plan:
         raise ConfigError(f"{reader.folder} is {to} already", f"use {', '.join(name for name in TARGETS if name != to)}")
     after: Schemes = {key: target.target(scheme) if target and scheme else None for key, scheme in before.items()}
     config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
-    routers = [layer.mlp.router.key for layer in spec.layers if isinstance(layer.mlp, MoE)]
+    routers = [moe.router.key for moe in spec.moes()]
     if target:
         config["quantization_config"] = target.config(after, routers)
     shards = _shards(_pieces(reader, spec, target, before, after))
