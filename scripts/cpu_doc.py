@@ -69,7 +69,8 @@ def generation() -> list[str]:
         f"Generating, one prompt: a model of Hunyuan-Large's shape, {own['weights_bytes'] / 1e9:.1f} GB in BF16, is "
         f"{own['of_bf16']['INT4']:.1f} times as fast in INT4 as in BF16, and {own['of_bf16']['FP8']:.1f} times in FP8.",
         f"One of Hunyuan-A13B's shape, {vllm['weights_bytes'] / 1e9:.1f} GB in BF16, takes {ms['w4a8']} ms a token",
-        f"with w4a8 and {ms['auto']} without, where vLLM 0.32 (zentorch: INT4 x INT8) takes {ms['vLLM']} on the same checkpoint:",
+        f"with w4a8 and {ms['auto']} without, where vLLM 0.32 (zentorch: INT4 x INT8) takes {ms['vLLM']}",
+        "on the same checkpoint:",
         f"{ratio['w4a8']} and {ratio['auto']} times as fast.",
     ]
 
