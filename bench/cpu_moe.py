@@ -91,7 +91,7 @@ def measure(
     calls: dict[str, Callable[[int], object]] = {name: turn(call) for name, (call, _) in run.items()}
     seconds = timed({**calls, "read": lambda _: buffer.sum()}, rounds)
     busy = routes(tokens, top_k, count, 0).unique().numel()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, (_, size) in run.items():
         low, median, high = np.quantile(seconds[name], (0.2, 0.5, 0.8))
         found[name] = {"ms": {"median": median * 1e3, "p20": low * 1e3, "p80": high * 1e3}}
