@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
+from quantkit.evals.words import size
 from quantkit.pipeline import Step
 
 __all__ = [
@@ -21,16 +22,8 @@ __all__ = [
     "layer_line",
     "plan_table",
     "size",
+    "verdict_tables",
 ]
-
-
-def size(count: float) -> str:
-    """Bytes for people: decimal units, as disks and hubs state them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def clock(seconds: float) -> str:
@@ -144,3 +137,20 @@ def eval_table(result: dict[str, Any]) -> Table:
 
 def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)  # a path may hold brackets
+
+
+def verdict_tables(data: dict[str, Any]) -> Group:
+    """For each run its gates under its verdict, and what changed where it was compared."""
+    tables = []
+    for run in data["runs"]:
+        table = Table("gate", "decision", "why", title=f"{run['verdict']['status'].upper()}: {run['run']}", box=box.SIMPLE)
+        for row in run["gates"]:
+            table.add_row(row["gate"], row["status"], row["reason"])
+        tables.append(table)
+        if run["changes"]:
+            changes = Table("metric", "before", "now", "", title="changes", box=box.SIMPLE)
+            for row in run["changes"]:
+                cells = (f"{row[side]['value']:.5g}" for side in ("previous", "current"))
+                changes.add_row(row["metric"], *cells, "regression" if row["regression"] else "")
+            tables.append(changes)
+    return Group(*tables)

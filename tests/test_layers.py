@@ -17,7 +17,7 @@ LEVELS = [
     {"scheme", "qtensor", "stats", "quant", "formats.packing", "formats.atomic", "kernels.reference"},
     {"model", "calib", "formats", "kernels"},
     {"host", "sampling", "runtime", "text", "bench", "verify", "plan", "journal", "evals", "pipeline"},
-    {"progress", "cli"},
+    {"progress", "command", "cli", "cli_eval"},
 ]
 FORBIDDEN = {
     "formats": {"kernels", "quant", "calib", "model.forward"},

@@ -76,7 +76,12 @@ def _one(report: Report) -> list[str]:
         lines += _table(head, tasks)
     if report.changes:
         changes = (
-            (c.metric, value(c.metric, c.previous.value), value(c.metric, c.current.value), "regression" if c.regression else "")
+            (
+                c.metric,
+                value(c.metric, c.previous.value),
+                value(c.metric, c.current.value),
+                "regression" if c.regression else "",
+            )
             for c in report.changes
         )
         lines += [f"Against {_safe(report.previous or '')}:", "", *_table(("metric", "before", "now", ""), changes)]
@@ -87,9 +92,9 @@ def _facts(report: Report) -> list[str]:
     origin, of = report.provenance, [row for row in report.linears if row.scheme]
     fallbacks = [row for row in of if row.fallback]
     expert, weight = worst_expert(report), worst_weight(report)
-    shrunk = f"{size(report.size.baseline_bytes)} to {size(report.size.bytes)}, {number(report.size.bits_per_weight)} bits a weight"
+    shrunk = f"{size(report.size.baseline_bytes)} to {size(report.size.bytes)}"
     lines = [
-        f"- Size: {shrunk}.",
+        f"- Size: {shrunk}, {number(report.size.bits_per_weight)} bits a weight.",
         f"- Fallbacks: {len(fallbacks)} of {len(of)} quantised linears.",
         f"- Text: {origin.tokens:,} tokens, {origin.units} {_safe(origin.unit)}s of {_safe(origin.text)}.",
     ]

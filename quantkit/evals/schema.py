@@ -16,8 +16,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from quantkit.errors import ConfigError
 
 __all__ = [
-    *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Divergence", "Figure", "Finite", "GateResult", "Histogram", "KVCache"),
-    *("LayerRow", "LinearRow", "Moe", "MoeLayer", "Needle", "Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size"),
+    *(
+        "METRICS_VERSION",
+        "SCHEMA_VERSION",
+        "Change",
+        "Comparison",
+        "Context",
+        "ContextBucket",
+        "Divergence",
+        "Figure",
+        "Finite",
+        "GateResult",
+        "Histogram",
+        "KVCache",
+    ),
+    *(
+        "LayerRow",
+        "LinearRow",
+        "Moe",
+        "MoeLayer",
+        "Needle",
+        "Overlap",
+        "Probe",
+        "Provenance",
+        "Report",
+        "Run",
+        "Sample",
+        "Size",
+    ),
     *("SizeRow", "SpeedRow", "Task", "UnitSums", "Verdict", "WorstToken"),
 ]
 
