@@ -94,7 +94,7 @@ def _facts(report: Report) -> list[str]:
     expert, weight = worst_expert(report), worst_weight(report)
     shrunk = f"{size(report.size.baseline_bytes)} to {size(report.size.bytes)}"
     lines = [
-        f"- Size: {shrunk}, {number(report.size.bits_per_weight)} bits a weight.",
+        f"- Size: {shrunk}, {report.size.bits_per_weight:.2f} bits a weight.",
         f"- Fallbacks: {len(fallbacks)} of {len(of)} quantised linears.",
         f"- Text: {origin.tokens:,} tokens, {origin.units} {_safe(origin.unit)}s of {_safe(origin.text)}.",
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from quantkit.evals.metrics import metrics
 from quantkit.evals.schema import ContextBucket, Divergence, LayerRow, MoeLayer, Run
@@ -68,6 +68,13 @@ def _svg(draw: Callable[[Axes], None], name: str, title: str, description: str, 
     return f"{head} {label}>{about}{rest}"
 
 
+def _log_scale(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axes.yaxis.set_major_formatter(lambda x, _: f"{x:.2g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
 def distribution(found: Divergence, name: str) -> str:
     """Histogram of log10 KL over tokens."""
 
@@ -114,7 +121,8 @@ def layers(rows: Sequence[LayerRow], name: str) -> str:
     def draw(axes: Axes) -> None:
         known = [(row.layer, row.hidden_error) for row in rows if row.hidden_error is not None]
         axes.plot(*zip(*known, strict=True), color=_ACCENT, marker="o", markersize=4, linewidth=1.6)
-        axes.set_yscale("log") if all(error > 0 for _, error in known) else axes.set_ylim(0, 1)
+        if all(error > 0 for _, error in known):
+            _log_scale(axes)
         axes.set_xlabel("after layer")
         axes.set_ylabel("error of hidden state")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -198,7 +206,7 @@ def pareto(runs: Sequence[Run], name: str = "pareto") -> str:
             axes.plot(at, kl.value, "o", color=_ACCENT, markersize=6)
             short = label if len(label) <= 24 else "…" + label[-23:]
             axes.annotate(short, (at, kl.value), (7, 5), textcoords="offset points", fontsize=9)
-        axes.set_yscale("log")
+        _log_scale(axes)
         axes.margins(x=0.25, y=0.2)
         axes.xaxis.set_major_formatter(lambda x, _: size(x))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
