@@ -30,6 +30,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 bench: $(READY)
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/eval_speed.py
 	$(BIN)/python bench/cpu_kernels.py --threads 1
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
 	$(BIN)/python bench/generate.py

@@ -25,6 +25,7 @@ from quantkit.evals.evaluate import Extent, measure
 from quantkit.evals.gates import decide, parse_gate
 from quantkit.evals.html import html
 from quantkit.evals.metrics import metrics, worst_expert
+from quantkit.evals.report import read_report
 from quantkit.evals.schema import Figure, Report, Run, Task
 from quantkit.model.cache import KVFormat
 from quantkit.model.forward import forward
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def good(folder: Path) -> Report:
-    return Report.read(folder / "good" / "eval" / "report.json")
+    return read_report(folder / "good" / "eval" / "report.json")
 
 
 def test_default_gates_pass_a_sound_model_and_fail_a_damaged_one_at_its_expert(folder: Path) -> None:
@@ -83,7 +84,7 @@ def test_default_gates_pass_a_sound_model_and_fail_a_damaged_one_at_its_expert(f
     suite = ElementTree.parse(folder / "bad.xml").getroot()[0]
     assert suite.get("failures") == str(len(why)) and suite.get("tests") == str(len(run["gates"]))
     assert {case.get("name") for case in suite if case.find("failure") is not None} >= {"mlp.output_error.max < 0.15"}
-    report = Report.read(folder / "bad" / "eval" / "report.json")
+    report = read_report(folder / "bad" / "eval" / "report.json")
     assert worst_expert(report)[0] == "layer 2, expert 5"  # type: ignore[index]
     errors = np.array([[f.value if f else 0 for f in layer.output_error] for layer in report.moe.layers])
     others = np.delete(errors.flatten(), 2 * 16 + 5)
@@ -158,7 +159,7 @@ def test_gates_are_decided_on_the_bound(good: Report) -> None:
         assert report.verdict.status == expected
     more = decide(good, [parse_gate(f"kl.mean < {between:.12f}")]).gates[1]
     assert more.more_documents is not None and more.more_documents > good.provenance.units
-    assert f"about {more.more_documents:,} documents instead of 16" in more.reason
+    assert f"about {more.more_documents:,} documents instead of 16" in more.reason and more.where == ""
     above = decide(good, [parse_gate(f"kl.mean >= {between:.12f}"), parse_gate("size.bytes < 1")])
     assert [row.status for row in above.gates[1:]] == ["undecided", "fail"] and above.verdict.status == "fail"
 
@@ -258,7 +259,7 @@ def test_logits_that_are_not_finite_fail_and_say_where(folder: Path) -> None:
     broken = rescaled(folder / "good", folder / "broken", DAMAGED + ".", 1e20)
     found = cli("eval", broken, "--baseline", MODEL, "--seq-len", 96, "--windows", 16, "--samples", 1, "--gate", "kl.mean<9")
     assert found.exit_code == 1 and "begins in layer 2" in found.stderr
-    report = Report.read(broken / "eval" / "report.json")
+    report = read_report(broken / "eval" / "report.json")
     assert report.finite.layer == 2 and 0 < report.finite.tokens < report.finite.of
     assert {row.status for row in report.gates} == {"fail"}
     assert "begins in layer 2" in (broken / "eval" / "report.html").read_text()
@@ -330,12 +331,10 @@ def test_page_escapes_everything_and_loads_nothing(good: Report) -> None:
         assert all(load.startswith(("#", "data:")) for load in found.loads), found.loads
         assert len(found.ids) == len(set(found.ids))
         assert {load[1:] for load in found.loads if load.startswith("#")} <= set(found.ids)
-        assert (
-            "&lt;script&gt;alert" in page and "{{" in page and "49" not in re.sub(r"[\d.]{3,}", "", page.split("${")[1][:9])
-        )
+        assert "&lt;script&gt;alert" in page and "${{ 7*7 }}" in page
         assert not re.search(r"url\((?!#)", page) and "default-src 'none'" in page
     known = parsed(plain)
-    assert known.tags["svg"] == 5 and known.tags["h1"] == 1 and known.tags["main"] == 1
+    assert known.tags["svg"] == 4 and known.tags["h1"] == 1 and known.tags["main"] == 1
     order = [plain.index(f">{name}</h2>") for name in (
         "Gates", "Provenance", "Divergence", "Tasks", "Layers and roles", "Experts", "Fallbacks", "Size and speed",
         "KV cache and long context", "Worst tokens", "Side by side",
@@ -378,7 +377,7 @@ def test_eval_writes_reports_and_quantize_does_with_held_out_text(tmp_path: Path
     )
     assert found.exit_code == 0 and json.loads(found.stdout)["kl"]["mean"] > 0
     assert {p.name for p in (tmp_path / "saved").iterdir()} == names
-    report = Report.read(tmp_path / "saved" / "report.json")
+    report = read_report(tmp_path / "saved" / "report.json")
     assert report.kv is not None and report.kv.added.value == pytest.approx(
         report.kv.kl_with.value - report.kv.kl_without.value
     )

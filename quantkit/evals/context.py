@@ -98,9 +98,10 @@ def _hidden(model: Model, ids: Tensor, cache: Cache) -> Tensor:
 
 
 def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
-    """int64 [count]: ids that the text uses least, in an order that a seed decides."""
+    """int64 [count]: of the ids that the text uses, those it uses least, in an order that a seed decides."""
     counts = torch.bincount(ids.flatten(), minlength=vocab)
-    least = counts.argsort(stable=True)[: max(4 * count, count)]
+    used = counts.nonzero().flatten()
+    least = used[counts[used].argsort(stable=True)][: 4 * count]
     chosen = least[torch.randperm(len(least), generator=torch.Generator().manual_seed(0))]
     return chosen.repeat(-(-count // len(chosen)))[:count]
 
@@ -112,7 +113,7 @@ def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> Nee
     needles = _rare(ids, models[0].spec.vocab, windows * _NEEDLE).view(windows, _NEEDLE)
     at = int(depth * (length - 3 * _NEEDLE))
     text = torch.cat((ids[:, :at], needles, ids[:, at:]), dim=1)[:, : length - _NEEDLE + 1]
-    planted = torch.cat((text, needles[:, :-1]), dim=1)
+    planted, bare = (torch.cat((x[:, : length - _NEEDLE + 1], needles[:, :-1]), dim=1) for x in (text, ids))
     right, hits = zip(
         *(_recall(m, planted, needles[:, 1:], how) for m, how in zip(models, (KVFormat.FLOAT32, kv), strict=True)),
         strict=True,
@@ -120,6 +121,7 @@ def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> Nee
     return Needle(
         depth=depth,
         n=windows,
+        baseline_without=float(_recall(models[0], bare, needles[:, 1:], KVFormat.FLOAT32)[0].mean()),
         baseline=float(right[0].mean()),
         quantized=float(right[1].mean()),
         baseline_hits=float(hits[0].mean()),

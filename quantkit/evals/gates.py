@@ -20,7 +20,8 @@ import yaml
 
 from quantkit.errors import ConfigError
 from quantkit.evals.metrics import Metric, metrics
-from quantkit.evals.schema import Figure, GateResult, Report, Verdict
+from quantkit.evals.schema import Figure, GateResult, Report, Status, Verdict
+from quantkit.evals.words import interval, value
 
 __all__ = ["DEFAULT_GATES", "EXIT_CODES", "Gate", "decide", "junit", "parse_gate", "read_gates"]
 
@@ -90,7 +91,7 @@ def decide(report: Report, gates: Sequence[Gate] | None = None) -> Report:
     results = [_decide(gate, known, report) for gate in [parse_gate(_ALWAYS), *gates]]
     failed, open_ = ([r for r in results if r.status == status] for status in ("fail", "undecided"))
     reasons = [f"{r.gate}: {r.reason}" for r in (*failed, *open_)] or [f"all {len(results)} gates pass"]
-    status: Literal["pass", "fail", "undecided"] = "fail" if failed else "undecided" if open_ else "pass"
+    status: Status = "fail" if failed else "undecided" if open_ else "pass"
     return report.model_copy(update={"gates": results, "verdict": Verdict(status=status, reasons=reasons)})
 
 
@@ -99,32 +100,31 @@ def _decide(gate: Gate, known: dict[str, Metric], report: Report) -> GateResult:
     if report.finite.tokens and (metric is None or metric.quality):
         where = known["not_finite.tokens"].where
         reason = f"{report.finite.tokens:,} of {report.finite.of:,} tokens have logits that are not finite: {where}"
-        return _result(gate, metric.figure if metric else None, "fail", reason)
+        return _result(gate, metric.figure if metric else None, "fail", reason, where)
     if metric is None:
         raise _unknown(gate, known)
-    figure = metric.figure
-    at = f" ({metric.where})" if metric.where else ""
+    figure, where = metric.figure, metric.where
+    at = f"; {where}" if where else ""
+    measured = value(gate.metric, figure.value)
     if metric.exact:
-        holds = gate.holds(figure.value)
-        return _result(gate, figure, "pass" if holds else "fail", f"{figure.value:.5g}, exact{at}")
+        return _result(gate, figure, "pass" if gate.holds(figure.value) else "fail", f"{measured}, exact{at}", where)
     if gate.metric == "kl.max":
         raise ConfigError("kl.max is the extreme of a sample and has no interval to decide on", "gate kl.p999 instead")
+    units = f"{report.provenance.unit}s"
     if figure.low is None or figure.high is None:
-        reason = f"{figure.value:.5g} without an interval: fewer than 5 {report.provenance.unit}s were read{at}"
-        return _result(gate, figure, "undecided", reason, max(5, report.provenance.units + 1))
-    reason = f"{figure.value:.5g}, 95 % interval {figure.low:.5g} to {figure.high:.5g}{at}"
+        reason = f"{measured} without an interval: fewer than 5 {units} were read{at}"
+        return _result(gate, figure, "undecided", reason, where, max(5, report.provenance.units + 1))
+    reason = f"{measured}, 95 % interval {interval(gate.metric, figure)}{at}"
     passed, missed = (gate.holds(bound) for bound in (figure.low, figure.high))
-    if passed and missed:
-        return _result(gate, figure, "pass", reason)
-    if not passed and not missed:
-        return _result(gate, figure, "fail", reason)
+    if passed == missed:
+        return _result(gate, figure, "pass" if passed else "fail", reason, where)
     needed = _needed(gate, figure, report.provenance.units)
-    more = f"about {needed:,} {report.provenance.unit}s instead of {report.provenance.units:,}" if needed else "no amount"
-    return _result(gate, figure, "undecided", f"{reason} holds the threshold; {more} would decide", needed)
+    more = f"about {needed:,} {units} instead of {report.provenance.units:,}" if needed else f"no number of {units}"
+    return _result(gate, figure, "undecided", f"{reason}; the threshold lies inside, {more} would decide", where, needed)
 
 
 def _result(
-    gate: Gate, measured: Figure | None, status: Literal["pass", "fail", "undecided"], reason: str, more: int | None = None
+    gate: Gate, measured: Figure | None, status: Status, reason: str, where: str = "", more: int | None = None
 ) -> GateResult:
     return GateResult(
         gate=gate.text,
@@ -134,6 +134,7 @@ def _result(
         threshold=gate.threshold,
         status=status,
         reason=reason,
+        where=where,
         more_documents=more,
     )
 
@@ -150,9 +151,9 @@ def _needed(gate: Gate, figure: Figure, units: int) -> int | None:
 
 def _unknown(gate: Gate, known: dict[str, Metric]) -> ConfigError:
     group = gate.metric.partition(".")[0]
-    near = difflib.get_close_matches(gate.metric, known, n=1, cutoff=0.75)
-    if group in _HOW and not near:
+    if group in _HOW and not any(name.startswith(f"{group}.") for name in known):
         return ConfigError(f"gate '{gate.text}': {gate.metric} was not measured", f"it needs {_HOW[group]}")
+    near = difflib.get_close_matches(gate.metric, known, n=1, cutoff=0.75)
     meant = f"did you mean {near[0]}? " if near else ""
     return ConfigError(f"gate '{gate.text}' names no metric of this report", f"{meant}known are {', '.join(sorted(known))}")
 

@@ -152,7 +152,7 @@ def _heat(values: np.ndarray, rows: Sequence[int], label: str, mark: tuple[int, 
         bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, aspect=18)
         bar.outline.set_visible(False)
         bar.locator = MaxNLocator(nbins=4)
-        bar.formatter = lambda x, _: number(float(f"{10**x:.2g}"))  # type: ignore[assignment]
+        bar.formatter = lambda x, _: f"{10**x:.2g}"  # type: ignore[assignment]
         bar.set_label(label)
         bar.update_ticks()
 

@@ -144,7 +144,7 @@ def linear_rows(models: list[Model], record: dict[str, Any]) -> list[LinearRow]:
             scheme, found = quant.weights.schemes[ref.key], record.get("linears", {}).get(ref.key, {})
             error = None
             if scheme is not None and base.weights.schemes[ref.key] is None:
-                weight = base.weights.tensor(ref.weight).float()
+                weight = base.weights.tensor(ref.weight).double()
                 difference = quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
                 error = float(difference.norm() / weight.norm().clamp(min=1e-30))
             rows.append(

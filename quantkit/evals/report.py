@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from quantkit.errors import ConfigError
 from quantkit.evals.compare import against
 from quantkit.evals.gates import EXIT_CODES, Gate, decide, junit
 from quantkit.evals.html import html
 from quantkit.evals.markdown import markdown
-from quantkit.evals.schema import Comparison, Report, Run
+from quantkit.evals.schema import SCHEMA_VERSION, Comparison, Report, Run
 from quantkit.formats.atomic import disk_errors, write_bytes
 
-__all__ = ["FOLDER", "assemble", "exit_code", "find_report", "write", "write_junit"]
+__all__ = ["FOLDER", "assemble", "exit_code", "find_report", "read_report", "write", "write_junit"]
 
 FOLDER = "eval"  # of a checkpoint's folder, where its evaluation lies
 NAME = "report.json"
@@ -27,12 +30,32 @@ def find_report(run: Path) -> Path:
     raise ConfigError(f"{run} holds no evaluation", f"run 'quantkit eval {run} --baseline MODEL', or give a report.json")
 
 
+def read_report(path: Path) -> Report:
+    """Read a report.json. Raises ConfigError when it is none, or of another schema version."""
+    fix = "run 'quantkit eval' again"
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}", fix) from error
+    if not isinstance(data, dict) or "divergence" not in data or "schema_version" not in data:
+        raise ConfigError(f"{path} is no report.json of one model", fix)
+    if data["schema_version"] != SCHEMA_VERSION:
+        seen = f"{path} is of schema version {data['schema_version']!r}; this quantkit reads version {SCHEMA_VERSION}"
+        raise ConfigError(seen, fix)
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: '{name}': {first['msg']}", fix) from error
+
+
 def assemble(paths: Sequence[Path], gates: Sequence[Gate] | None, previous: Path | None) -> list[Run]:
     """Each run's report, compared with `previous` if given, with the gates decided anew (None: the default ones)."""
-    old = Report.read(find_report(previous)) if previous else None
+    old = read_report(find_report(previous)) if previous else None
     runs = []
     for path in paths:
-        report = Report.read(find_report(path))
+        report = read_report(find_report(path))
         if old is not None:
             report = against(report, old, str(previous))
         runs.append(Run(name=str(path), report=decide(report, gates)))

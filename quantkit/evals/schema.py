@@ -7,15 +7,12 @@ A figure that was not measured is null; a section that was not is null or empty.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from quantkit.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "Status",
     *(
         "METRICS_VERSION",
         "SCHEMA_VERSION",
@@ -72,7 +69,8 @@ class Verdict(_Part):
 
 
 class GateResult(_Part):
-    """One gate. more_documents: about how many documents would decide it, where that can be said."""
+    """One gate. where: what in the model it speaks of. more_documents: about how many documents would decide it, where
+    that can be said."""
 
     gate: str
     metric: str
@@ -81,6 +79,7 @@ class GateResult(_Part):
     threshold: float
     status: Status
     reason: str
+    where: str = ""
     more_documents: int | None = None
 
 
@@ -305,10 +304,12 @@ class ContextBucket(_Part):
 
 class Needle(_Part):
     """Recall of a planted run of rare tokens at one depth (0 is the start): mean probability of the right continuation, and
-    how often it is the likeliest."""
+    how often it is the likeliest. baseline_without: the baseline's where the run is not planted; one that is not below
+    `baseline` says that this model does not recall, and the check nothing."""
 
     depth: float
     n: int
+    baseline_without: float
     baseline: float
     quantized: float
     baseline_hits: float
@@ -370,30 +371,6 @@ class Report(_Part):
     notes: list[str]
     previous: str | None = None
     changes: list[Change] = []
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read a report.json. Raises ConfigError when it is none, or of another schema version."""
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{path} cannot be read as JSON: {error}", "give a report.json that 'quantkit eval' wrote"
-            ) from error
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION or "divergence" not in data:
-            seen = (
-                "no report.json of quantkit"
-                if version is None or version == SCHEMA_VERSION
-                else f"of schema version {version!r}"
-            )
-            raise ConfigError(f"{path} is {seen}; this quantkit reads version {SCHEMA_VERSION}", "run 'quantkit eval' again")
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{path}: '{name}': {first['msg']}", "run 'quantkit eval' again") from error
 
 
 class Run(_Part):

@@ -28,7 +28,10 @@ def number(x: float | None) -> str:
 
 
 def percent(x: float | None) -> str:
-    return "–" if x is None else f"{x:.2%}".replace("%", " %")
+    """Two digits after the point; from ten times on, as a multiple."""
+    if x is None:
+        return "–"
+    return f"{number(x)} ×" if abs(x) >= 10 else f"{x:.2%}".replace("%", " %")
 
 
 def value(metric: str, x: float | None) -> str:
