@@ -122,16 +122,19 @@ def eval_table(result: dict[str, Any]) -> Table:
         ("perplexity, quantized", "perplexity.quantized", result["perplexity"]["quantized"]),
         ("perplexity ratio", "perplexity.ratio", result["perplexity"]["ratio"]),
         *((f"KL {name}, nats", f"kl.{name}", value) for name, value in result["kl"].items()),
+        *([("KL, noise floor, nats", "kl.floor", result["noise_floor"])] if result["noise_floor"] is not None else []),
         ("top-1 agreement", "top1_agreement", result["top1_agreement"]),
         ("router agreement", "router_agreement", result["router_agreement"]),
     ]
     for label, key, value in rows:
         interval = result["ci95"].get(key)
         table.add_row(label, f"{value:.5f}", f"{interval[0]:.5f} .. {interval[1]:.5f}" if interval else "")
-    worst = max(result["layers"], key=lambda row: row["hidden_error"])
-    table.caption = (
-        f"largest error of a hidden state: {worst['hidden_error']:.2e} of its energy, after layer {worst['layer']}"
-    )
+    errors = [(row["hidden_error"], row["layer"]) for row in result["layers"]]
+    if broken := [layer for error, layer in errors if error is None]:
+        table.caption = f"not finite after layer {broken[0]}"
+    else:
+        error, layer = max(errors)
+        table.caption = f"largest error of a hidden state: {error:.2e} of its energy, after layer {layer}"
     return table
 
 
