@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TOOLS := .venv/.tools
 
-.PHONY: demo test check setup bench gpu-bench clean
+.PHONY: demo test check setup bench gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -27,17 +27,25 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh
 	touch $(READY)
 
-bench: $(READY)
+bench: $(TOOLS)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/eval_speed.py
 	$(BIN)/python bench/cpu_kernels.py --threads 1
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
+	$(BIN)/python bench/cpu_moe.py
 	$(BIN)/python bench/generate.py
 	$(BIN)/python -m bench.plan_scale
 
+# On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
+gpu-test gpu-bench: export QUANTKIT_CUDA = 1
+
+gpu-test: $(TOOLS)
+	$(BIN)/python -m tests.gpu
+
 gpu-bench: $(TOOLS)
-	$(BIN)/python bench/gpu_kernels.py
+	$(BIN)/python bench/gpu_kernels.py $(ARGS)
 
 clean:
 	rm -rf .venv .demo

@@ -1,183 +1,110 @@
-"""Times the GPU kernels on the shapes of Hunyuan-Large and Hunyuan-A13B; writes results/<gpu>.json.
+"""Times the GPU kernels on the shapes of known models; writes results/<gpu>.json and says which goals are met.
 
-Per kernel, shape and number of tokens: median, 20th and 80th percentile in microseconds, GB/s (weights of the experts that
-get tokens, x and out), TFLOP/s, and the speed-up over bfloat16. Weights and routing are random. The second-level cache is
-flushed before each launch.
+For each model, linear or layer of experts, number of tokens and kernel: median, 20th and 80th percentile in microseconds
+(on the GPU, in a CUDA graph), eager_us (as Python calls it), GB/s of the weights of experts that get tokens and of x and
+out, TFLOP/s, the share of the measured bandwidth and of the roofline, and the speed-up over BF16 (F.linear, F.grouped_mm).
+Weights and routing are random. --tune sweeps the tiles instead and prints the table for quantkit/kernels/triton/tiles.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import gpu_report
+import gpu_tune
 import torch
-import torch.nn.functional as F
+from gpu_runs import DEVICE, MODELS, layers, linears, measure, peaks
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from quantkit.kernels.cuda import build, decode
-from quantkit.kernels.triton import lang, moe_w4a16, moe_w8a8, w4a16, w8a8
-from quantkit.kernels.triton.layout import Packed4, Packed8
+from quantkit.kernels.cuda import build
+from quantkit.kernels.triton.backend import lacks
 from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-W8 = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A8")
+COLUMNS = ("model", "layer", "tokens", "kernel", "median_us", "eager_us", "gb_per_s", "tflop_per_s", "of_bandwidth")
 
 
-@dataclass(frozen=True)
-class Model:
-    hidden: int
-    inner: int
-    experts: int
-    top_k: int
+def rows_of(
+    models: tuple[str, ...], kinds: tuple[str, ...], tokens: tuple[int, ...], schemes: tuple[str, ...], rounds: int
+) -> tuple[gpu_report.Peaks, list[dict[str, Any]]]:
+    """The peaks of this GPU, and a row for each run."""
+    library = build.library()
+    found, most = [], peaks(rounds)
+    for name in models:
+        for kind in kinds:
+            make = linears if kind == "linear" else layers
+            for run in make(MODELS[name], tokens, schemes, None if isinstance(library, str) else library):
+                seconds, eager = measure(run.call, rounds, run.waits)
+                place = {"model": name, "layer": kind, "tokens": run.tokens, "kernel": run.kernel}
+                figures = gpu_report.row(seconds, run.moved, run.operations, most, run.kind)
+                found.append({**place, **figures, "eager_us": round(eager * 1e6, 2)})
+    return most, gpu_report.compare(found)
 
 
-MODELS = {"Hunyuan-Large": Model(6400, 18304, 16, 1), "Hunyuan-A13B": Model(4096, 3072, 64, 8)}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One thing to time. bytes: of weights and activations that it must move; flops: multiplications and additions."""
-
-    kernel: str
-    call: Callable[[], Tensor]
-    bytes: int
-    flops: int
-
-
-def four_bit(experts: int, rows: int, columns: int, device: str) -> Packed4:
-    words = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=device)
-    scale = torch.full((experts, columns // 128, rows), 0.01, dtype=torch.bfloat16, device=device)
-    return Packed4(words, scale, None, columns, 128, 64)
-
-
-def eight_bit(experts: int, rows: int, columns: int, scheme: str, device: str) -> Packed8:
-    codes = torch.randint(-100, 100, (experts, rows, columns), dtype=torch.int8, device=device)
-    if scheme != "W8A8":
-        codes = torch.stack([part.to(torch.float8_e4m3fn) for part in codes])
-    blocked = scheme == "FP8_BLOCK"
-    shape = (experts, -(-rows // 128), columns // 128) if blocked else (experts, rows)
-    return Packed8(codes, torch.full(shape, 1e-3, device=device), blocked)
-
-
-def linears(model: Model, tokens: int, device: str, library: build.Library | None) -> Iterator[Run]:
-    """A linear [inner, hidden], the bfloat16 one first."""
-    rows, columns = model.inner, model.hidden
-    x = torch.randn(tokens, columns, device=device).bfloat16()
-    moved, flops = 2 * tokens * (rows + columns), 2 * tokens * rows * columns
-    dense = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
-    yield Run("bf16", lambda: F.linear(x, dense), moved + dense.nbytes, flops)
-    packed = four_bit(1, rows, columns, device)
-    yield Run("W4A16 triton", lambda: w4a16.linear(x, packed), moved + packed.nbytes, flops)
-    if library is not None and tokens <= 16:
-        yield Run("W4A16 cuda", lambda: decode.linear(x, packed, library), moved + packed.nbytes, flops)
-    for name in W8:
-        activation = PRESETS[name].activation
-        assert activation
-        eight = eight_bit(1, rows, columns, name, device)
-
-        def call(eight: Packed8 = eight, activation: Any = activation) -> Tensor:
-            return w8a8.linear(x, eight, activation)
-
-        yield Run(f"{name} triton", call, moved + eight.nbytes, flops)
-
-
-def dense_moe(x: Tensor, gate_up: Tensor, down: Tensor, ids: Tensor, router: Tensor) -> Tensor:
-    """The bfloat16 layer on torch's grouped product: what the kernels are compared with."""
-    order = ids.flatten().argsort(stable=True)
-    ends = torch.bincount(ids.flatten(), minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(x[order // ids.shape[1]], gate_up.transpose(1, 2), offs=ends).chunk(2, 1)
-    rows = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends) * router.flatten()[order, None]
-    return torch.zeros_like(x, dtype=torch.float32).index_add_(0, order // ids.shape[1], rows.float()).to(x.dtype)
-
-
-def layers(model: Model, tokens: int, device: str, library: build.Library | None) -> Iterator[Run]:
-    """The routed experts of a layer, the bfloat16 one first."""
-    hidden, inner, experts = model.hidden, model.inner, model.experts
-    x = torch.randn(tokens, hidden, device=device).bfloat16()
-    ids = torch.rand(tokens, experts, device=device).topk(model.top_k).indices
-    router = torch.rand(tokens, model.top_k, device=device)
-    busy, moved = ids.unique().numel() / experts, 4 * tokens * hidden
-    flops = 6 * ids.numel() * hidden * inner
-    if hasattr(F, "grouped_mm"):
-        wide = torch.randn(experts, 2 * inner, hidden, device=device, dtype=torch.bfloat16)
-        back = torch.randn(experts, hidden, inner, device=device, dtype=torch.bfloat16)
-        size = int(busy * (wide.nbytes + back.nbytes)) + moved
-        yield Run("bf16", lambda: dense_moe(x, wide, back, ids, router), size, flops)
-        del wide, back  # timed by now: room for the others
-    four = four_bit(experts, 2 * inner, hidden, device), four_bit(experts, hidden, inner, device)
-    size = int(busy * (four[0].nbytes + four[1].nbytes)) + moved
-    yield Run("W4A16 triton", lambda: moe_w4a16.moe(x, *four, ids, router), size, flops)
-    if library is not None and tokens <= 16:
-        yield Run("W4A16 cuda", lambda: decode.moe(x, *four, ids, router, library), size, flops)
-    for name in W8:
-        activation = PRESETS[name].activation
-        assert activation
-        pair = eight_bit(experts, 2 * inner, hidden, name, device), eight_bit(experts, hidden, inner, name, device)
-
-        def call(pair: tuple[Packed8, Packed8] = pair, activation: Any = activation) -> Tensor:
-            return moe_w8a8.moe(x, *pair, ids, router, activation)
-
-        yield Run(f"{name} triton", call, int(busy * (pair[0].nbytes + pair[1].nbytes)) + moved, flops)
-
-
-def measure(run: Run) -> dict[str, float]:
-    """Microseconds and the rates they mean."""
-    from triton.testing import do_bench
-
-    median, low, high = (1000 * ms for ms in do_bench(run.call, quantiles=[0.5, 0.2, 0.8]))
-    return {
-        "median_us": round(median, 2),
-        "p20_us": round(low, 2),
-        "p80_us": round(high, 2),
-        "gb_per_s": round(run.bytes / median / 1e3, 1),
-        "tflop_per_s": round(run.flops / median / 1e6, 2),
-    }
-
-
-def sweep(library: build.Library | None, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
-    """All runs, each compared with the bfloat16 run of its shape."""
-    found: list[dict[str, Any]] = []
-    for name, model in MODELS.items():
-        for kind, runs in (("linear", linears), ("moe", layers)):
-            for count in tokens:
-                dense = None
-                for run in runs(model, count, "cuda", library):
-                    figures = measure(run)
-                    dense = figures["median_us"] if run.kernel == "bf16" else dense
-                    speedup = round(dense / figures["median_us"], 3) if dense else None
-                    row = {"model": name, "layer": kind, "tokens": count, "kernel": run.kernel}
-                    found.append({**row, **figures, "speedup": speedup})
-    return found
+def tune(console: Console, kinds: tuple[str, ...], rounds: int) -> None:
+    found = []
+    for kind, limit, tile, seconds in track(gpu_tune.sweep(kinds, rounds), "tiles", total=None, console=console):
+        found.append((kind, limit, tile, seconds))
+        console.print(f"{kind:7} up to {limit:4} rows: {seconds * 1e6:9.1f} us  {tile}")
+    console.print(gpu_tune.source_of(found), highlight=False)
+    if "int4" in kinds:
+        for rows, fused, scratch in gpu_tune.crossover(rounds):
+            console.print(
+                f"{rows:5} rows a weight: fused {fused * 1e6:.0f} us, scratch {scratch * 1e6:.0f} us (SCRATCH_FROM)"
+            )
 
 
 @click.command()
+@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), default=tuple(MODELS))
+@click.option("--layer", "kinds", multiple=True, type=click.Choice(["linear", "moe"]), default=("moe", "linear"))
+@click.option("--scheme", "schemes", multiple=True, type=click.Choice(list(PRESETS)), default=tuple(PRESETS))
 @click.option("--tokens", type=int, multiple=True, default=TOKENS, help="Numbers of tokens; may be given again.")
+@click.option("--rounds", default=30, help="Rounds of each measurement.")
+@click.option("--quick", is_flag=True, help="Hunyuan-Large's experts in W4A16 and FP8_DYNAMIC only, for the goals.")
+@click.option("--tune", "tuning", is_flag=True, help="Sweep tiles; with --quick, of W4A16 and FP8 by rows only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: results/<gpu>.json beside this file.")
-def main(tokens: tuple[int, ...], out: Path | None) -> None:
+def main(
+    models: tuple[str, ...],
+    kinds: tuple[str, ...],
+    schemes: tuple[str, ...],
+    tokens: tuple[int, ...],
+    rounds: int,
+    quick: bool,
+    tuning: bool,
+    out: Path | None,
+) -> None:
     """Time quantkit's GPU kernels on this machine's GPU."""
-    if not torch.cuda.is_available() or not lang.available():
-        raise click.ClickException("there is nothing to time: this needs an NVIDIA GPU, a torch that sees it, and Triton")
-    console, reason = Console(), build.missing()
-    if reason:
-        console.print(f"without the CUDA kernel: {reason}")
+    if reason := lacks(PRESETS["W4A16"], DEVICE):
+        raise click.ClickException(f"gpu-bench needs an NVIDIA GPU: {reason}")
+    console, missing = Console(width=200), build.library()
+    if isinstance(missing, str):
+        console.print(f"without the CUDA kernel: {missing}")
+    if tuning:
+        return tune(console, ("int4", "row8") if quick else tuple(gpu_tune.SCHEMES), rounds)
+    if quick:
+        models, kinds, schemes, rounds = ("hunyuan-large",), ("moe",), ("W4A16", "FP8_DYNAMIC"), min(rounds, 15)
     gpu = torch.cuda.get_device_name()
-    rows = sweep(None if reason else build.load(), tokens)
+    most, rows = rows_of(models, kinds, tokens, schemes, rounds)
+    verdicts = gpu_report.judge(rows)
     path = out or RESULTS / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    table = Table(*rows[0], title=gpu)
+    versions = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
+    goals = [{"goal": v.goal.text, "met": v.met, "worst": v.worst, "tokens": v.tokens} for v in verdicts]
+    path.write_text(json.dumps({**versions, "peaks": asdict(most), "goals": goals, "rows": rows}, indent=1) + "\n")
+    table = Table(*COLUMNS, "of_roofline", "of_bf16", title=gpu)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(str(row[name]) for name in (*COLUMNS, "of_roofline", "of_bf16")))
     console.print(table)
+    for verdict in verdicts:
+        console.print(str(verdict), highlight=False)
     console.print(f"wrote {path}")
 
 

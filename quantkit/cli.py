@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ import click
 
 from quantkit import __version__, cli_eval
 from quantkit.command import as_json, command, show
+from quantkit.options import deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
 
@@ -21,6 +23,7 @@ kernels_option = click.option(
     type=click.Choice(get_args(Kernels)),
     help="auto: this machine's; w4a8: INT4 weights by INT8 inputs, faster on a CPU; reference: float32.",
 )
+FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers", "bf16")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -35,19 +38,8 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
-@click.option("--scheme", help="Scheme of every linear that no other option names. [default: W4A16]")
-@click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts.")
-@click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts.")
-@click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections.")
-@click.option("--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches.")
-@click.option("--group-size", type=int, help="Weights per scale in schemes with groups. [default: 128]")
-@click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]")
-@click.option("--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]")
-@click.option("--samples", type=int, help="Calibration windows. [default: 128]")
-@click.option("--seq-len", type=int, help="Tokens in a window. [default: 512]")
-@click.option("--seed", type=int, help="Which windows are drawn. [default: 0]")
+@recipe_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
-@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win.")
 @click.option("--held-out", metavar="FILE|NAME", help="Then evaluate on this text, and write OUT/eval/report.html.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
 @as_json
@@ -75,14 +67,14 @@ def quantize(
     """
     from quantkit import pipeline
     from quantkit.progress import console, layer_line, plan_table, size
-    from quantkit.scheme import Recipe
 
-    given = {key: value for key, value in options.items() if value not in (None, ())}
-    recipe = Recipe.read(recipe_file, given) if recipe_file else Recipe.of(given, "options")
+    recipe = read_recipe(recipe_file, options)
     screen = console(stderr=True)
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
         return
+    if held_out:
+        cli_eval.check_text(held_out, model)
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
     if held_out:
@@ -96,6 +88,69 @@ def quantize(
             f"{len(record['fallbacks'])} fallbacks, {record['lent_tokens']} linears with lent tokens",
             soft_wrap=True,
         )
+
+
+@main.command()
+@click.argument("model")
+@recipe_options
+@engine_options
+@as_json
+@command
+def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
+    """Show what quantising MODEL would give, from its headers alone, and whether an engine will load that.
+
+    Exit code 0: it loads, 1: something of it does not, 2: bad input.
+
+    \b
+    quantkit plan MODEL --experts W4A16 --engine vllm --tp 8 --ep
+    """
+    from quantkit.engines.assess import assess
+    from quantkit.engines.registry import engine_named
+    from quantkit.errors import ConfigError
+    from quantkit.formats.folder import find_model
+    from quantkit.formats.reader import CheckpointReader
+    from quantkit.plan import make_plan, summary
+    from quantkit.progress import plan_table
+
+    devices, chosen = deployment(options), engine_named(engine) if engine else None
+    recipe = read_recipe(recipe_file, options)
+    if chosen and recipe.linears:
+        raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
+    reader = CheckpointReader(find_model(model))
+    made = make_plan(reader, recipe)
+    data = summary(made)
+    if chosen:
+        found = assess(chosen, made.model, reader.config, made.schemes, made.written, devices)
+        data["engine"] = found.as_dict()
+    show(data, plan_table, as_json)
+    sys.exit(0 if chosen is None or found.loads else 1)
+
+
+@main.command()
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
+@click.option("--to", required=True, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
+@as_json
+@click.option("--quiet", is_flag=True, help="No progress.")
+@command
+def convert(model: str, out: Path, to: str, as_json: bool, quiet: bool) -> None:
+    """Write the quantised checkpoint MODEL in another format: the same codes, scales and zero points, or a refusal.
+
+    bf16 holds the dequantised values, and counts those that it has to round.
+    """
+    from quantkit.conversion import convert as run
+    from quantkit.progress import console, size
+
+    screen = console(stderr=True)
+    progress = None if quiet else lambda done, total: screen.print(f"shard {done} of {total}")
+    record = run(model, out, to, progress=progress)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        lost = f"{record['rounded_weights']:,} weights rounded to BF16" if record["rounded_weights"] else "lossless"
+        sizes = f"{size(record['source_bytes'])} -> {size(record['output_bytes'])}"
+        notes = "".join(f"\n  {note}" for note in record["notes"])
+        console().print(f"{out}: {record['from']} -> {to}, {sizes}, {lost}, verified{notes}", soft_wrap=True)
 
 
 main.add_command(cli_eval.evaluate)
@@ -228,11 +283,27 @@ def bench(
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="The model it was made from: checks every weight's error.")
+@engine_options
 @as_json
 @command
-def verify(out: Path, source: Path | None, as_json: bool) -> None:
-    """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error."""
+def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
+    """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error.
+
+    With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: something of it does not.
+    """
+    from quantkit.errors import ConfigError
     from quantkit.verify import verify as run
+
+    if engine:
+        from quantkit.engines.registry import engine_named
+        from quantkit.engines.replay import replay
+        from quantkit.progress import engine_table
+
+        if source:
+            raise ConfigError("--engine and --source check different things", "run verify once with each")
+        found = replay(out, engine_named(engine), deployment(options))
+        show(found, engine_table, as_json)
+        sys.exit(0 if found["loads"] else 1)
 
     report = run(out, source)
     if as_json:

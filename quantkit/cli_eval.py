@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from quantkit.evals.gates import Gate
     from quantkit.evals.schema import Report
 
-__all__ = ["evaluate", "evaluate_and_write", "report"]
+__all__ = ["check_text", "evaluate", "evaluate_and_write", "report"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -93,6 +93,14 @@ def evaluate(
         console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
     if judged or found.divergence is None:
         sys.exit(EXIT_CODES[status.status])
+
+
+def check_text(text: str, model: str) -> None:
+    """Raise QuantkitError for a text that an evaluation could not read: before hours of other work."""
+    from quantkit.calib.tokens import documents
+    from quantkit.formats.folder import find_model
+
+    documents(text, find_model(model))
 
 
 def evaluate_and_write(

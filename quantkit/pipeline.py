@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +19,19 @@ import quantkit
 from quantkit.calib import tokens
 from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
+from quantkit.coverage import reconcile
 from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
-from quantkit.formats.folder import CARRIED, find_model, refuse_present
-from quantkit.formats.reader import INDEX, CheckpointReader
+from quantkit.formats.atomic import sha256
+from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
+from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardWriter
 from quantkit.host import peak_memory, pick_device
 from quantkit.journal import Journal
 from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
-from quantkit.plan import Plan, Unit, make_plan, needs_tokens
+from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
 from quantkit.quant.solve import solve
 from quantkit.scheme import Recipe, Scheme
 from quantkit.stats import LinearStats
@@ -89,19 +87,7 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     without enough space is a note: the plan may be for another machine."""
     ready = _prepare(model, out, recipe, device)
     plan, shortage = ready.plan, ready.shortage()
-    return {
-        "architecture": plan.spec.architecture,
-        "layers": len(plan.spec.layers),
-        "parameters": plan.spec.parameters,
-        "roles": plan.by_role(),
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "tape_bytes": plan.tape_bytes,
-        "shards": sum(len(unit.shards) for unit in plan.units),
-        "calibrated": plan.calibrated,
-        "notes": [*plan.notes, *([shortage] if shortage else [])],
-        "recipe": recipe.model_dump(),
-    }
+    return {**summary(plan), "notes": [*plan.notes, *([shortage] if shortage else [])]}
 
 
 def code_digest() -> str:
@@ -236,35 +222,23 @@ class _Job:
         )
 
     def _publish(self) -> RunRecord:
-        weight_map = {t.name: s.file for unit in self.plan.units for s in unit.shards for t in s.tensors}
-        index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
-        for name, data in ((INDEX, index), ("config.json", config)):
-            write_bytes(self.partial / name, json.dumps(data, indent=2).encode() + b"\n")
-        for path in sorted(self.reader.folder.iterdir()):
-            wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
-            if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
-                write_bytes(self.partial / path.name, path.read_bytes())
         hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
-        for path in self.partial.iterdir():
-            if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
-                hashes.setdefault(path.name, sha256(path))
-        sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-        write_bytes(self.partial / "SHA256SUMS", sums.encode())
+        shards = (shard for unit in self.plan.units for shard in unit.shards)
+        complete(self.partial, self.reader.folder, config, shards, hashes)
         try:
             verify(self.partial, self.reader.folder)
+            coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
         except VerificationError:
             shutil.rmtree(self.partial)  # resuming would only meet the same bytes again
             raise
-        record = self._record()
-        write_bytes(self.partial / "run.json", json.dumps(record, indent=2).encode() + b"\n")
-        with disk_errors(self.target):
-            os.rename(self.partial, self.target)
-        fsync_folder(self.target.absolute().parent)
+        record = self._record(coverage)
+        write_json(self.partial / "run.json", record)
+        publish(self.partial, self.target)
         shutil.rmtree(self.target / ".work")
         return record
 
-    def _record(self) -> RunRecord:
+    def _record(self, coverage: dict[str, Any]) -> RunRecord:
         linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
         fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
         return {
@@ -275,6 +249,7 @@ class _Job:
             "recipe": self.plan.recipe.model_dump(),
             "calibration_tokens": 0 if self.ids is None else self.ids.numel(),
             "roles": self.plan.by_role(),
+            "coverage": coverage,
             "source_bytes": self.plan.source_bytes,
             "output_bytes": self.plan.output_bytes,
             "fallbacks": fallbacks,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from quantkit.coverage import Coverage, Fate, account, bystanders
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS, TensorPlan
@@ -18,9 +19,9 @@ from quantkit.formats.writer import ShardPlan
 from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Layer, Linear, ModelSpec, Role
-from quantkit.scheme import Recipe, Scheme, Strategy
+from quantkit.scheme import BF16, Recipe, Scheme, Strategy
 
-__all__ = ["Plan", "Unit", "make_plan"]
+__all__ = ["Plan", "Unit", "make_plan", "summary"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -39,12 +40,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. schemes: by linear, None where it is kept. calibrated: whether any linear needs tokens."""
+    """The whole run. schemes: by linear, None where it is kept. coverage: what becomes of every tensor of the source."""
 
     spec: ModelSpec | NamedSpec
     recipe: Recipe
     schemes: dict[str, Scheme | None]
     units: tuple[Unit, ...]
+    coverage: Coverage
     source_bytes: int
     output_bytes: int
     notes: tuple[str, ...]
@@ -52,7 +54,16 @@ class Plan:
     @property
     def quantization_config(self) -> dict[str, Any]:
         """For config.json. Made when it is wanted: importing the library that checks it takes seconds and 180 MB."""
-        return compressed_tensors.config(self.schemes, [moe.router.key for moe in self.spec.moes()])
+        return compressed_tensors.config(self.schemes, self._routers)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """All of it that decides, without that library."""
+        return compressed_tensors.written(self.schemes, self._routers)
+
+    @property
+    def _routers(self) -> list[str]:
+        return [moe.router.key for moe in self.spec.moes()]
 
     @property
     def model(self) -> ModelSpec:
@@ -62,6 +73,7 @@ class Plan:
 
     @property
     def calibrated(self) -> bool:
+        """Whether any linear needs tokens."""
         return any(needs_tokens(self.recipe, scheme) for scheme in self.schemes.values())
 
     @property
@@ -99,7 +111,9 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     """Check the checkpoint against its architecture and the recipe against both. Raises CheckpointError, ConfigError."""
     where = str(reader.folder / "config.json")
     if reader.config.get("quantization_config"):
-        raise ConfigError(f"{where} says the model is already quantised", "start from the BF16 model")
+        raise ConfigError(
+            f"{where} says the model is already quantised", "start from the BF16 model, or use 'quantkit convert --to bf16'"
+        )
     spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
     if isinstance(spec, ModelSpec):
         _check_names(reader, spec)
@@ -110,13 +124,51 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         recipe=recipe,
         schemes=schemes,
         units=units,
+        coverage=_covered(reader, spec, schemes, units),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
         notes=tuple(_engine_notes(spec, schemes)) if isinstance(spec, ModelSpec) else (),
     )
     if isinstance(spec, NamedSpec):
         _check_by_name(plan)
+    if problems := compressed_tensors.inexact(plan.written, schemes, *bystanders(spec)):
+        raise ConfigError(
+            f"the config for engines would not be exact: {problems[0]}", "choose patterns that keep them apart"
+        )
     return plan
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The plan as people and programs read it."""
+    return {
+        "architecture": plan.spec.architecture,
+        "layers": len(plan.spec.layers),
+        "parameters": plan.spec.parameters,
+        "roles": plan.by_role(),
+        "coverage": plan.coverage.as_dict(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "tape_bytes": plan.tape_bytes,
+        "shards": sum(len(unit.shards) for unit in plan.units),
+        "calibrated": plan.calibrated,
+        "notes": list(plan.notes),
+        "recipe": plan.recipe.model_dump(),
+    }
+
+
+def _covered(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None], units: tuple[Unit, ...]
+) -> Coverage:
+    """Every tensor's fate. Raises CheckpointError when one has none, or the shards would not hold exactly the outputs."""
+    coverage = account(reader.entries, spec, schemes)
+    if refused := coverage.of(Fate.REFUSED):
+        raise CheckpointError(f"{reader.folder}: tensor '{refused[0]}' is not understood", "check config.json")
+    placed = [tensor.name for unit in units for shard in unit.shards for tensor in shard.tensors]
+    outputs = coverage.output_bytes()
+    if len(placed) != len(outputs) or set(placed) != outputs.keys():
+        differing = sorted(set(placed) ^ outputs.keys())
+        raise CheckpointError(f"{reader.folder}: the plan does not cover {differing[:3]}", "check config.json")
+    return coverage
 
 
 def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
@@ -148,7 +200,7 @@ def _check_by_name(plan: Plan) -> None:
                 f"'{key}' in {scheme.name} needs calibration, and so an architecture that quantkit knows",
                 "add --method rtn, or choose FP8_DYNAMIC, FP8_BLOCK, W8A8 or W8A16",
             )
-    seen = compressed_tensors.parse(plan.quantization_config, plan.schemes)
+    seen = compressed_tensors.parse(plan.written, plan.schemes)
     for key, scheme in plan.schemes.items():
         if seen[key] != scheme:
             raise ConfigError(
@@ -194,6 +246,7 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
     for rule in recipe.rules:
         if not any(fnmatchcase(ref.key, rule.match) for ref in spec.linears()):
             raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
+    _no_accident(recipe, spec, schemes)
     if not any(schemes.values()):
         raise ConfigError("every linear is kept in BF16: there is nothing to quantise", "choose a scheme")
     for layer in spec.layers:
@@ -202,6 +255,18 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
     for moe in spec.moes():
         _same_scheme([ref for e in moe.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
     return schemes
+
+
+def _no_accident(recipe: Recipe, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> None:
+    """Routed experts hold nearly all weights: they stay in BF16 only where the recipe says so of them."""
+    for ref in spec.linears():
+        if ref.role is not Role.EXPERTS or schemes[ref.key] is not None or recipe.experts == BF16:
+            continue
+        if any(schemes.values()) and not any(fnmatchcase(ref.key, rule.match) for rule in recipe.rules):
+            raise ConfigError(
+                f"routed expert '{ref.key}' would stay in BF16 because the general scheme is BF16",
+                "give --experts a scheme, or say --experts BF16 if that is meant",
+            )
 
 
 def _same_scheme(refs: list[Linear] | tuple[Linear, ...], schemes: dict[str, Scheme | None], why: str) -> None:

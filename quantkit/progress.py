@@ -16,6 +16,7 @@ __all__ = [
     "bench_table",
     "clock",
     "console",
+    "engine_table",
     "eval_table",
     "inspect_table",
     "kernel_table",
@@ -45,8 +46,8 @@ def layer_line(step: Step) -> str:
     return "  ".join(parts)
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
-    """What a run would do: by role the scheme and bits per weight, then sizes."""
+def plan_table(plan: dict[str, Any]) -> Table | Group:
+    """What a run would do: by role the scheme and bits per weight, then sizes; then an engine's answer, if one was asked."""
     table = Table(title=f"{plan['architecture']}, {plan['layers']} layers, {plan['parameters']:,} parameters")
     for name in ("role", "scheme", "linears", "weights", "bits/weight"):
         table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
@@ -64,7 +65,58 @@ def plan_table(plan: dict[str, Any]) -> Table:
         + ("" if plan["calibrated"] else "; no calibration needed")
         + "".join(f"\n{note}" for note in plan["notes"])
     )
-    return table
+    return Group(table, engine_table(plan["engine"])) if "engine" in plan else table
+
+
+def engine_table(found: dict[str, Any]) -> Group:
+    """What an engine would do with each kind of weight; then why not and what would work, a line each."""
+    table = Table(title=_served(found), box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("role", "weight", "scheme", "layers", "on a device", "verdict"):
+        table.add_column(name, no_wrap=name != "on a device")
+    for row in found["weights"]:
+        rows, columns = row["on_device"]["rows"], row["on_device"]["columns"]
+        shape = f"{'+'.join(str(r) for r in rows)} x {columns}".replace("None", "?")
+        table.add_row(row["role"], row["weight"], row["scheme"], _ranges(row["layers"]), shape, row["verdict"])
+    lines = [*_findings(found)]
+    instead = {row["role"]: row["instead"] for row in found["weights"] if row["instead"]}
+    lines += [f"{role} would load with {', or '.join(words)}" for role, words in instead.items()]
+    lines += [f"{problem['kind']}: {problem['problem']}" for problem in found.get("problems", [])]
+    more = sum(found.get("counts", {}).values()) - len(found.get("problems", []))
+    lines += [f"and {more} problems more"] if more > 0 else []
+    return Group(table, *lines, f"{found['name']} {found['version']}: {'loads' if found['loads'] else 'does not load'}")
+
+
+def _findings(found: dict[str, Any]) -> list[str]:
+    """A paragraph for each rule that has something to say: verdict, what the engine does, and where that was seen."""
+    seen: dict[tuple[str, str], dict[str, None]] = {}
+    places = [("", finding) for finding in found["model"]]
+    places += [(f"{row['role']} {row['weight']}: ", finding) for row in found["weights"] for finding in row["findings"]]
+    for place, finding in places:
+        head = f"{finding['verdict']} [{finding['rule']}] {finding['says']}"
+        fix = f" Fix: {finding['fix']}." if finding["fix"] else ""
+        seen.setdefault((head, fix), {})[place + finding["why"]] = None
+    return [f"{head} Here: {'; '.join(where)}.{fix}" for (head, fix), where in seen.items()]
+
+
+def _served(found: dict[str, Any]) -> str:
+    parallel = "".join(f", {name} {found[name]}" for name in ("tp", "pp") if found[name] > 1) + (
+        ", ep" if found["ep"] else ""
+    )
+    return f"{found['name']} {found['version']} on {found['hardware']}{parallel}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Layer numbers for people: `0-3, 7`, or `0, 2, .. 62` where every second one is meant."""
+    steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]}, {numbers[1]}, .. {numbers[-1]}"
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
 def inspect_table(found: dict[str, Any]) -> Table:

@@ -14,7 +14,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
 
 using std::min;
@@ -58,12 +58,6 @@ inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
             __float2bfloat16(__bfloat162float(a.y) - __bfloat162float(b.y))};
 }
 inline float __expf(float x) { return std::exp(x); }
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
-    uint64_t both = uint64_t(b) << 32 | a;
-    uint32_t out = 0;
-    for (int i = 0; i < 4; i++) out |= uint32_t(both >> (8 * ((selector >> (4 * i)) & 7)) & 0xFF) << (8 * i);
-    return out;
-}
 
 constexpr int kThreads = 256;
 thread_local dim3 threadIdx, blockIdx;

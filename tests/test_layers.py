@@ -16,14 +16,30 @@ LEVELS = [
     {"errors", "model.spec", "formats.dtypes"},
     {"scheme", "qtensor", "stats", "quant", "formats.packing", "formats.atomic", "kernels.reference"},
     {"model", "calib", "formats", "kernels"},
-    {"host", "sampling", "runtime", "text", "bench", "verify", "plan", "journal", "evals", "pipeline"},
-    {"progress", "command", "cli", "cli_eval"},
+    {
+        "host",
+        "sampling",
+        "runtime",
+        "text",
+        "bench",
+        "coverage",
+        "engines",
+        "verify",
+        "plan",
+        "journal",
+        "evals",
+        "pipeline",
+        "conversion",
+    },
+    {"progress", "command", "options", "cli", "cli_eval"},
 ]
 FORBIDDEN = {
     "formats": {"kernels", "quant", "calib", "model.forward"},
     "kernels": {"formats", "calib", "model"},
     "quant": {"formats", "model", "calib", "kernels"},
     "verify": {"formats.writer", "calib.walk", "quant", "pipeline"},
+    "coverage": {"formats.writer", "calib", "quant", "pipeline"},
+    "engines": {"formats.writer", "calib", "quant", "kernels", "runtime", "plan", "pipeline"},
     "evals": {"quant", "pipeline", "formats.writer"},
 }
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in ROOT.rglob("*.py") if p.name != "__init__.py")

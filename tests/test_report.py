@@ -384,6 +384,7 @@ def test_eval_writes_reports_and_quantize_does_with_held_out_text(tmp_path: Path
     assert report.context is not None and report.context.kv_cache == "fp8" and len(report.context.needles) == 3
     assert report.samples and report.provenance.overlap.note and report.provenance.command.startswith("quantkit eval ")
     assert cli("quantize", model, "-o", tmp_path / "x", "--held-out", tmp_path / "none.txt").exit_code == 2
+    assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
 
 
 def test_overlap_of_calibration_and_evaluation_text(tmp_path: Path) -> None:

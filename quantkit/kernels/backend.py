@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
-__all__ = ["Backend", "Expert", "QuantExperts", "QuantLinear"]
+__all__ = ["Backend", "Expert", "InputScalesDiffer", "QuantExperts", "QuantLinear"]
 
 
 class QuantLinear(Protocol):
@@ -37,6 +37,10 @@ class QuantExperts(Protocol):
         ...
 
 
+class InputScalesDiffer(ValueError):
+    """gate and up cannot go into one product: each rounds the input by a scale of its own."""
+
+
 @dataclass(frozen=True)
 class Expert:
     """One expert as it lies on disk."""
@@ -48,7 +52,7 @@ class Expert:
     def __post_init__(self) -> None:
         a, b = self.gate.input_scale, self.up.input_scale
         if a is not None and b is not None and not torch.equal(a, b):
-            raise ValueError(f"gate and up read one input, but their input scales are {a.tolist()} and {b.tolist()}")
+            raise InputScalesDiffer(f"gate and up round one input by the scales {a.tolist()} and {b.tolist()}")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class Backend:
     """A family of kernels.
 
     takes: why weights [out, in] of a scheme have no kernel here on any hardware, or None. lacks: what this device lacks to
-    run a scheme, or None. linear, experts: pack; what they are given has passed both. experts takes a layer's experts one
-    at a time, and their number, so that they need never lie in memory twice.
+    run a scheme, or None. note: what there is to add to `why` on a device that lacks nothing. linear, experts: pack; what
+    they are given has passed takes and lacks. experts takes a layer's experts one at a time, and their number, so that they
+    need never lie in memory twice.
     """
 
     name: str
@@ -67,3 +72,4 @@ class Backend:
     lacks: Callable[[Scheme, torch.device], str | None]
     linear: Callable[[QuantizedTensor, Scheme], QuantLinear]
     experts: Callable[[Iterable[Expert], int, Scheme], QuantExperts]
+    note: Callable[[Scheme, torch.device], str | None] = lambda scheme, device: None

@@ -9,13 +9,14 @@ import torch
 
 from quantkit.kernels.backend import Backend
 from quantkit.kernels.cpu import backend as cpu
+from quantkit.kernels.triton import backend as triton
 from quantkit.scheme import Scheme
 
 __all__ = ["BACKENDS", "OPTIONS", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
 
 REFERENCE = "reference"
 PLAIN = "torch"
-BACKENDS: tuple[Backend, ...] = (cpu.AVX512,)  # the first that takes a linear serves it
+BACKENDS: tuple[Backend, ...] = (triton.BACKEND, cpu.AVX512)  # the first that can serve a linear does
 # What a user may ask for: backends that come first. "w4a8" rounds inputs that the scheme leaves as they are.
 OPTIONS: dict[str, tuple[Backend, ...]] = {"auto": BACKENDS, "w4a8": (cpu.W4A8, *BACKENDS)}
 
@@ -37,18 +38,13 @@ def choose(
     """The kernel for a linear [out, in] of this scheme on this device. The reference is always right, and slow."""
     if scheme is None:
         return Choice(PLAIN, None, "not quantised", "torch on any device")
-    problems = {backend.name: backend.takes(scheme, shape) for backend in backends}
-    able = [backend for backend in backends if problems[backend.name] is None]
-    if not able:
-        return Choice(
-            REFERENCE, None, "; ".join(filter(None, problems.values())) or "asked for", "the reference, on any device"
-        )
-    lacks = {backend.name: backend.lacks(scheme, device) for backend in able}
-    here = next((backend for backend in able if lacks[backend.name] is None), None)
-    others = [f"{backend.name} on {backend.hardware}" for backend in able if backend is not here]
+    able = [backend for backend in backends if backend.takes(scheme, shape) is None]
+    reasons = [backend.takes(scheme, shape) or backend.lacks(scheme, device) for backend in backends]
+    here = next((backend for backend, reason in zip(backends, reasons, strict=True) if reason is None), None)
+    elsewhere = "; ".join(f"{b.name} on {b.hardware}" for b in able if b is not here) or "the reference, on any device"
     if here is None:
-        return Choice(REFERENCE, None, "; ".join(filter(None, lacks.values())), "; ".join(others))
-    return Choice(here.name, here, here.why, "; ".join(others) or "the reference, on any device")
+        return Choice(REFERENCE, None, "; ".join(dict.fromkeys(filter(None, reasons))) or "asked for", elsewhere)
+    return Choice(here.name, here, "; ".join(filter(None, (here.why, here.note(scheme, device)))), elsewhere)
 
 
 def explain(

@@ -10,9 +10,10 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["FLAGS", "SOURCE", "Library", "build", "compiler", "cubin", "load", "missing"]
+__all__ = ["FLAGS", "SOURCE", "Library", "architectures", "build", "compiler", "cubin", "library", "load", "missing"]
 
 SOURCE = Path(__file__).with_name("w4a16_decode.cu")
 BASE = ("-O3", "-std=c++17")
@@ -34,9 +35,9 @@ class Library:
 
     def run(self, *arguments: int | None) -> None:
         """quantkit_w4a16_decode: pointers to x, words, scale, zero, slots, owners, router, out; then blocks, block, total,
-        top_k, outputs, inputs, padded, group, gated; then the stream. Raises RuntimeError with CUDA's message."""
+        top_k, outputs, inputs, padded, group, gated, wide; then the stream. Raises RuntimeError with CUDA's message."""
         call = self.functions.quantkit_w4a16_decode
-        call.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 9 + [ctypes.c_void_p]
+        call.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
         call.restype = ctypes.c_int
         code = call(*arguments)
         if code:
@@ -65,6 +66,12 @@ def _run(command: Sequence[str]) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}\n{done.stderr.strip()[-2000:]}")
     return done.stdout
+
+
+def architectures() -> set[str]:
+    """The virtual architectures that nvcc knows, such as 'compute_90a'; none without nvcc."""
+    nvcc = compiler()
+    return set(_run([nvcc, "--help"]).replace("'", " ").replace(",", " ").split()) if nvcc else set()
 
 
 def cubin(folder: Path, architecture: str) -> Path:
@@ -112,3 +119,12 @@ def load() -> Library:
         return Library(ctypes.CDLL(str(path)))
     except OSError as error:
         raise RuntimeError(f"{path} cannot be loaded: {error}\nFix: delete its folder, it will be built again") from error
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | str:
+    """The kernels, built once a process if need be, or the reason why there are none."""
+    try:
+        return load()
+    except (RuntimeError, OSError) as error:
+        return str(error)

@@ -5,79 +5,80 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantkit.kernels.checks import check, cut
 from quantkit.kernels.cuda.build import Library
-from quantkit.kernels.triton.lang import check, cut
-from quantkit.kernels.triton.layout import Packed4
-from quantkit.kernels.triton.routing import check_routing, sort_by_expert
+from quantkit.kernels.triton.layout import PackedInt
+from quantkit.kernels.triton.ops import check_layer
+from quantkit.kernels.triton.routing import Rows, group
+from quantkit.scheme import Grid, Kind, Strategy
 
-__all__ = ["linear", "misfit", "moe"]
+__all__ = ["MOST", "linear", "misfit", "moe"]
+
+MOST = 16  # rows of x that a weight may meet for this kernel to be the right one
 
 
-def misfit(weight: Packed4) -> str | None:
-    """Why the kernel cannot read this weight, or None."""
-    if weight.run != 64:
-        return f"the decode kernel needs scales for a multiple of 64 columns, not {weight.group}"
-    if weight.inputs % 8:
-        return f"the decode kernel needs a multiple of 8 columns, not {weight.inputs}"
+def misfit(grid: Grid) -> str | None:
+    """Why the kernel cannot read weights of this grid that Triton's kernels can, or None."""
+    if grid.kind is not Kind.INT or grid.bits != 4:
+        return "the CUDA kernel is for 4-bit integers"
+    if grid.strategy is Strategy.GROUP and (grid.group_size or 0) % 128:
+        return f"the CUDA kernel needs groups of a multiple of 128, not {grid.group_size}"
     return None
 
 
 def _launch(
     library: Library,
     x: Tensor,
-    weight: Packed4,
+    weight: PackedInt,
     out: Tensor,
-    routing: tuple[Tensor, Tensor] | None,
-    router: Tensor | None,
+    rows: Rows,
     block: int,
-    top_k: int,
+    router: Tensor | None,
     gated: bool,
 ) -> None:
-    """One product of x [tokens, in] into out [total, out]; checks what the kernel itself cannot."""
-    slots, owners = routing or (None, None)
-    tensors = (x, weight.words, weight.scale, weight.zero, slots, owners, router, out)
-    reason = misfit(weight)
-    check(reason is None, reason or "")
+    """One product of x [tokens, in] into out [rows, out]; checks what the kernel itself cannot."""
+    tensors = (x, weight.words, weight.scale, weight.zero, rows.slots, rows.owners, router, out)
+    check(
+        weight.bits == 4 and weight.group % 128 == 0,
+        f"no kernel for {weight.bits} bits in groups of {weight.group}",
+    )
     for tensor in tensors:
         if tensor is not None:
             check(tensor.device == x.device and tensor.is_contiguous(), "tensors lie on several devices or with gaps")
             check(tensor.device.type == library.device, f"tensors lie on {tensor.device}, the kernel reads {library.device}")
     check(x.data_ptr() % 16 == 0 and weight.words.data_ptr() % 16 == 0, "x or the weight is not aligned to 16 bytes")
-    blocks = cut(out.shape[0], block) if owners is None else owners.numel()
+    blocks = cut(rows.total, block) if rows.owners is None else rows.owners.numel()
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
-    sizes = (blocks, block, out.shape[0], top_k, out.shape[1], weight.inputs, weight.padded, weight.group, int(gated))
+    shape = (out.shape[1], weight.inputs, weight.padded, weight.group, int(gated), int(out.dtype is torch.float32))
     with torch.cuda.device_of(x):
-        library.run(*pointers, *sizes, stream)
+        library.run(*pointers, blocks, block, rows.total, rows.top_k, *shape, stream)
 
 
-def linear(x: Tensor, weight: Packed4, library: Library) -> Tensor:
-    """x bfloat16 [..., in] times a 4-bit weight [out, in] -> bfloat16 [..., out]. Raises ValueError, RuntimeError."""
-    check(x.dtype is torch.bfloat16, f"x is {x.dtype}, not bfloat16")
+def linear(x: Tensor, weight: PackedInt, library: Library) -> Tensor:
+    """x bfloat16 or float32 [..., in] times a 4-bit weight [out, in] -> [..., out] in x.dtype; products are bfloat16.
+
+    Raises ValueError, RuntimeError.
+    """
+    check(x.dtype in (torch.bfloat16, torch.float32), f"x is {x.dtype}, not bfloat16 or float32")
     check(weight.experts == 1, f"a linear has one weight, not {weight.experts}")
     check(x.shape[-1] == weight.inputs, f"x has {x.shape[-1]} features, the weight {weight.inputs}")
-    rows = x.reshape(-1, weight.inputs).contiguous()
-    out = torch.empty(rows.shape[0], weight.outputs, dtype=x.dtype, device=x.device)
-    if rows.shape[0]:
-        _launch(library, rows, weight, out, None, None, 8 if rows.shape[0] <= 8 else 16, 1, False)
+    flat = x.reshape(-1, weight.inputs).bfloat16().contiguous()
+    out = torch.empty(len(flat), weight.outputs, dtype=x.dtype, device=x.device)
+    if len(flat):
+        _launch(library, flat, weight, out, Rows(len(flat)), 8 if len(flat) <= 8 else 16, None, False)
     return out.view(*x.shape[:-1], weight.outputs)
 
 
-def moe(x: Tensor, gate_up: Packed4, down: Packed4, ids: Tensor, weights: Tensor, library: Library) -> Tensor:
-    """The same function of the same arguments as quantkit.kernels.triton.moe_w4a16.moe. Raises ValueError, RuntimeError."""
-    check(x.dtype is torch.bfloat16, f"x is {x.dtype}, not bfloat16")
-    check_routing(x, ids, weights)
-    inner, hidden = down.inputs, down.outputs
-    check(gate_up.outputs == 2 * inner, f"gate_up has {gate_up.outputs} rows, down {inner} columns: not twice as many")
-    check(x.shape[1] == gate_up.inputs == hidden, f"hidden sizes differ: {x.shape[1]}, {gate_up.inputs}, {hidden}")
-    check(gate_up.experts == down.experts, f"gate_up has {gate_up.experts} experts, down {down.experts}")
-    total = ids.numel()
-    if total == 0:
+def moe(x: Tensor, gate_up: PackedInt, down: PackedInt, ids: Tensor, weights: Tensor, library: Library) -> Tensor:
+    """The same function of the same arguments as quantkit.kernels.triton.ops.moe. Raises ValueError, RuntimeError."""
+    inner, hidden = check_layer(x, gate_up, down, ids, weights)
+    if ids.numel() == 0:
         return torch.zeros_like(x)
-    block = 8 if total <= 8 * gate_up.experts else 16
-    routing = sort_by_expert(ids, gate_up.experts, block)
-    act = torch.empty(total, inner, dtype=x.dtype, device=x.device)
-    _launch(library, x.contiguous(), gate_up, act, routing, None, block, ids.shape[1], True)
-    out = torch.empty(total, hidden, dtype=torch.float32, device=x.device)
-    _launch(library, act, down, out, routing, weights.float().contiguous(), block, 1, False)
+    block = 8 if ids.numel() <= 8 * gate_up.experts else 16
+    rows = group(ids, gate_up.experts, block)
+    act = torch.empty(rows.total, inner, dtype=torch.bfloat16, device=x.device)
+    _launch(library, x.bfloat16().contiguous(), gate_up, act, rows, block, None, True)
+    out = torch.empty(rows.total, hidden, dtype=torch.float32, device=x.device)
+    _launch(library, act, down, out, rows.each(), block, weights.float().contiguous(), False)
     return out.view(*ids.shape, hidden).sum(1).to(x.dtype)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels.triton.lang import check, jit, on_device, simulated, tl
+from quantkit.kernels.checks import check
+from quantkit.kernels.triton.lang import OPTIONS, jit, on_device, simulated, tl
 from quantkit.scheme import Activation, Kind, Strategy
 
 __all__ = ["quantise", "quantise_kernel"]
@@ -41,63 +42,67 @@ def quantise_kernel(
     scales: tl.tensor,
     given: tl.tensor,
     LENGTH: tl.tensor,
+    TOPK: tl.tensor,
     REACH: tl.constexpr,
     FLOAT: tl.constexpr,
     STATIC: tl.constexpr,
     BK: tl.constexpr,
     SIM: tl.constexpr,
 ) -> None:
-    """One program a row of x [rows, LENGTH]: its largest magnitude (or the given scale), then its codes."""
+    """One program a row of codes [rows, LENGTH]: the largest magnitude of row / TOPK of x (STATIC: given [rows]), then its
+    codes."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BK)
+    x += row // TOPK * LENGTH
     if STATIC:
-        scale = tl.load(given)
+        scale = tl.load(given + row)
     else:
         top = tl.zeros((BK,), tl.float32)
         for k in range(0, LENGTH, BK):
-            v = tl.load(x + row * LENGTH + k + at, mask=k + at < LENGTH, other=0.0).to(tl.float32)
+            v = tl.load(x + k + at, mask=k + at < LENGTH, other=0.0).to(tl.float32)
             top = tl.maximum(top, tl.abs(v))
         amax = tl.max(top, 0)
         scale = tl.where(amax > 0.0, tl.div_rn(amax, REACH), 1.0)
     tl.store(scales + row, scale)
     for k in range(0, LENGTH, BK):
-        v = tl.load(x + row * LENGTH + k + at, mask=k + at < LENGTH, other=0.0).to(tl.float32)
+        v = tl.load(x + k + at, mask=k + at < LENGTH, other=0.0).to(tl.float32)
         tl.store(codes + row * LENGTH + k + at, to_code(v, scale, REACH, FLOAT, SIM), mask=k + at < LENGTH)
 
 
-def quantise(x: Tensor, activation: Activation, input_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x bfloat16 or float32 [tokens, in] -> codes [tokens, in] and float32 scales [tokens, 1 or in / group_size].
+def quantise(x: Tensor, activation: Activation, given: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
+    """x bfloat16 or float32 [tokens, in] -> codes [rows, in] and float32 scales [rows, 1 or in / group_size].
 
-    Codes are float8_e4m3fn or int8. Dynamic: a scale for each token, or for each group of its features. Static: input_scale
-    [1] for all. Raises ValueError.
+    Codes are float8_e4m3fn or int8. Dynamic: a row for each token, a scale for it or for each group of its features.
+    Static: rows = tokens * top_k, each rounded with its own scale in given, float32 [rows]. Raises ValueError.
     """
     check(x.ndim == 2, f"x is {tuple(x.shape)}, not [tokens, in]")
     check(x.dtype in (torch.bfloat16, torch.float32), f"x is {x.dtype}, not bfloat16 or float32")
-    check(activation.dynamic or input_scale is not None, "a static activation needs an input scale")
+    rows = x.shape[0] * top_k
+    if activation.dynamic:
+        check(given is None and top_k == 1, "a dynamic activation has one scale of its own for each token")
+    else:
+        right = given is not None and given.shape == (rows,) and given.dtype is torch.float32
+        check(right, f"a static activation needs a float32 input scale for each of {rows} rows")
     floats = activation.kind is Kind.FLOAT
     length = activation.group_size if activation.strategy is Strategy.GROUP else x.shape[1]
     check(bool(length) and x.shape[1] % (length or 1) == 0, f"{x.shape[1]} features are not whole groups of {length}")
     assert length
     x = x.contiguous()
-    on_device(x)
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn if floats else torch.int8, device=x.device)
-    scales = torch.empty(x.shape[0], x.shape[1] // length, dtype=torch.float32, device=x.device)
-    if x.shape[0] == 0:
+    on_device(x, given)
+    codes = torch.empty(rows, x.shape[1], dtype=torch.float8_e4m3fn if floats else torch.int8, device=x.device)
+    scales = torch.empty(rows, x.shape[1] // length, dtype=torch.float32, device=x.device)
+    if rows == 0:
         return codes, scales
-    given = scales if activation.dynamic or input_scale is None else input_scale.to(x.device, torch.float32)
     block = 128 if length <= 128 else 256 if simulated() else 1024
     with torch.cuda.device_of(x):
         quantise_kernel[(scales.numel(),)](
-            x,
-            codes,
-            scales,
-            given,
-            length,
+            *(x, codes, scales, scales if given is None else given, length, top_k),
             REACH=REACH[activation.kind],
             FLOAT=floats,
             STATIC=not activation.dynamic,
             BK=block,
             SIM=simulated(),
             num_warps=1 if block == 128 else 4,
+            **OPTIONS,
         )
     return codes, scales

@@ -6,125 +6,129 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.kernels.triton import activation, lang, moe_w4a16, moe_w8a8, w4a16, w8a8
+from quantkit.kernels.triton import activation, lang, routing, tiles, w8a8, weight_only
+from quantkit.kernels.triton.tiles import Tile
 
-__all__ = ["Case", "Usage", "cases", "compile_case", "cuobjdump", "resources"]
+__all__ = ["Case", "Usage", "cases", "compile_case", "cuobjdump", "loop_length", "product", "resources", "step_bytes"]
 
 POINTERS = {
-    "x": "*bf16", "words": "*u8", "scale": "*bf16", "zero": "*i8", "out": "*bf16", "slots": "*i32", "owners": "*i32",
-    "router": "*fp32", "x_scale": "*fp32", "scales": "*fp32", "given": "*fp32", "codes": "*fp8e4nv",
+    "x": "*bf16", "words": "*i16", "scale": "*bf16", "zero": "*i8", "out": "*bf16", "slots": "*i32", "owners": "*i32",
+    "router": "*fp32", "x_scale": "*fp32", "scales": "*fp32", "given": "*fp32", "codes": "*fp8e4nv", "ids": "*i64",
 }  # fmt: skip
+UNEVEN = ("SLOTS", "TOPK", "SPANS", "STEPS", "PER_PART", "GROUPS", "TOTAL", "EXPERTS", "BLOCKS")  # not multiples of 16
+ROLES: dict[str, dict[str, object]] = {
+    "linear": {"GATED": False, "GROUPED": False, "ROUTED": False},
+    "gate_up": {"GATED": True, "GROUPED": True, "ROUTED": False},
+    "down": {"GATED": False, "GROUPED": True, "ROUTED": True, "TOPK": 1},
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel at one tile. types: pointer types that differ from POINTERS. constants: its tl.constexpr parameters."""
+    """A kernel at one tile. types: pointer types that differ from POINTERS. constants: its tl.constexpr parameters, and
+    arguments equal to 1, which Triton makes constant."""
 
     name: str
     kernel: Any
     constants: Mapping[str, object]
     warps: int = 4
+    stages: int = 3
     types: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers a thread; local and stack memory a thread and shared memory a block in bytes; instructions in the code."""
+    """Registers a thread; local and stack memory a thread and shared memory a block in bytes; instructions in the code.
+
+    loop: instructions of the longest loop, as SASS. inline: the blocks of inline assembly, as PTX.
+    """
 
     registers: int
     local: int
     stack: int
     shared: int
-    wgmma: int = 0
-    mma: int = 0
-    async_copies: int = 0
+    wgmma: int
+    mma: int
+    async_copies: int
+    loop: int
+    inline: tuple[str, ...] = field(repr=False)
 
 
-def _w4(name: str, kernel: Any, sizes: Callable[[int], tuple[int, int, int]], out: str) -> list[Case]:
-    found = []
-    for tokens in (1, 64, 4096):
-        bm, bn, warps = sizes(tokens)
-        for asym in (False, True):
-            flags = {"BM": bm, "BN": bn, "RUN": 64, "EVEN": True, "ASYM": asym, "SIM": False}
-            found.append(Case(f"{name} BM={bm} BN={bn}{' asym' if asym else ''}", kernel, flags, warps, {"out": out}))
-    return found
+def product(kind: str, tile: Tile, role: str, *, codes: str = "fp8e4nv", **changes: object) -> Case:
+    """The product kernel for a kind of weight (a key of tiles.TABLE) in a role (a key of ROLES). codes: of 8-bit inputs."""
+    flags = {**ROLES[role], "BM": tile.bm, "BN": tile.bn, "EVEN": True, "SIM": False, **changes}
+    label = " ".join([kind, *([codes] if kind == "row8" else []), role, f"{tile.bm}x{tile.bn}", *changes])
+    types = {"out": "*fp32"} if role == "down" else {}
+    if kind in ("row8", "block8"):
+        acc = lang.tl.int32 if codes == "i8" else lang.tl.float32
+        flags |= {"BLOCKED": kind == "block8", "ACC": acc}
+        types |= {"x": f"*{codes}", "codes": f"*{codes}", "scale": "*fp32"}
+        return Case(label, w8a8.kernel, flags, tile.warps, tile.stages, types)
+    bits, run = int(kind.removeprefix("int")), flags.pop("RUN", 64)
+    assert isinstance(run, int)
+    shared = flags.pop("SHARED", 2)
+    assert isinstance(shared, int)
+    flags |= {"BITS": bits, "RUN": run, "SHARED": shared, "EARLY": weight_only.early(tile.bm, run, shared)}
+    return Case(label, weight_only.kernel, {"ASYM": False, **flags}, tile.warps, tile.stages, types)
 
 
-def _edges() -> list[Case]:
-    """What a launch makes of sizes equal to 1 (Triton turns them into constants), short groups and padded columns."""
-    tile = {"BM": 16, "BN": 64, "RUN": 64, "EVEN": True, "ASYM": True, "SIM": False}
-    one = {"M": 1, "PER_SPLIT": 1, "SPANS": 1}
-    slot = {"SLOTS": 1, "GROUPS": 1}
-    eight = {"BM": 16, "BN": 64, "EVEN": True, "BLOCKED": True, "ACC": lang.tl.float32, "SIM": False, "SLOTS": 1}
-    fp8 = {"x": "*fp8e4nv", "scale": "*fp32"}
-    return [
-        Case("w4a16 linear one token", w4a16.linear_kernel, tile | one),
-        Case("w4a16 linear group 32", w4a16.linear_kernel, tile | {"RUN": 32}),
-        Case("w4a16 linear group 16", w4a16.linear_kernel, tile | {"RUN": 16}),
-        Case("w4a16 linear padded", w4a16.linear_kernel, tile | {"EVEN": False}),
-        Case("w4a16 moe gate_up one token", moe_w4a16.gate_up_kernel, tile | slot | {"TOPK": 1}),
-        Case("w4a16 moe down one token", moe_w4a16.grouped_kernel, tile | slot),
-        Case("fp8 block moe gate_up one token", moe_w8a8.gate_up_kernel, eight | {"TOPK": 1}, 4, fp8),
-        Case("fp8 block moe down one token", moe_w8a8.grouped_kernel, eight, 4, fp8),
-    ]
+def step_bytes(kind: str, tile: Tile) -> int:
+    """Shared memory that a stage takes at most, as the wrappers reckon it, in groups of 64 or more."""
+    if kind in ("row8", "block8"):
+        return w8a8.step_bytes(tile)
+    return weight_only.step_bytes(tile, 64, 16 // int(kind.removeprefix("int")))
 
 
-def _w8() -> list[Case]:
-    found, fp8 = [], {"x": "*fp8e4nv", "scale": "*fp32"}
-    for tokens in (1, 64, 4096):
-        bm, bn, warps = w8a8.block_sizes(tokens, True)
-        tile = {"BM": bm, "BN": bn, "SIM": False}
-        found.append(Case(f"fp8 block linear BM={bm} BN={bn}", w8a8.block_kernel, tile, warps, fp8))
-        bm, bn, warps = w8a8.block_sizes(tokens, False)
-        row = {"BM": bm, "BN": bn, "SIM": False, "BK": 128, "EVEN": True}
-        found.append(Case(f"fp8 linear BM={bm} BN={bn}", w8a8.row_kernel, row | {"INT8": False}, warps, fp8))
-        ints = {"x": "*i8", "codes": "*i8", "scale": "*fp32"}
-        found.append(Case(f"int8 linear BM={bm} BN={bn}", w8a8.row_kernel, row | {"INT8": True}, warps, ints))
-    return found
+def _products() -> Iterator[Case]:
+    """Each kind at each tile of the table as gate_up, at the largest as down, at the smallest as a linear."""
+    for kind, rows in tiles.TABLE.items():
+        for number, (_, tile) in enumerate(rows):
+            for codes in ("fp8e4nv", "i8") if kind == "row8" else ("fp8e4nv",):
+                yield product(kind, tile, "gate_up", codes=codes)
+                if number == len(rows) - 1:
+                    yield product(kind, tile, "down", codes=codes)
+            if number == 0:
+                yield product(kind, tile, "linear")
+            if kind == "int4" and number == 0:
+                yield product(kind, tile, "gate_up", ASYM=True)
 
 
-def _w8_moe() -> list[Case]:
-    found = []
-    for tokens in (1, 64, 4096):
-        bm, bn, warps = moe_w8a8.block_sizes(tokens)
-        for label, kind in (("fp8", "*fp8e4nv"), ("fp8 block", "*fp8e4nv"), ("int8", "*i8")):
-            flags = {"BM": bm, "BN": bn, "EVEN": True, "BLOCKED": "block" in label, "SIM": False}
-            flags["ACC"] = lang.tl.int32 if kind == "*i8" else lang.tl.float32
-            types = {"x": kind, "codes": kind, "scale": "*fp32"}
-            found.append(Case(f"{label} moe gate_up BM={bm} BN={bn}", moe_w8a8.gate_up_kernel, flags, warps, types))
-            found.append(
-                Case(f"{label} moe down BM={bm} BN={bn}", moe_w8a8.grouped_kernel, flags, warps, types | {"out": "*fp32"})
-            )
-    return found
+def _edges() -> Iterator[Case]:
+    """What a launch makes of sizes equal to 1 (Triton turns them into constants), other groups and padded columns."""
+    small = tiles.TABLE["int4"][0][1]
+    yield product("int4", small, "linear", SPANS=1, TOPK=1)
+    yield product("int4", small, "linear", SHARED=1, ASYM=True)
+    yield product("int4", small, "linear", SHARED=4, GROUPS=1)
+    yield product("int4", small, "linear", RUN=32, SHARED=1)
+    yield product("int4", small, "linear", RUN=16, SHARED=1)
+    yield product("int4", small, "down", EVEN=False)
+    yield product("int8", small, "linear", SHARED=1)
+    yield product("row8", small, "linear", EVEN=False)
+    yield product("block8", small, "gate_up", TOPK=1)
 
 
-def _activations() -> list[Case]:
-    float8 = {"REACH": 448.0, "FLOAT": True, "STATIC": False, "SIM": False}
-    return [
-        Case("quantise fp8 token", activation.quantise_kernel, float8 | {"BK": 1024}),
-        Case("quantise fp8 group", activation.quantise_kernel, float8 | {"BK": 128}, 1),
-        Case("quantise fp8 static", activation.quantise_kernel, float8 | {"BK": 1024, "STATIC": True}),
-        Case("quantise int8 token", activation.quantise_kernel,
-             {"REACH": 127.0, "FLOAT": False, "STATIC": False, "SIM": False, "BK": 1024}, 4, {"codes": "*i8"}),
-    ]  # fmt: skip
+def _helpers() -> Iterator[Case]:
+    float8 = {"REACH": 448.0, "FLOAT": True, "STATIC": False, "SIM": False, "TOPK": 1}
+    int8 = {"REACH": 127.0, "FLOAT": False, "STATIC": False, "SIM": False, "TOPK": 1, "BK": 1024}
+    yield Case("quantise fp8 token", activation.quantise_kernel, float8 | {"BK": 1024})
+    yield Case("quantise fp8 group", activation.quantise_kernel, float8 | {"BK": 128}, 1)
+    yield Case("quantise fp8 static", activation.quantise_kernel, float8 | {"BK": 1024, "STATIC": True})
+    yield Case("quantise int8 token", activation.quantise_kernel, int8, types={"codes": "*i8"})
+    for bits in (4, 8):
+        flags = {"BN": 32, "RUN": 64, "BITS": bits, "ASYM": False, "SIM": False}
+        yield Case(f"widen int{bits}", weight_only.widen_kernel, flags)
+    for experts in (16, 256):
+        yield Case(f"sort {experts}", routing.sort_kernel, {"BLOCK": 16, "E": experts, "CHUNK": 16})
 
 
 def cases() -> tuple[Case, ...]:
-    """Every kernel at the tiles that its wrapper picks. Needs Triton."""
-    return (
-        *_w4("w4a16 linear", w4a16.linear_kernel, w4a16.block_sizes, "*bf16"),
-        *_w4("w4a16 moe gate_up", moe_w4a16.gate_up_kernel, moe_w4a16.block_sizes, "*bf16"),
-        *_w4("w4a16 moe down", moe_w4a16.grouped_kernel, moe_w4a16.block_sizes, "*fp32"),
-        *_edges(),
-        *_w8(),
-        *_w8_moe(),
-        *_activations(),
-    )
+    """Every kernel at the tiles of the table. Needs Triton."""
+    return (*_products(), *_edges(), *_helpers())
 
 
 def cuobjdump() -> str | None:
@@ -138,12 +142,16 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump")
 
 
-def resources(cubin: Path) -> dict[str, dict[str, int]]:
-    """Per function of a cubin: registers, local, stack and (static) shared. Raises FileNotFoundError without cuobjdump."""
+def _dump(cubin: Path, what: str) -> str:
     tool = cuobjdump()
     if tool is None:
         raise FileNotFoundError("cuobjdump is not installed\nFix: install Triton or the CUDA toolkit")
-    text = subprocess.run([tool, "-res-usage", str(cubin)], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([tool, what, str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """Per function of a cubin: registers, local, stack and (static) shared. Raises FileNotFoundError without cuobjdump."""
+    text = _dump(cubin, "-res-usage")
     found = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     return {
         name: {"registers": int(reg), "stack": int(stack), "shared": int(shared), "local": int(local)}
@@ -151,7 +159,17 @@ def resources(cubin: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def compile_case(case: Case, capability: int = 90, stages: int = 3) -> Usage:
+def loop_length(cubin: Path) -> dict[str, int]:
+    """Per function of a cubin: instructions of its longest loop, 0 without one."""
+    found = {}
+    for part in _dump(cubin, "-sass").split("Function : ")[1:]:
+        jumps = re.findall(r"/\*([0-9a-f]+)\*/[^;]*\bBRA (?:`\()?0x([0-9a-f]+)", part)
+        spans = [int(at, 16) - int(to, 16) for at, to in jumps]
+        found[part.split()[0]] = max([1 + span // 16 for span in spans if span > 0], default=0)
+    return found
+
+
+def compile_case(case: Case, capability: int = 90) -> Usage:
     """Compiles a kernel as a launch with 16-byte aligned pointers and sizes divisible by 16 would. Needs no GPU, but Triton
     and its interpreter off. Raises whatever Triton's compiler raises."""
     import triton
@@ -161,22 +179,22 @@ def compile_case(case: Case, capability: int = 90, stages: int = 3) -> Usage:
     names = case.kernel.arg_names
     signature = {n: "constexpr" if n in case.constants else case.types.get(n, POINTERS.get(n, "i32")) for n in names}
     constants = {(names.index(n),): value for n, value in case.constants.items()}
-    uneven = {"M", "SLOTS", "SPANS", "PER_SPLIT", "GROUPS", "TOPK", *case.constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in uneven}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in (*UNEVEN, *case.constants)}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": case.warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": case.warps, "num_stages": case.stages, **lang.OPTIONS}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
-        (used,) = resources(cubin).values()
+        (used,), (loop,) = resources(cubin).values(), loop_length(cubin).values()
     ptx = built.asm["ptx"]
     return Usage(
         registers=used["registers"], local=used["local"], stack=used["stack"], shared=int(built.metadata.shared),
-        wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"), async_copies=ptx.count("cp.async.c"),
+        wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"), async_copies=ptx.count("cp.async.c"), loop=loop,
+        inline=tuple(re.findall(r"// begin inline asm\n(.*?)// end inline asm", ptx, re.S)),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     for each in cases():
-        print(f"{each.name:36}", compile_case(each))
+        print(f"{each.name:44}", compile_case(each))

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
+
+from quantkit.kernels.checks import check
 
 try:
     import triton
@@ -13,9 +16,11 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["available", "check", "cut", "jit", "on_device", "simulated", "tl"]
+__all__ = ["OPTIONS", "available", "jit", "kernel_of", "machine", "on_device", "simulated", "tl"]
 
 
+# Contraction of a * b + c as Triton has always done it; its default is about to change, with a warning until then.
+OPTIONS = {"enable_fp_fusion": True}
 MISSING = "this kernel needs Triton, which is not installed\nFix: pip install 'triton>=3.6' (Linux, with an NVIDIA GPU)"
 
 
@@ -36,20 +41,16 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if triton is not None else _Missing()
 
 
+def kernel_of(*varying: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` for a kernel that is not compiled anew for other values (1, multiples of 16) of these sizes."""
+    if triton is None:
+        return lambda function: _Missing()
+    return lambda function: triton.jit(function, do_not_specialize=varying)
+
+
 def simulated() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which has no bfloat16 arithmetic."""
     return triton is not None and bool(triton.knobs.runtime.interpret)
-
-
-def check(condition: bool, problem: str) -> None:
-    """Raises ValueError(problem) unless the condition holds."""
-    if not condition:
-        raise ValueError(problem)
-
-
-def cut(size: int, by: int) -> int:
-    """How many pieces of `by` cover `size`."""
-    return -(-size // by)
 
 
 def on_device(*tensors: Tensor | None) -> None:
@@ -61,3 +62,12 @@ def on_device(*tensors: Tensor | None) -> None:
     check(len({t.device for t in given}) == 1, f"tensors lie on {sorted({str(t.device) for t in given})}, not on one device")
     check(all(t.is_contiguous() for t in given), "a tensor is not contiguous")
     check(given[0].is_cuda or simulated(), f"kernels run on a GPU, and the tensors lie on {given[0].device}")
+
+
+def machine(device: torch.device) -> tuple[int, int]:
+    """(Processors, bytes of shared memory a block may have) of a GPU; made up for the interpreter."""
+    if device.type != "cuda":
+        return 8, 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    memory = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)  # not in torch's stubs
+    return properties.multi_processor_count, int(memory)

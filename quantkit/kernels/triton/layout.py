@@ -1,42 +1,52 @@
 """Weights as the kernels read them, made once at load.
 
-Four-bit codes lie K-contiguous: the weight is the register operand of the MMA (tokens take its other side, whose
-granularity is 8), so a thread wants runs along K. A row is cut into spans of 2 * run values; byte i of a span holds value i
-in its low nibble and value run + i in its high one. `& 0xF` and `>> 4` then each give a contiguous run of K: one MMA per
-K tile of `run`, with nothing to join or permute.
+Integer codes of 4 or 8 bits that multiply an unrounded input lie in 16-bit words along K: the weight is the register operand
+of the MMA (tokens take its other side, whose granularity is 8), and a thread's share of it is pairs along K. A row is cut
+into spans of fields * run codes, fields = 16 / bits; word i of a span holds the codes i, run + i, ... from its low end.
+Field f of `run` words is then a contiguous run of K; a shift and a logic operation widen two codes to bfloat16 at once.
+
+Eight-bit codes that multiply an 8-bit input lie as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.kernels.triton.lang import check, cut
+from quantkit.kernels.checks import check, cut
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Kind, Strategy
+from quantkit.scheme import Activation, Grid, Kind, Scheme, Strategy
 
-__all__ = ["Packed4", "Packed8", "pack4", "pack8", "stack4", "stack8"]
+__all__ = ["BLOCK", "Packed", "Packed8", "PackedInt", "Stack", "join", "misfit", "pack"]
+
+BLOCK = 128  # rows and columns that share a scale, and the activation's group, with block scales
 
 
 @dataclass(frozen=True)
-class Packed4:
-    """Four-bit weights [experts, out, in].
+class PackedInt:
+    """Integer weights [experts, out, in] of 4 or 8 bits that multiply an unrounded input.
 
-    words: uint8 [experts, out, padded / 2], value q + 8 a nibble. scale: bfloat16 [experts, groups, out]. zero: int8 of the
-    scale's shape, or None. inputs: in. group: values of K that share a scale. run: see the module. The columns from `inputs`
-    to `padded` hold code 0.
+    words: int16 [experts, out, padded / fields], each field q + 2^(bits - 1). scale: bfloat16 [experts, groups, out].
+    zero: int8 of the scale's shape, or None. inputs: in. group: codes of a row that share a scale. run: see the module.
+    The columns from `inputs` to `padded` hold code 0.
     """
 
     words: Tensor
     scale: Tensor
     zero: Tensor | None
+    bits: int
     inputs: int
     group: int
     run: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
 
     @property
     def experts(self) -> int:
@@ -47,87 +57,192 @@ class Packed4:
         return self.words.shape[1]
 
     @property
+    def span(self) -> int:
+        return 16 // self.bits * self.run
+
+    @property
     def padded(self) -> int:
-        return self.words.shape[2] * 2
+        return self.words.shape[2] * (16 // self.bits)
+
+    @property
+    def kind(self) -> str:
+        """The key of tiles.TABLE."""
+        return f"int{self.bits}"
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.words, self.scale, self.zero) if t is not None)
 
-    def to(self, device: torch.device | str) -> Packed4:
-        zero = None if self.zero is None else self.zero.to(device)
-        return Packed4(self.words.to(device), self.scale.to(device), zero, self.inputs, self.group, self.run)
-
 
 @dataclass(frozen=True)
 class Packed8:
-    """Eight-bit weights. codes: int8 or float8_e4m3fn [experts, out, in]. scale: float32 [experts, out], or for 128x128
-    blocks (`blocked`) [experts, ceil(out / 128), in / 128]."""
+    """Eight-bit weights, and how their input is rounded.
+
+    codes: int8 or float8_e4m3fn [experts, out, in]. scale: float32 [experts, out], or for 128x128 blocks
+    [experts, ceil(out / 128), in / 128]. input_scale: float32 [experts] where the activation is static, else None.
+    """
 
     codes: Tensor
     scale: Tensor
-    blocked: bool
+    input_scale: Tensor | None
+    activation: Activation
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def experts(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        return self.codes.shape[2]
+
+    @property
+    def blocked(self) -> bool:
+        return self.activation.strategy is Strategy.GROUP
+
+    @property
+    def kind(self) -> str:
+        """The key of tiles.TABLE."""
+        return "block8" if self.blocked else "row8"
 
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scale.nbytes
 
-    def to(self, device: torch.device | str) -> Packed8:
-        return Packed8(self.codes.to(device), self.scale.to(device), self.blocked)
+
+Packed = PackedInt | Packed8
 
 
-def pack4(weight: QuantizedTensor) -> Packed4:
-    """A 4-bit weight [out, in] with group or channel scales as Packed4 with one expert. Raises ValueError."""
+def misfit(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """Why a weight [out, in] of that scheme has no layout here, or None."""
+    grid, columns = scheme.weight, shape[1]
+    reason = _misfit_int(grid) if scheme.activation is None else _misfit8(grid, scheme.activation)
+    if reason:
+        return reason
+    unit = 8 if scheme.activation is None else BLOCK if grid.strategy is Strategy.BLOCK else 16
+    return f"in_features {columns} is not a multiple of {unit}" if columns % unit else None
+
+
+def _misfit_int(grid: Grid) -> str | None:
+    if grid.kind is not Kind.INT or grid.bits not in (4, 8):
+        return f"no kernel multiplies {grid.bits}-bit {grid.kind.value} weights with an unrounded input"
+    if grid.strategy not in (Strategy.GROUP, Strategy.CHANNEL):
+        return f"no kernel for integer weights with {grid.strategy.value} scales"
+    if grid.bits == 8 and not grid.symmetric:
+        return "no kernel for 8-bit weights with zero points"
+    if grid.scale_dtype != "BF16":
+        return f"no kernel for integer weights with {grid.scale_dtype} scales, and rounding them would change the model"
+    if grid.strategy is Strategy.GROUP and (not grid.group_size or grid.group_size % 16):
+        return f"group size {grid.group_size} is not a multiple of 16"
+    return None
+
+
+def _misfit8(grid: Grid, activation: Activation) -> str | None:
+    if grid.bits != 8 or not grid.symmetric or grid.kind is not activation.kind:
+        return f"no kernel multiplies {grid.bits}-bit {grid.kind.value} weights with {activation.kind.value} activations"
+    if grid.strategy is Strategy.BLOCK:
+        if grid.block != (BLOCK, BLOCK) or activation.group_size != BLOCK or not activation.dynamic:
+            return f"block scales are for {BLOCK}x{BLOCK} weights and dynamic groups of {BLOCK}, not {grid.block}"
+        return None if grid.kind is Kind.FLOAT else "no kernel for integer weights with block scales"
+    if grid.strategy not in (Strategy.TENSOR, Strategy.CHANNEL):
+        return f"no kernel for 8-bit weights with {grid.strategy.value} scales and rounded activations"
+    wanted = Strategy.TOKEN if activation.dynamic else Strategy.TENSOR
+    if activation.strategy is not wanted:
+        return f"no kernel for activations with {activation.strategy.value} scales, dynamic: {activation.dynamic}"
+    return None
+
+
+def pack(weight: QuantizedTensor, scheme: Scheme) -> Packed:
+    """A weight [out, in] as the kernels read it, with one expert. Raises ValueError if there is no such layout."""
+    reason = misfit(scheme, weight.shape)
+    check(reason is None, reason or "")
+    return _pack_int(weight) if scheme.activation is None else _pack8(weight, scheme.activation)
+
+
+def _pack_int(weight: QuantizedTensor) -> PackedInt:
     grid, (rows, columns) = weight.grid, weight.shape
-    check(
-        grid.kind is Kind.INT and grid.bits == 4, f"a 4-bit integer weight is needed, not {grid.bits}-bit {grid.kind.value}"
-    )
-    check(grid.strategy in (Strategy.GROUP, Strategy.CHANNEL), f"no W4A16 kernel for {grid.strategy.value} scales")
-    check(columns % 8 == 0, f"in_features {columns} is not a multiple of 8")
     size = grid.group_size if grid.strategy is Strategy.GROUP else None
-    check(size is None or size % 16 == 0, f"group size {size} is not a multiple of 16")
     run = next(run for run in (64, 32, 16) if not size or size % run == 0)
-    padded = cut(columns, 2 * run) * 2 * run
-    digits = F.pad((weight.codes + 8).to(torch.uint8), (0, padded - columns), value=8).view(rows, -1, 2, run)
-    words = (digits[:, :, 0] | (digits[:, :, 1] << 4)).reshape(1, rows, padded // 2)
+    per_word = 16 // grid.bits
+    padded = cut(columns, per_word * run) * per_word * run
+    codes = F.pad(weight.codes, (0, padded - columns)).view(rows, -1, per_word, run)
+    words = torch.zeros(rows, codes.shape[1], run, dtype=torch.int32, device=codes.device)
+    for i in range(per_word):
+        words |= (codes[:, :, i].to(torch.int32) + 2 ** (grid.bits - 1)) << (grid.bits * i)
     groups = cut(padded, size) if size else 1
 
     def across(values: Tensor) -> Tensor:  # [out, groups] -> [1, groups, out]; the columns of padding need a group too
         return F.pad(values.t(), (0, 0, 0, groups - values.shape[1]))[None].contiguous()
 
     zero = None if weight.zero is None else across(weight.zero)
-    return Packed4(words, across(weight.scale), zero, columns, size or padded, run)
+    packed = words.to(torch.int16).view(1, rows, padded // per_word)
+    return PackedInt(packed, across(weight.scale), zero, grid.bits, columns, size or padded, run)
 
 
-def pack8(weight: QuantizedTensor) -> Packed8:
-    """An 8-bit weight [out, in] as Packed8 with one expert; a tensor's scale is repeated for each row. Raises ValueError."""
-    grid, (rows, columns) = weight.grid, weight.shape
-    check(grid.bits == 8 and grid.symmetric, "a symmetric 8-bit weight is needed")
-    check(columns % 16 == 0, f"in_features {columns} is not a multiple of 16")
-    blocked = grid.strategy is Strategy.BLOCK
-    if blocked:
-        check(grid.block == (128, 128), f"blocks are 128x128 here, not {grid.block}")
-        check(columns % 128 == 0, f"in_features {columns} is not a multiple of 128, the activation's group")
-        return Packed8(weight.codes[None].contiguous(), weight.scale.float()[None].contiguous(), True)
-    check(grid.strategy in (Strategy.TENSOR, Strategy.CHANNEL), f"no W8A8 kernel for {grid.strategy.value} scales")
-    scale = weight.scale.float().flatten().expand(rows).contiguous()
-    return Packed8(weight.codes[None].contiguous(), scale[None], False)
+def _pack8(weight: QuantizedTensor, activation: Activation) -> Packed8:
+    scale, given = weight.scale.float(), weight.input_scale
+    check(activation.dynamic or given is not None, "a static activation needs an input scale")
+    if weight.grid.strategy is not Strategy.BLOCK:  # a tensor's scale is repeated for each row
+        scale = scale.flatten().expand(weight.shape[0])
+    static = None if activation.dynamic or given is None else given.float().view(1)
+    return Packed8(weight.codes[None].contiguous(), scale[None].contiguous(), static, activation)
 
 
-def stack4(parts: Sequence[Packed4]) -> Packed4:
-    """The experts' weights as one. Raises ValueError if they differ in shape, groups or zero points."""
-    first = parts[0]
-    same = all((p.words.shape, p.group, p.run) == (first.words.shape, first.group, first.run) for p in parts)
-    zeros = [p.zero for p in parts if p.zero is not None]
-    check(same and len(zeros) in (0, len(parts)), "experts differ in shape, group size or zero points")
-    zero = torch.cat(zeros) if zeros else None
-    words, scale = torch.cat([p.words for p in parts]), torch.cat([p.scale for p in parts])
-    return Packed4(words, scale, zero, first.inputs, first.group, first.run)
+def join(gate: Packed, up: Packed) -> Packed:
+    """One weight [1, 2 * inner, in] of gate, then up. Raises ValueError if they differ in kind, columns or input scale."""
+    check(_shape(gate) == _shape(up), "gate and up differ in shape or scheme")
+    whole = gate.outputs % BLOCK == 0 or not (isinstance(gate, Packed8) and gate.blocked)
+    check(whole, f"gate's {gate.outputs} rows are not whole blocks of {BLOCK}")
+    across = 2 if isinstance(gate, PackedInt) else 1  # where the rows lie in a scale
+    joined: dict[str, Any] = {}
+    for name, value in _tensors(gate):
+        other = getattr(up, name)
+        if name == "input_scale":
+            check(torch.equal(value, other), "gate and up read one input, but have two input scales")
+        else:
+            joined[name] = torch.cat([value, other], 1 if name in ("words", "codes") else across)
+    return replace(gate, **joined)
 
 
-def stack8(parts: Sequence[Packed8]) -> Packed8:
-    """The experts' weights as one. Raises ValueError if they differ in shape, dtype or scales."""
-    first = parts[0]
-    kinds = {(p.codes.shape, p.codes.dtype, p.blocked) for p in parts}
-    check(len(kinds) == 1, "experts differ in shape, dtype or scales")
-    return Packed8(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), first.blocked)
+class Stack:
+    """The weights of a layer's experts, put one after the other into tensors that are allocated once."""
+
+    def __init__(self, experts: int) -> None:
+        self.experts, self.filled = experts, 0
+        self._whole: Packed | None = None
+
+    def add(self, part: Packed) -> None:
+        """The next expert's. Raises ValueError if it is unlike the first, or one too many."""
+        check(self.filled < self.experts, f"there are more experts than {self.experts}")
+        if self._whole is None:
+            room: dict[str, Any] = {name: t.new_empty(self.experts, *t.shape[1:]) for name, t in _tensors(part)}
+            self._whole = replace(part, **room)
+        check(_shape(self._whole) == _shape(part), "experts differ in shape, group size, zero points or scheme")
+        for name, value in _tensors(part):
+            getattr(self._whole, name)[self.filled] = value[0]
+        self.filled += 1
+
+    def finish(self) -> Packed:
+        """All of them. Raises ValueError if some are missing."""
+        check(self.filled == self.experts, f"{self.filled} experts of {self.experts} are there")
+        assert self._whole
+        return self._whole
+
+
+def _tensors(packed: Packed) -> Iterator[tuple[str, Tensor]]:
+    for each in fields(packed):
+        if isinstance(value := getattr(packed, each.name), Tensor):
+            yield each.name, value
+
+
+def _shape(packed: Packed) -> dict[str, object]:
+    """All that experts of one layer have in common: settings, and each tensor's dtype and shape but for the experts."""
+    values = ((each.name, getattr(packed, each.name)) for each in fields(packed))
+    return {name: (v.dtype, v.shape[1:]) if isinstance(v, Tensor) else v for name, v in values}

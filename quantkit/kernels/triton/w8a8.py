@@ -1,7 +1,6 @@
-"""W8A8 linear, FP8 e4m3 or INT8: both operands are 8-bit, the scales multiply the sum.
+"""FP8 e4m3 or INT8 weights times an input rounded to the same: both operands are 8-bit, the scales multiply the sum.
 
-Like W4A16 the product is transposed, weight times x^T. FP8 sums of Hopper's tensor cores keep few bits, so they are moved to
-float32 every 128 values of K.
+FP8 sums of Hopper's tensor cores keep few bits, so they are moved to float32 every 128 values of K.
 """
 
 from __future__ import annotations
@@ -11,124 +10,127 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.kernels.triton.activation import quantise
-from quantkit.kernels.triton.lang import check, cut, jit, on_device, simulated, tl
-from quantkit.kernels.triton.layout import Packed8
-from quantkit.scheme import Activation
+from quantkit.kernels.checks import check, cut
+from quantkit.kernels.triton.grouped import finish, rows_of_weight, rows_of_x
+from quantkit.kernels.triton.lang import OPTIONS, jit, kernel_of, machine, on_device, simulated, tl
+from quantkit.kernels.triton.layout import BLOCK, Packed8
+from quantkit.kernels.triton.routing import Rows
+from quantkit.kernels.triton.tiles import Tile, splits, that_fits
 
-__all__ = ["block_kernel", "block_sizes", "linear", "multiply", "row_kernel", "tile8"]
+__all__ = ["kernel", "multiply", "step_bytes", "tile8"]
 
 
 @jit
-def tile8(base: tl.tensor, at: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: tl.constexpr) -> Any:
+def tile8(base: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: tl.constexpr) -> Any:
     """A tile of 8-bit codes, zero beyond K; under SIM as float32, exact for both kinds."""
-    tile = tl.load(base + at) if EVEN else tl.load(base + at, mask=k < K, other=0.0)
+    tile = tl.load(base) if EVEN else tl.load(base, mask=k < K, other=0.0)
     return tile.to(tl.float32) if SIM else tile
 
 
-@jit
-def row_kernel(
+@kernel_of("SLOTS", "PER_PART")
+def kernel(
     x: tl.tensor,
     codes: tl.tensor,
     x_scale: tl.tensor,
     scale: tl.tensor,
+    slots: tl.tensor,
+    owners: tl.tensor,
+    router: tl.tensor,
     out: tl.tensor,
-    M: tl.tensor,
+    SLOTS: tl.tensor,
+    TOPK: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
+    STEPS: tl.tensor,
+    PER_PART: tl.tensor,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
     EVEN: tl.constexpr,
-    INT8: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    GATED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ROUTED: tl.constexpr,
+    ACC: tl.constexpr,
     SIM: tl.constexpr,
 ) -> None:
-    """out [M, N] = (x [M, K] codes [N, K]^T) * x_scale [M] * scale [N]."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    r, m = tl.minimum(rows, N - 1), tl.minimum(tokens, M - 1)
-    ks = tl.arange(0, BK)
-    w_at, x_at = r.to(tl.int64)[:, None] * K + ks[None, :], m.to(tl.int64)[None, :] * K + ks[:, None]
-    acc = tl.zeros((BN, BM), tl.int32 if INT8 and not SIM else tl.float32)
-    for k in range(0, K, BK):
-        a = tile8(codes, w_at + k, (k + ks)[None, :], K, EVEN, SIM)
-        b = tile8(x, x_at + k, (k + ks)[:, None], K, EVEN, SIM)
-        acc = tl.dot(a, b, acc, max_num_imprecise_acc=128, out_dtype=acc.dtype)
-    value = acc.to(tl.float32) * tl.load(scale + r)[:, None] * tl.load(x_scale + m)[None, :]
-    to = out + tokens.to(tl.int64)[None, :] * N + rows[:, None]
-    tl.store(to, value.to(out.dtype.element_ty), mask=(tokens[None, :] < M) & (rows[:, None] < N))
+    """out [parts, SLOTS, N] = x [., K] codes times the expert's codes, times scales; `finish` says what is joined.
 
-
-@jit
-def block_kernel(
-    x: tl.tensor,
-    codes: tl.tensor,
-    x_scale: tl.tensor,
-    scale: tl.tensor,
-    out: tl.tensor,
-    M: tl.tensor,
-    N: tl.tensor,
-    K: tl.tensor,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    SIM: tl.constexpr,
-) -> None:
-    """out [M, N]: FP8 with x_scale [M, K / 128] and scale [ceil(N / 128), K / 128]; BN divides 128, K is whole blocks."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    r, m = tl.minimum(rows, N - 1), tl.minimum(tokens, M - 1)
-    ks = tl.arange(0, 128)
-    w_at, x_at = r.to(tl.int64)[:, None] * K + ks[None, :], m.to(tl.int64)[None, :] * K + ks[:, None]
-    w_scale = scale + (tl.program_id(0) * BN // 128) * (K // 128)
-    x_scale += m * (K // 128)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(K // 128):
-        a = tile8(codes, w_at + k * 128, ks, K, True, SIM)
-        b = tile8(x, x_at + k * 128, ks, K, True, SIM)
-        acc += tl.dot(a, b) * (tl.load(w_scale + k) * tl.load(x_scale + k))[None, :]
-    to = out + tokens.to(tl.int64)[None, :] * N + rows[:, None]
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(tokens[None, :] < M) & (rows[:, None] < N))
-
-
-def block_sizes(tokens: int, blocked: bool) -> tuple[int, int, int]:
-    """(BM tokens, BN rows of the weight, warps) of a tile. Block scales keep two sums a thread, hence the smaller tile."""
-    if tokens <= 16:
-        return 16, 64, 4
-    if tokens <= 64:
-        return 64, 64, 4
-    return (64, 128, 8) if blocked else (128, 128, 8)
-
-
-def multiply(codes: Tensor, scales: Tensor, weight: Packed8) -> Tensor:
-    """Rounded x, codes [tokens, in] and scales [tokens, 1 or in / 128], times the weight -> bfloat16. Raises ValueError."""
-    check(weight.codes.shape[0] == 1, f"a linear has one weight, not {weight.codes.shape[0]}")
-    check(codes.ndim == 2 and codes.shape[1] == weight.codes.shape[2], f"x {tuple(codes.shape)} does not fit the weight")
-    check(codes.dtype is weight.codes.dtype, f"x is {codes.dtype}, the weight {weight.codes.dtype}")
-    (m, k), n, sim = codes.shape, weight.codes.shape[1], simulated()
-    check(scales.shape == (m, k // 128 if weight.blocked else 1), f"x's scales are {tuple(scales.shape)}")
-    on_device(codes, scales, weight.codes, weight.scale)
-    out = torch.empty(m, n, dtype=torch.float32 if sim else torch.bfloat16, device=codes.device)
-    if m == 0:
-        return out.bfloat16()
-    bm, bn, warps = block_sizes(m, weight.blocked)
-    grid, given = (cut(n, bn), cut(m, bm)), (codes, weight.codes, scales, weight.scale, out, m, n, k)
-    if weight.blocked:
-        with torch.cuda.device_of(codes):
-            block_kernel[grid](*given, BM=bm, BN=bn, SIM=sim, num_warps=warps, num_stages=3)
-    else:
-        ints = codes.dtype is torch.int8
-        with torch.cuda.device_of(codes):
-            row_kernel[grid](
-                *given, BM=bm, BN=bn, BK=128, EVEN=k % 128 == 0, INT8=ints, SIM=sim, num_warps=warps, num_stages=3
-            )
-    return out.bfloat16()
-
-
-def linear(x: Tensor, weight: Packed8, activation: Activation, input_scale: Tensor | None = None) -> Tensor:
-    """x bfloat16 [..., in], rounded as `activation` says, times an 8-bit weight [out, in] -> bfloat16 [..., out].
-
-    input_scale: [1], for a static activation. Raises ValueError.
+    x_scale [.] and scale [experts, rows]; BLOCKED: [., K / 128] and [experts, ceil(rows / 128), K / 128], K whole blocks.
     """
-    check(x.dtype is torch.bfloat16, f"x is {x.dtype}, not bfloat16")
-    codes, scales = quantise(x.reshape(-1, x.shape[-1]), activation, input_scale)
-    return multiply(codes, scales, weight).view(*x.shape[:-1], weight.codes.shape[1])
+    expert, token = rows_of_x(slots, owners, SLOTS, TOPK, BM, GROUPED)
+    if expert < 0:
+        return
+    row = rows_of_weight(N, BN, GATED)
+    in_all = N * 2 if GATED else N
+    k = tl.arange(0, 128)
+    codes += (expert * in_all + row)[:, None] * K + k[None, :]
+    x += token[None, :] * K + k[:, None]
+    if BLOCKED:
+        scale += (expert * ((in_all + 127) // 128) + row // 128) * (K // 128)
+        x_scale += token * (K // 128)
+    else:
+        scale += expert * in_all + row
+        x_scale += token
+    acc = tl.zeros((BN, BM), ACC)
+    first = tl.program_id(2) * PER_PART
+    for step in range(first, tl.minimum(first + PER_PART, STEPS)):
+        a = tile8(codes + step * 128, (k + step * 128)[None, :], K, EVEN, SIM)
+        b = tile8(x + step * 128, (k + step * 128)[:, None], K, EVEN, SIM)
+        if BLOCKED:
+            acc += tl.dot(a, b) * (tl.load(scale + step)[:, None] * tl.load(x_scale + step)[None, :])
+        else:
+            acc = tl.dot(a, b, acc, max_num_imprecise_acc=128, out_dtype=ACC)
+    value = acc.to(tl.float32)
+    if not BLOCKED:
+        value = value * tl.load(scale)[:, None] * tl.load(x_scale)[None, :]
+    finish(value, slots, router, out, SLOTS, N, BM, BN, GATED, GROUPED, ROUTED)
+
+
+def step_bytes(tile: Tile) -> int:
+    """Shared memory that a stage takes at most."""
+    return BLOCK * (tile.bn + tile.bm)
+
+
+def multiply(
+    codes: Tensor,
+    scales: Tensor,
+    weight: Packed8,
+    rows: Rows,
+    tile: Tile,
+    out_type: torch.dtype,
+    router: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    """Rounded x, codes [., in] and float32 scales [., 1 or in / 128], times each row's expert's weight. Otherwise as
+    weight_only.multiply. Raises ValueError."""
+    fits = codes.dtype is weight.codes.dtype and codes.shape[1] == weight.inputs
+    check(fits, f"x {codes.dtype} {tuple(codes.shape)} does not fit the weight")
+    steps = cut(weight.inputs, BLOCK)
+    check(scales.shape == (codes.shape[0], steps if weight.blocked else 1), f"x's scales are {tuple(scales.shape)}")
+    on_device(codes, scales, weight.codes, weight.scale, rows.slots, rows.owners, router)
+    sim, (processors, memory) = simulated(), machine(codes.device)
+    features = weight.outputs // 2 if gated else weight.outputs
+    grid = cut(rows.total, tile.bm) if rows.owners is None else rows.owners.numel(), cut(weight.outputs, tile.bn)
+    per_part = steps if gated else cut(steps, splits(tile, grid[0] * grid[1], steps, processors))
+    parts = cut(steps, per_part)
+    made = torch.float32 if sim or parts > 1 else out_type
+    out = torch.empty(parts, rows.total, features, dtype=made, device=codes.device)
+    slots, owners = (out, out) if rows.slots is None else (rows.slots, rows.owners)
+    with torch.cuda.device_of(codes):
+        kernel[(*grid, parts)](
+            *(codes, weight.codes, scales, weight.scale, slots, owners, out if router is None else router, out),
+            *(rows.total, rows.top_k, features, weight.inputs, steps, per_part),
+            BM=tile.bm,
+            BN=tile.bn,
+            EVEN=weight.inputs % BLOCK == 0,
+            BLOCKED=weight.blocked,
+            GATED=gated,
+            GROUPED=rows.owners is not None,
+            ROUTED=router is not None,
+            ACC=tl.int32 if codes.dtype is torch.int8 and not sim else tl.float32,
+            SIM=sim,
+            num_warps=tile.warps,
+            num_stages=that_fits(tile, step_bytes(tile), memory),
+            **OPTIONS,
+        )
+    return out if parts > 1 else out.to(out_type)

@@ -1,0 +1,165 @@
+"""Whether an engine will load a model with these schemes: every rule, weight by weight, and what would work instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.engines.held import Deployment, Held
+from quantkit.engines.rules import Engine, Hit, Rule, Verdict, View, view_of
+from quantkit.errors import ConfigError
+from quantkit.formats import compressed_tensors
+from quantkit.model.spec import Layer, ModelSpec, MoE, Role
+from quantkit.scheme import Scheme, Strategy, scheme_named
+
+__all__ = ["Assessment", "assess", "check_deployment"]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """rows: one for each kind of weight. model: what holds for the model as a whole."""
+
+    engine: Engine
+    deployment: Deployment
+    rows: list[dict[str, Any]]
+    model: list[dict[str, str]]
+
+    @property
+    def loads(self) -> bool:
+        found = [finding["verdict"] for finding in self.model]
+        found += [finding["verdict"] for row in self.rows for finding in row["findings"]]
+        return all(Verdict(verdict).loads for verdict in found)
+
+    def as_dict(self) -> dict[str, Any]:
+        deployment = dataclasses.asdict(self.deployment)
+        engine = {"name": self.engine.name, "version": self.engine.version, **deployment, "loads": self.loads}
+        return {**engine, "model": self.model, "weights": self.rows}
+
+
+def check_deployment(deployment: Deployment, spec: ModelSpec) -> None:
+    """Raise ConfigError for a deployment that is none."""
+    if not re.fullmatch(r"gpu|sm\d{2,3}|cpu|zen", deployment.hardware):
+        raise ConfigError(f"unknown hardware '{deployment.hardware}'", "one of gpu, smNN (such as sm90), cpu, zen")
+    if deployment.tp < 1 or deployment.pp < 1:
+        raise ConfigError(f"--tp {deployment.tp} --pp {deployment.pp}", "both are at least 1")
+    if deployment.pp > len(spec.layers):
+        raise ConfigError(f"--pp {deployment.pp}, and the model has {len(spec.layers)} layers", "use fewer stages")
+    if deployment.ep and not spec.moes():
+        raise ConfigError("--ep, and the model has no experts", "leave it out")
+
+
+def assess(
+    engine: Engine,
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    schemes: Mapping[str, Scheme | None],
+    quantization: Mapping[str, Any],
+    deployment: Deployment,
+    *,
+    raw: bool = False,
+) -> Assessment:
+    """Every rule of the engine on this model. config: config.json; quantization: its quantization_config.
+
+    raw: only the rules that ask nothing of the schemes, for a config that holds some which quantkit has not.
+    Raises ConfigError for a deployment that is none.
+    """
+    check_deployment(deployment, spec)
+    view = view_of(spec, config, schemes, quantization, deployment)
+    hits = _hits(engine, view, raw)
+    model = [_finding(rule, hit) for rule, hit in hits if hit.held is None]
+    rows: dict[tuple[object, ...], dict[str, Any]] = {}
+    for held in view.weights:
+        found = [_finding(rule, hit) for rule, hit in hits if hit.held is held]
+        key = (held.role, held.name, held.scheme, tuple(finding["rule"] + finding["why"] for finding in found))
+        row = rows.setdefault(key, _row(held, found))
+        row["layers"].append(held.layer)
+    for row in rows.values():
+        if not all(Verdict(finding["verdict"]).loads for finding in row["findings"]):
+            row["instead"] = list(_instead(engine, view, Role(row["role"])))
+    return Assessment(engine, deployment, list(rows.values()), model)
+
+
+def _hits(engine: Engine, view: View, raw: bool = False) -> list[tuple[Rule, Hit]]:
+    asked = [rule for rule in engine.rules if rule.raw or not raw]
+    return [(rule, hit) for rule in asked if rule.check for hit in rule.check(view)]
+
+
+def _finding(rule: Rule, hit: Hit) -> dict[str, str]:
+    return {"rule": rule.id, "verdict": rule.verdict.value, "why": hit.why, "says": rule.says, "fix": rule.fix}
+
+
+def _row(held: Held, found: list[dict[str, str]]) -> dict[str, Any]:
+    worst = next((v.value for v in Verdict if any(f["verdict"] == v.value for f in found)), "loads")
+    return {
+        "role": held.role.value,
+        "weight": held.name,
+        "linears": [ref.key.rpartition(".")[2] for ref in held.linears],
+        "scheme": held.scheme.name if held.scheme else "BF16",
+        "on_device": {"rows": list(held.parts), "columns": held.inputs},
+        "verdict": worst,
+        "layers": [],
+        "findings": found,
+        "instead": [],
+    }
+
+
+def _instead(engine: Engine, view: View, role: Role) -> Iterator[str]:
+    """Changes of one option that leave no weight of that role refused, each tried against the same rules."""
+    spec = _thinned(view.spec, view.schemes)
+    schemes = {ref.key: view.schemes[ref.key] for ref in spec.linears()}
+    for words, changed, deployment in _changes(view, role, schemes):
+        trial = view_of(spec, view.config, changed, _config(spec, changed), deployment)
+        hits = [hit for rule, hit in _hits(engine, trial) if not rule.verdict.loads]
+        if not any(hit.held and hit.held.role is role for hit in hits):
+            yield words
+
+
+def _changes(
+    view: View, role: Role, schemes: dict[str, Scheme | None]
+) -> Iterator[tuple[str, dict[str, Scheme | None], Deployment]]:
+    deployment = view.deployment
+    refs = {ref.key: ref.role for ref in view.spec.linears() if ref.key in schemes}
+
+    def given(scheme: Scheme | None) -> dict[str, Scheme | None]:
+        return {key: scheme if refs[key] is role else old for key, old in schemes.items()}
+
+    present = {scheme for key, scheme in schemes.items() if refs[key] is role and scheme}
+    for size in (64, 32):
+        if any(s.weight.strategy is Strategy.GROUP and s.weight.group_size != size for s in present):
+            resized = {key: scheme_named(s.name, size) if s else None for key, s in schemes.items()}
+            yield f"--group-size {size}", resized, deployment
+    if role is Role.EXPERTS and not deployment.ep and deployment.tp > 1:
+        yield "--ep", schemes, dataclasses.replace(deployment, ep=True)
+    option = {Role.EXPERTS: "--experts", Role.SHARED_EXPERTS: "--shared-experts", Role.ATTENTION: "--attention"}.get(role)
+    for name in ("FP8_DYNAMIC", "W8A8", "W4A16", *(["BF16"] if role is not Role.EXPERTS else [])):
+        if name not in {scheme.name for scheme in present}:
+            yield f"{option or '--scheme'} {name}", given(scheme_named(name)), deployment
+    if len(set(schemes.values())) > 1:
+        for name in ("FP8_DYNAMIC", "W4A16"):
+            yield f"--scheme {name} for all", dict.fromkeys(schemes, scheme_named(name)), deployment
+    for tp in (8, 4, 2, 1):
+        if tp < deployment.tp:
+            yield f"--tp {tp}", schemes, dataclasses.replace(deployment, tp=tp)
+
+
+def _config(spec: ModelSpec, schemes: dict[str, Scheme | None]) -> dict[str, Any]:
+    return compressed_tensors.written(schemes, [moe.router.key for moe in spec.moes()])
+
+
+def _thinned(spec: ModelSpec, schemes: Mapping[str, Scheme | None]) -> ModelSpec:
+    """One layer of each kind, with one expert: rules look at no more, and trials stay quick."""
+
+    def thin(layer: Layer) -> Layer:
+        if not isinstance(layer.mlp, MoE):
+            return layer
+        return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, experts=layer.mlp.experts[:1]))
+
+    kinds: dict[tuple[object, ...], Layer] = {}
+    for layer in map(thin, spec.layers):
+        refs = layer.linears()
+        kind = tuple((ref.key.rpartition(".")[2], ref.out_features, ref.in_features, schemes[ref.key]) for ref in refs)
+        kinds.setdefault(kind, layer)
+    return dataclasses.replace(spec, layers=tuple(kinds.values()))

@@ -1,0 +1,172 @@
+"""`verify --engine`: what an engine's loader would do with the tensors on disk, by their headers, without that engine.
+
+Each tensor's name is mapped to a parameter and a place in it, as the loader maps it (q_proj to qkv_proj, an expert's
+gate_proj to w13). What no parameter takes is unmatched, what no tensor fills is missing, and what has another dtype or shape
+is said. Then the engine's rules are asked, also those that only a file can break.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.coverage import bystanders
+from quantkit.engines.assess import Assessment, assess, check_deployment
+from quantkit.engines.held import EXPERT_PARTS, FUSED, Deployment
+from quantkit.engines.rules import Engine, View, view_of
+from quantkit.errors import ConfigError
+from quantkit.formats import compressed_tensors
+from quantkit.formats.dtypes import FLOATS, TensorPlan
+from quantkit.formats.reader import CheckpointReader, Entry
+from quantkit.model.registry import build_spec
+from quantkit.model.spec import Linear, ModelSpec
+from quantkit.scheme import Scheme
+
+__all__ = ["parameter", "replay"]
+
+_EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.(?P<suffix>\w+)")
+_LINEAR = re.compile(r"(?P<prefix>.*)\.(?P<name>\w+)\.(?P<suffix>\w+)")
+_FUSED = {part: fused for fused, parts in FUSED.items() for part in parts}
+_KV_SCALES = re.compile(r".*\.self_attn\.([kv]_scale|kv_scale|[kv]_proj\.([kv]_scale|output_scale))")
+_SKIPPED = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+_SHOWN = 20
+
+
+def parameter(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
+    """A tensor's name on disk -> the engine's parameter, and the place in it ('' where it is the whole of it)."""
+    if match := _EXPERT.fullmatch(name):
+        part = aliases.get(match["name"], match["name"])
+        place = EXPERT_PARTS.get(part, part)
+        return f"{match['prefix']}.{'w2' if place == 'w2' else 'w13'}_{match['suffix']}", f"{match['number']}.{part}"
+    match = _LINEAR.fullmatch(name)
+    if match and match["name"] in _FUSED:
+        return f"{match['prefix']}.{_FUSED[match['name']]}.{match['suffix']}", match["name"]
+    return name, ""
+
+
+def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, Any]:
+    """What would be unmatched, missing or mis-scaled, and what the rules say. `loads` is False when anything would go wrong.
+
+    Raises CheckpointError, ConfigError for a folder, engine or deployment that cannot be looked at.
+    """
+    reader = CheckpointReader(folder)
+    where = str(folder / "config.json")
+    spec = build_spec(reader.config, where)
+    check_deployment(deployment, spec)
+    quantization = reader.config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        raise ConfigError(f"{where} has no quantization_config", "give a quantised checkpoint")
+    schemes, problems = _schemes(spec, quantization, where)
+    assessed = assess(engine, spec, reader.config, schemes, quantization, deployment, raw=bool(problems))
+    if not problems:
+        aliases = engine.aliases.get(str(reader.config.get("model_type")), {})
+        problems += _mapped(reader, spec, schemes, quantization, aliases)
+        view = view_of(spec, reader.config, schemes, quantization, deployment)
+        problems += list(_on_file(engine, view, reader))
+    return _report(folder, assessed, problems)
+
+
+def _report(folder: Path, assessed: Assessment, problems: list[dict[str, str]]) -> dict[str, Any]:
+    found = assessed.as_dict()
+    loads = assessed.loads and not problems
+    counts: dict[str, int] = {}
+    for problem in problems:
+        counts[problem["kind"]] = counts.get(problem["kind"], 0) + 1
+    return {"path": str(folder), **found, "loads": loads, "counts": counts, "problems": problems[:_SHOWN]}
+
+
+def _schemes(
+    spec: ModelSpec, quantization: dict[str, Any], where: str
+) -> tuple[dict[str, Scheme | None], list[dict[str, str]]]:
+    """What the config says of each linear; if it says something that quantkit has not, one problem and all kept."""
+    keys = [ref.key for ref in spec.linears()]
+    try:
+        return compressed_tensors.parse(quantization, keys), []
+    except ConfigError as error:
+        return dict.fromkeys(keys), [_problem("scheme", f"{where}: {error.problem}")]
+
+
+def _problem(kind: str, text: str) -> dict[str, str]:
+    return {"kind": kind, "problem": text}
+
+
+def _expected(spec: ModelSpec, schemes: Mapping[str, Scheme | None]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Every tensor that the engine's parameters want, by its name on disk: dtypes and shape."""
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+    expected = {key: (FLOATS, shape) for key, shape in spec.tensors().items()}
+    for ref in spec.linears():
+        if (scheme := schemes[ref.key]) is not None:
+            del expected[ref.weight]
+            expected.update({tensor.name: _accepted(tensor) for tensor in compressed_tensors.planned(ref, scheme)})
+    return expected
+
+
+def _accepted(tensor: TensorPlan) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Scales are copied into the parameter's dtype, so any float does; codes and zero points must be what they are."""
+    return (FLOATS if tensor.name.endswith("_scale") else (tensor.dtype,), tensor.shape)
+
+
+def _mapped(
+    reader: CheckpointReader,
+    spec: ModelSpec,
+    schemes: Mapping[str, Scheme | None],
+    quantization: Mapping[str, Any],
+    aliases: Mapping[str, str],
+) -> list[dict[str, str]]:
+    """Map every tensor, and compare with what the parameters want."""
+    wanted = {parameter(name, aliases): (name, *rest) for name, rest in _expected(spec, schemes).items()}
+    linears, (never, _) = {ref.key: ref for ref in spec.linears()}, bystanders(spec)
+    problems: list[dict[str, str]] = []
+    filled: set[tuple[str, str]] = set()
+    for name, entry in reader.entries.items():
+        place = parameter(name, aliases)
+        if place in wanted:
+            filled.add(place)
+            _, dtypes, shape = wanted[place]
+            if entry.dtype not in dtypes or entry.shape != shape:
+                problems.append(_misfit(name, entry, dtypes, shape))
+        elif not _harmless(name, spec, quantization):
+            problems.append(_problem("unmatched", _why_unmatched(name, linears, schemes, never)))
+    for place, (name, *_) in wanted.items():
+        if place not in filled:
+            where = f"of {place[0]}" + (f", part {place[1]}" if place[1] else "")
+            problems.append(_problem("missing", f"'{name}' is missing: {where}, stays unfilled"))
+    return problems
+
+
+def _misfit(name: str, entry: Entry, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, str]:
+    kind = "scale" if name.endswith(("_scale", "_zero_point")) else "shape"
+    return _problem(kind, f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {' or '.join(dtypes)} {shape}")
+
+
+def _harmless(name: str, spec: ModelSpec, quantization: Mapping[str, Any]) -> bool:
+    """A tied head stored once more, rotary tables, and K/V scales where the config has a scheme for them: all are skipped
+    or taken by every engine."""
+    if name == "lm_head.weight" and spec.head is None:
+        return True
+    return bool(_SKIPPED.fullmatch(name) or (quantization.get("kv_cache_scheme") and _KV_SCALES.fullmatch(name)))
+
+
+def _why_unmatched(
+    name: str, linears: Mapping[str, Linear], schemes: Mapping[str, Scheme | None], never: Sequence[str]
+) -> str:
+    key, _, suffix = name.rpartition(".")
+    scheme = schemes.get(key)
+    if suffix == "weight_zero_point" and scheme and scheme.weight.symmetric:
+        return f"'{name}': {scheme.name} is symmetric and has no zero point"
+    if key in never:
+        return f"'{name}': routers and the head are never quantised"
+    if key in linears:
+        return f"'{name}': the config says {scheme.name if scheme else 'it is not quantised'}, which has no such tensor"
+    if suffix != "weight" and suffix.startswith(("weight_", "input_")):
+        return f"'{name}': the engine has no quantised linear there"
+    return f"'{name}' is no parameter"
+
+
+def _on_file(engine: Engine, view: View, reader: CheckpointReader) -> Iterator[dict[str, str]]:
+    for rule in engine.rules:
+        if rule.on_file:
+            for seen in rule.on_file(view, reader):
+                yield {**_problem(rule.verdict.value, f"{seen} ({rule.id}: {rule.says})"), "rule": rule.id}

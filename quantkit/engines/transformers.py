@@ -1,0 +1,189 @@
+"""transformers 5.23 with compressed-tensors 0.20: what from_pretrained does. "run": tried on tiny models against the
+dequantised weights; "read": its code."""
+
+from __future__ import annotations
+
+from quantkit.engines import checks, on_file
+from quantkit.engines.rules import Engine, Hit, Rule, Verdict, View
+from quantkit.formats import compressed_tensors
+from quantkit.model.spec import Role
+from quantkit.scheme import Kind, Scheme
+
+__all__ = ["TRANSFORMERS"]
+
+# read: models/auto; `hunyuan` is a model_type of remote code only.
+ARCHITECTURES = {
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+
+
+def _experts_scheme(view: View) -> tuple[str, Scheme] | None:
+    """The group that it takes for all experts (get_experts_scheme): the first with an `re:` target that has "experts" in
+    it, else the first with any other target, else the first."""
+    groups = view.quantization.get("config_groups") or {}
+    named = [k for k, g in groups.items() if any(t.startswith("re:") and "experts" in t for t in g["targets"])]
+    plain = [k for k, g in groups.items() if any(not t.startswith("re:") for t in g["targets"])]
+    name = next(iter([*named, *plain, *groups]), None)
+    return (name, compressed_tensors.groups(view.quantization)[name]) if name else None
+
+
+def _experts_group(view: View) -> list[Hit]:
+    experts = [held for held in view.weights if held.role is Role.EXPERTS and held.scheme]
+    found = _experts_scheme(view) if experts else None
+    return [Hit(h, f"it takes {found[1].name} of {found[0]}") for h in experts if found and h.scheme != found[1]]
+
+
+def _experts_kept(view: View) -> list[Hit]:
+    experts = [held for held in view.weights if held.role is Role.EXPERTS and not held.scheme]
+    found = _experts_scheme(view) if experts else None
+    if found is None or found[1].weight.kind is Kind.FLOAT:
+        return []
+    return [Hit(held, f"it takes {found[1].name} of {found[0]}") for held in experts]
+
+
+def _unscaled_fp4(view: View) -> list[Hit]:
+    has_experts = any(held.role is Role.EXPERTS for held in view.weights)
+    for name, group in (view.quantization.get("config_groups") or {}).items():
+        weights = group.get("weights") or {}
+        if has_experts and weights.get("num_bits") == 4 and weights.get("strategy") == "tensor_group":
+            return [Hit(None, f"config group {name} is NVFP4")]
+    return []
+
+
+def _router(view: View) -> list[Hit]:
+    return [Hit(None, f"'{key}' is not ignored") for key in checks.routers_not_ignored(view, ("hunyuan_v1_moe",))]
+
+
+def _head(view: View) -> list[Hit]:
+    targets = [t for group in (view.quantization.get("config_groups") or {}).values() for t in group.get("targets", [])]
+    ignored = "lm_head" in (view.quantization.get("ignore") or [])
+    return [Hit(None, "'Linear' is a target and lm_head is not ignored")] if "Linear" in targets and not ignored else []
+
+
+def _devices(view: View) -> list[Hit]:
+    many = view.deployment.tp > 1 or view.deployment.pp > 1 or view.deployment.ep
+    return [Hit(None, "more than one device")] if many else []
+
+
+def _mixed(view: View) -> list[Hit]:
+    names = {held.scheme.name for held in view.weights if held.scheme and held.role is not Role.EXPERTS}
+    return [Hit(None, f"{', '.join(sorted(names))} outside the experts")] if len(names) > 1 else []
+
+
+RULES = (
+    Rule(
+        "transformers.architecture",
+        Verdict.REFUSED,
+        "The model_type must be one that it has.",
+        "run: 'hunyuan' is unknown to 5.17, 5.19 and 5.23",
+        checks.architecture(ARCHITECTURES),
+        fix="a Hunyuan-A13B that is spelled 'hunyuan' needs model_type 'hunyuan_v1_moe' in config.json",
+        raw=True,
+    ),
+    Rule(
+        "transformers.experts-int8",
+        Verdict.REFUSED,
+        "W8A8 experts cannot be converted.",
+        "run: RuntimeError at load for hunyuan_v1_moe, deepseek_v2, qwen3_moe",
+        checks.schemed(("W8A8",), experts=True),
+    ),
+    Rule(
+        "transformers.experts-block",
+        Verdict.REFUSED,
+        "FP8_BLOCK experts cannot be converted: their scales do not broadcast.",
+        "run: RuntimeError at load for hunyuan_v1_moe, deepseek_v2",
+        checks.schemed(("FP8_BLOCK",), experts=True),
+    ),
+    Rule(
+        "transformers.experts-zero-points",
+        Verdict.REFUSED,
+        "Experts with zero points cannot be converted.",
+        "run: 'Asymmetric quant requires zero-point values', with dequantize=True too",
+        checks.schemed(("W4A16_ASYM",), experts=True),
+    ),
+    Rule(
+        "transformers.linear-zero-points",
+        Verdict.REFUSED,
+        "Linears with zero points load with dequantize=True only; by default their sizes do not agree.",
+        "run: dense Llama, weight_zero_point size mismatch",
+        checks.schemed(("W4A16_ASYM",), experts=False),
+        fix="where all linears have zero points: CompressedTensorsConfig(dequantize=True)",
+    ),
+    Rule(
+        "transformers.experts-group",
+        Verdict.WRONG,
+        "The experts of all layers take one scheme: that of the first config group with 'experts' in a pattern, "
+        "'shared_experts' included.",
+        "read: get_experts_scheme; run: W8A16 experts in one layer, W4A16 in the others load and compute something else",
+        _experts_group,
+        fix="give all experts one scheme, and --shared-experts the same where they are called shared_experts",
+    ),
+    Rule(
+        "transformers.experts-kept",
+        Verdict.REFUSED,
+        "Experts in BF16 beside integers cannot be converted; beside FP8 they can.",
+        "run: RuntimeError beside W4A16, W8A16, W8A8, in one layer too; beside FP8_DYNAMIC, FP8, FP8_BLOCK they load",
+        _experts_kept,
+        fix="quantise the experts of every layer, or give the others FP8_DYNAMIC",
+    ),
+    Rule(
+        "transformers.experts-nvfp4",
+        Verdict.WRONG,
+        "NVFP4 experts load thousands of times too large: the global scale is dropped.",
+        "run: 7,000 to 35,000 times, in 5.17, 5.19 and 5.23, without a message",
+        _unscaled_fp4,
+        fix="dequantise, or use vLLM",
+        raw=True,
+    ),
+    Rule(
+        "transformers.mixtral-names",
+        Verdict.WRONG,
+        "Mixtral's experts are w1, w2, w3 on disk; named gate_proj, up_proj, down_proj they stay random.",
+        "run: logits of llm-compressor's Mixtral outputs are those of random experts, without an error",
+        on_file=on_file.random_experts,
+    ),
+    Rule(
+        "transformers.experts-inputs",
+        Verdict.NOTE,
+        "Experts are unpacked at load and their inputs are not rounded to FP8; input_scale is reported as unexpected.",
+        "run: weights exact, activations not simulated",
+        checks.schemed(("FP8_DYNAMIC", "FP8"), experts=True),
+        fix="judge FP8 with quantkit eval",
+    ),
+    Rule(
+        "transformers.router",
+        Verdict.REFUSED,
+        "The router of hunyuan_v1_moe is an nn.Linear, and must be ignored by name.",
+        "read: modeling_hunyuan_v1_moe.py; compressed-tensors matches every nn.Linear",
+        _router,
+        raw=True,
+    ),
+    Rule(
+        "transformers.head",
+        Verdict.REFUSED,
+        "lm_head is an nn.Linear, and must be ignored where 'Linear' is a target.",
+        "read: compressed-tensors matches every nn.Linear",
+        _head,
+        raw=True,
+    ),
+    Rule(
+        "transformers.mixed",
+        Verdict.NOTE,
+        "With dequantize=True all linears outside the experts take one scheme: do not use it on this checkpoint.",
+        "read: integrations/compressed_tensors.py get_dense_scheme",
+        _mixed,
+    ),
+    Rule(
+        "transformers.devices",
+        Verdict.UNKNOWN,
+        "Quantised checkpoints over several devices (tp_plan) were not tried.",
+        "not tried",
+        _devices,
+    ),
+)
+
+TRANSFORMERS = Engine("transformers", "5.23", ARCHITECTURES, RULES)

@@ -1,0 +1,103 @@
+"""Rules on the real models' specs: what loads over 8 devices; and that the stand-ins of other tests are like them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from quantkit.engines.assess import Assessment, assess
+from quantkit.engines.held import Deployment
+from quantkit.engines.registry import ENGINES
+from quantkit.engines.rules import view_of
+from quantkit.formats import compressed_tensors
+from quantkit.model.registry import ARCHITECTURES, build_spec
+from quantkit.scheme import Recipe
+from tests.architectures import RELEASED
+from tests.engine_models import SIZES, seen
+
+
+def ask(name: str, engine: str, recipe: dict[str, Any], **deployment: Any) -> Assessment:
+    spec = build_spec(RELEASED[name], name)
+    schemes = {ref.key: Recipe.of(recipe).scheme_of(ref) for ref in spec.linears()}
+    written = compressed_tensors.written(schemes, [moe.router.key for moe in spec.moes()])
+    return assess(ENGINES[engine], spec, RELEASED[name], schemes, written, Deployment(**deployment))
+
+
+def refused(found: Assessment) -> set[str]:
+    return {finding["rule"] for row in [{"findings": found.model}, *found.rows] for finding in row["findings"] if row}
+
+
+INT4: dict[str, Any] = {}
+FP8_BESIDE = {"attention": "FP8_DYNAMIC", "shared_experts": "FP8_DYNAMIC"}
+KEEP_KV_B = {"rules": [{"match": "*.kv_b_proj", "scheme": "BF16"}]}
+# model, engine, recipe, deployment, whether it loads
+OVER_8 = [
+    ("hunyuan-a13b", "vllm", INT4, {"tp": 8}, True),
+    ("hunyuan-a13b", "vllm", FP8_BESIDE, {"tp": 8}, True),
+    ("hunyuan-a13b", "sglang", INT4, {"tp": 8}, True),
+    ("hunyuan-a13b", "sglang", FP8_BESIDE, {"tp": 8}, False),  # its layers have no names there, and formats are mixed
+    ("mixtral-8x22b", "vllm", INT4, {"tp": 8}, True),
+    ("mixtral-8x22b", "vllm", {"attention": "FP8_DYNAMIC"}, {"tp": 8}, True),
+    ("mixtral-8x22b", "sglang", {"scheme": "FP8_DYNAMIC"}, {"tp": 8}, True),
+    ("deepseek-v2", "vllm", INT4, {"tp": 8}, False),  # 1536 / 8 = 1.5 groups
+    ("deepseek-v2", "vllm", INT4, {"tp": 8, "ep": True}, True),
+    ("deepseek-v2", "vllm", {"group_size": 64}, {"tp": 8}, True),
+    ("deepseek-v2", "vllm", FP8_BESIDE, {"tp": 8, "ep": True}, True),
+    ("deepseek-v2", "sglang", INT4, {"tp": 8, "ep": True}, False),  # a packed kv_b_proj
+    ("deepseek-v2", "transformers", INT4, {}, True),
+    ("deepseek-v2", "transformers", {"shared_experts": "FP8_DYNAMIC"}, {}, False),  # takes FP8_DYNAMIC for the experts
+    ("llama-3.1-70b", "vllm", INT4, {"tp": 8}, True),
+    ("llama-3.1-405b", "vllm", INT4, {"tp": 16}, True),
+    ("llama-3.1-405b", "vllm", INT4, {"tp": 3}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "engine", "recipe", "deployment", "loads"), OVER_8)
+def test_over_many_devices(name: str, engine: str, recipe: dict[str, Any], deployment: dict[str, Any], loads: bool) -> None:
+    found = ask(name, engine, recipe, **deployment)
+    assert found.loads is loads, refused(found)
+    failing = [row for row in found.rows if row["verdict"] in ("refused", "wrong")]
+    assert loads or failing or found.model
+
+
+def test_what_is_proposed_for_hunyuan_large() -> None:
+    found = ask("hunyuan-large", "vllm", INT4, tp=8)
+    rows = {(row["role"], row["weight"]): row for row in found.rows}
+    assert rows["experts", "w2"]["on_device"] == {"rows": [6400], "columns": 2288}
+    assert rows["experts", "w2"]["instead"] == ["--ep", "--experts FP8_DYNAMIC", "--experts W8A8", "--tp 1"]
+    assert "--group-size 32" in rows["attention", "o_proj"]["instead"]  # 6400 / 8 = 800 = 25 x 32
+    assert rows["attention", "q_proj"]["layers"] == list(range(1, 64, 2))
+    again = ask("hunyuan-large", "vllm", {"experts": "W4A16", **FP8_BESIDE}, tp=8, ep=True)
+    assert all(row["verdict"] == "loads" for row in again.rows)
+    assert [finding["rule"] for finding in again.model] == ["vllm.architecture"]
+
+
+def test_kv_b_proj_can_be_kept_alone() -> None:
+    assert not refused(ask("deepseek-v2", "vllm", {"scheme": "FP8_DYNAMIC", **KEEP_KV_B}, tp=8))
+    assert refused(ask("deepseek-v2", "vllm", {"scheme": "FP8_DYNAMIC"}, tp=8)) == {"vllm.kv-b-proj"}
+
+
+TRUE = {"hunyuan": "hunyuan-large", "hunyuan_v1_moe": "hunyuan-a13b", "mixtral": "mixtral-8x22b", "llama": "llama-3.1-70b"}
+
+
+@pytest.mark.parametrize("kind", [*TRUE, "deepseek_v2"])
+def test_the_stand_ins_of_other_tests_are_true(kind: str) -> None:
+    """Names and shapes of what an engine holds, in two layers: those of the released model."""
+    name = TRUE.get(kind, "deepseek-v2")
+    spec = build_spec(RELEASED[name], name)
+    schemes = dict.fromkeys(ref.key for ref in spec.linears())
+    held = view_of(spec, RELEASED[name], schemes, {}, Deployment(tp=2)).weights
+    first = 2 if kind == "deepseek_v2" else 0  # its layer 0 is dense
+    real = {(h.layer % 2, h.name, h.parts, h.inputs, h.role) for h in held if h.layer in (first, first + 1)}
+    stand_in = {(h.layer, h.name, h.parts, h.inputs, h.role) for h in seen(kind, tp=2).weights}
+    shared = {h for h in real if "shared" in h[4].value}
+    if kind == "deepseek_v2":  # two shared experts in one
+        real, stand_in = real - shared, {h for h in stand_in if "shared" not in h[4].value}
+    assert real == stand_in
+
+
+def test_every_architecture_has_a_stand_in_and_an_answer() -> None:
+    assert SIZES.keys() == ARCHITECTURES.keys()
+    for engine in ENGINES.values():
+        assert engine.architectures.keys() <= ARCHITECTURES.keys()
