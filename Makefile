@@ -31,6 +31,7 @@ bench: $(TOOLS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/eval_speed.py
 	$(BIN)/python bench/cpu_kernels.py --threads 1
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
 	$(BIN)/python bench/cpu_moe.py

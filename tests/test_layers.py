@@ -31,7 +31,7 @@ LEVELS = [
         "pipeline",
         "conversion",
     },
-    {"progress", "options", "cli"},
+    {"progress", "command", "options", "cli", "cli_eval"},
 ]
 FORBIDDEN = {
     "formats": {"kernels", "quant", "calib", "model.forward"},
