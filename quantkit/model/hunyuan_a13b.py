@@ -29,7 +29,7 @@ def build(config: dict[str, Any]) -> ModelSpec:
 
 
 def is_a13b(config: dict[str, Any]) -> bool:
-    """Of a config with `model_type` "hunyuan": whether the class, or a key that only Hunyuan-A13B's configs have, says so."""
+    """Of a config with `model_type` "hunyuan": whether its class, or a key that only this model's configs have, says so."""
     classes = config.get("architectures")
     return isinstance(classes, list) and "HunYuanMoEV1ForCausalLM" in classes or "moe_layer_num_skipped" in config
 

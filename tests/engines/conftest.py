@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ROOT / "bench" / "results" / "engines.json"
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -79,11 +80,45 @@ class Vllm:
         self.process.wait()
 
 
+class Results:
+    """Cells of the README's table: engine -> model -> scheme. What this run did not test keeps its value."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "cells": {}}
+
+    def engine(self, name: str, version: str) -> None:
+        self.kept["versions"][name] = version
+
+    def works(self, engine: str, model: str, scheme: str, kl: float, damaged: float) -> None:
+        """damaged: the KL to the same model with two MLPs exchanged."""
+        self._set(engine, model, scheme, {"status": "works", "kl": round(kl, 6), "damaged": round(damaged, 4)})
+
+    def needs_gpu(self, engine: str, model: str, scheme: str, why: str) -> None:
+        self._set(engine, model, scheme, {"status": "needs a GPU", "why": why.splitlines()[0]})
+
+    def refused(self, engine: str, model: str, scheme: str, why: str) -> None:
+        self._set(engine, model, scheme, {"status": "refused", "why": why.splitlines()[0]})
+
+    def _set(self, engine: str, model: str, scheme: str, cell: dict[str, Any]) -> None:
+        self.kept["cells"].setdefault(engine, {}).setdefault(model, {})[scheme] = cell
+
+    def write(self) -> None:
+        RESULTS.write_text(json.dumps(self.kept, indent=1, sort_keys=True) + "\n")
+
+
 @pytest.fixture(scope="session")
-def vllm() -> Iterator[Vllm]:
+def results() -> Iterator[Results]:
+    kept = Results()
+    yield kept
+    kept.write()
+
+
+@pytest.fixture(scope="session")
+def vllm(results: Results) -> Iterator[Vllm]:
     python = Path(os.environ.get("QUANTKIT_VLLM", ROOT / ".vllm")) / "bin" / "python"
     if not python.exists():
         pytest.fail(f"{python} does not exist: run 'make engine-test', or set QUANTKIT_VLLM to an environment with vLLM")
     engine = Vllm(python)
+    results.engine("vllm", f"{engine.version} on the CPU ({engine.platform})")
     yield engine
     engine.stop()

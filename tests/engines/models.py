@@ -77,8 +77,10 @@ def weights_of(config: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
-def make_model(name: str, folder: Path) -> Path:
-    return write_checkpoint(folder, MODELS[name], weights_of(MODELS[name]), shards=1)
+def make_model(name: str, folder: Path, **changes: Any) -> Path:
+    """changes: of its config."""
+    config = {**MODELS[name], **changes}
+    return write_checkpoint(folder, config, weights_of(config), shards=1)
 
 
 def damaged(folder: Path, out: Path) -> Path:
@@ -87,8 +89,9 @@ def damaged(folder: Path, out: Path) -> Path:
     spec: ModelSpec = build_spec(json.loads((folder / "config.json").read_text()), "test")
     mlps = spec.moes()[-1].experts[:2] if spec.moes() else (spec.layers[-1].mlps()[0], spec.layers[-2].mlps()[0])
     first, second = (mlp.gate.key.rpartition(".")[0] + "." for mlp in mlps)
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        swap = {key: key.replace(first, "*").replace(second, first).replace("*", second) for key in tensors}
-        save_file({swap[key]: tensor for key, tensor in tensors.items()}, out / path.name, metadata={"format": "pt"})
+    shards = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
+    everything = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    for name, shard in shards.items():
+        swapped = {key: key.replace(first, "*").replace(second, first).replace("*", second) for key in shard}
+        save_file({key: everything[swapped[key]] for key in shard}, out / name, metadata={"format": "pt"})
     return out
