@@ -16,7 +16,7 @@ LEVELS = [
     {"errors", "model.spec", "formats.dtypes"},
     {"scheme", "qtensor", "stats", "quant", "formats.packing", "formats.atomic", "kernels.reference"},
     {"model", "calib", "formats", "kernels"},
-    {"host", "sampling", "runtime", "text", "bench", "verify", "plan", "journal", "evals", "pipeline"},
+    {"host", "sampling", "runtime", "text", "bench", "engines", "verify", "plan", "journal", "evals", "pipeline"},
     {"progress", "cli"},
 ]
 FORBIDDEN = {
@@ -66,6 +66,8 @@ def test_imports_go_down(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_all_is_true(module: str) -> None:
+    if module == "engines.vllm_hunyuan":
+        pytest.importorskip("vllm", reason="it stands on vLLM's own layers; make engine-test runs it")
     loaded = importlib.import_module(f"quantkit.{module}")
     assert all(hasattr(loaded, name) for name in loaded.__all__)
 

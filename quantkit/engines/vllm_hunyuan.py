@@ -150,8 +150,8 @@ class HunyuanLayer(nn.Module):
     def __init__(self, vllm_config: VllmConfig, spec: ModelSpec, layer: Layer, layers: str) -> None:
         super().__init__()
         self.self_attn = HunyuanAttention(vllm_config, spec, layer.index, layers)
-        block = HunyuanMoE if isinstance(layer.mlp, MoE) else HunyuanMLP
-        self.mlp = block(vllm_config, layer.mlp, f"{layers}.{layer.index}.mlp")
+        name, mlp = f"{layers}.{layer.index}.mlp", layer.mlp
+        self.mlp = HunyuanMoE(vllm_config, mlp, name) if isinstance(mlp, MoE) else HunyuanMLP(vllm_config, mlp, name)
         self.input_layernorm = RMSNorm(spec.hidden, eps=spec.eps)
         self.post_attention_layernorm = RMSNorm(spec.hidden, eps=spec.eps)
 
