@@ -26,6 +26,14 @@ SETTINGS = {
 }
 
 
+def environment() -> Path:
+    """The virtual environment that has vLLM."""
+    folder = Path(os.environ.get("QUANTKIT_VLLM", ROOT / ".vllm"))
+    if not (folder / "bin" / "python").exists():
+        pytest.fail(f"{folder} has no python: run 'make engine-test', or set QUANTKIT_VLLM to an environment with vLLM")
+    return folder
+
+
 @dataclass
 class Answer:
     """What vLLM made of a model: an error, or log-probabilities of each prompt and the rest of vllm_worker's report."""
@@ -115,10 +123,7 @@ def results() -> Iterator[Results]:
 
 @pytest.fixture(scope="session")
 def vllm(results: Results) -> Iterator[Vllm]:
-    python = Path(os.environ.get("QUANTKIT_VLLM", ROOT / ".vllm")) / "bin" / "python"
-    if not python.exists():
-        pytest.fail(f"{python} does not exist: run 'make engine-test', or set QUANTKIT_VLLM to an environment with vLLM")
-    engine = Vllm(python)
+    engine = Vllm(environment() / "bin" / "python")
     results.engine("vllm", f"{engine.version} on the CPU ({engine.platform})")
     yield engine
     engine.stop()
