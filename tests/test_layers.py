@@ -82,6 +82,8 @@ def test_imports_go_down(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_all_is_true(module: str) -> None:
+    if module == "engines.vllm_hunyuan":
+        pytest.importorskip("vllm", reason="it stands on vLLM's own layers; make engine-test runs it")
     loaded = importlib.import_module(f"quantkit.{module}")
     assert all(hasattr(loaded, name) for name in loaded.__all__)
 
