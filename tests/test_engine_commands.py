@@ -85,13 +85,18 @@ def test_plan_without_an_engine_is_the_dry_run(models: Path, tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").rename(models / "large" / "tokenizer.json")
 
 
-def test_hunyuan_large_is_known_to_no_engine_yet(models: Path) -> None:
-    for engine in ("vllm", "sglang", "transformers"):
-        found = ask("plan", models / "large", "--group-size", 32, "--engine", engine, code=1)["engine"]
-        assert [f["rule"] for f in found["model"]] == [f"{engine}.architecture"]
-        assert "'hunyuan'" in found["model"][0]["why"] and found["model"][0]["fix"]
-        again = ask("verify", models / "large-int4", "--engine", engine, "--tp", 2, code=1)
-        assert again["problems"] == [] and again["model"][0]["rule"] == f"{engine}.architecture"
+def test_hunyuan_large_loads_where_quantkit_brings_it(models: Path) -> None:
+    for engine, rules, code in (
+        ("vllm", ["vllm.plugin"], 0),
+        ("sglang", ["sglang.architecture"], 1),
+        ("transformers", [], 0),
+    ):
+        found = ask("plan", models / "large", "--group-size", 32, "--engine", engine, code=code)["engine"]
+        assert [f["rule"] for f in found["model"]] == rules and all("'hunyuan'" in f["why"] for f in found["model"])
+        again = ask("verify", models / "large-int4", "--engine", engine, code=code)
+        assert again["problems"] == [] and [f["rule"] for f in again["model"]] == rules
+    found = ask("plan", models / "large", "--group-size", 32, "--engine", "vllm", "--pp", 2, code=1)["engine"]
+    assert "vllm.plugin-stages" in [f["rule"] for f in found["model"]]
     found = ask("plan", models / "large", "--group-size", 32, "--engine", "vllm", "--tp", 2, code=1)["engine"]
     refused_there = {row["weight"] for row in found["weights"] if row["verdict"] == "refused"}
     assert refused_there == {"w2", "down_proj"}  # 352 / 2 = 5.5 groups of 32, in routed and shared experts
@@ -102,7 +107,7 @@ def test_hunyuan_large_is_known_to_no_engine_yet(models: Path) -> None:
 def test_tables_for_people(models: Path) -> None:
     result = CliRunner().invoke(main, ["plan", str(models / "large"), "--group-size", "32", "--engine", "vllm", "--tp", "2"])
     assert result.exit_code == 1 and "vllm 0.32: does not load" in result.stdout
-    for words in ("vllm 0.32 on gpu, tp 2", "vllm.architecture", "352 / 2 = 176", "would load with --ep"):
+    for words in ("vllm 0.32 on gpu, tp 2", "vllm.plugin", "352 / 2 = 176", "would load with --ep"):
         assert words in " ".join(result.stdout.split()), words
     accepted("verify", models / "int4", "--engine", "vllm", "--tp", "2")
 

@@ -28,7 +28,9 @@ def v(kind: str, scheme: str = "W4A16", **options: Any) -> dict[str, Any]:
 
 # rule: an example that breaks it, one that does not
 EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "vllm.architecture": (v("hunyuan"), v("hunyuan_v1_moe")),
+    "vllm.architecture": (v("llama", config={"model_type": "mpt"}), v("hunyuan")),
+    "vllm.plugin": (v("hunyuan"), v("hunyuan_v1_moe")),
+    "vllm.plugin-stages": (v("hunyuan", pp=2), v("llama", pp=2)),
     "vllm.heads": (v("llama", tp=3), v("llama", tp=16)),  # 8 key/value heads are repeated over 16
     "vllm.divisible": (v("mixtral", tp=3), v("mixtral", tp=8)),
     "vllm.targets": (v("llama", quantization=HALF_IGNORED), v("llama", parts={"self_attn": "FP8_DYNAMIC"})),
@@ -84,7 +86,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sglang.kv-b-proj-packed": (v("deepseek_v2"), v("deepseek_v2", parts=KEEP_KV_B)),
     "sglang.kv-b-proj-fp8": (v("deepseek_v2", "FP8"), v("deepseek_v2", "FP8", parts=KEEP_KV_B)),
     "sglang.kv-b-proj-int8": (v("deepseek_v2", "W8A8"), v("deepseek_v2", "W8A8", parts=KEEP_KV_B)),
-    "transformers.architecture": (v("hunyuan"), v("hunyuan_v1_moe")),
+    "transformers.architecture": (v("llama", config={"model_type": "mpt"}), v("hunyuan")),
     "transformers.experts-int8": (v("qwen3_moe", "W8A8"), v("llama", "W8A8")),
     "transformers.experts-block": (v("qwen3_moe", "FP8_BLOCK"), v("llama", "FP8_BLOCK")),
     "transformers.experts-zero-points": (v("qwen3_moe", "W4A16_ASYM"), v("qwen3_moe")),

@@ -13,6 +13,7 @@ __all__ = ["TRANSFORMERS"]
 
 # read: models/auto; `hunyuan` is a model_type of remote code only.
 ARCHITECTURES = {
+    "hunyuan": "HunYuanForCausalLM, after quantkit.engines.transformers_model.register()",
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",

@@ -10,8 +10,9 @@ from quantkit.model.spec import Role
 
 __all__ = ["VLLM"]
 
-# read: model_executor/models/registry.py. hunyuan_v1.py was removed; HunYuanForCausalLM (Large) was never registered.
+# read: model_executor/models/registry.py. hunyuan_v1.py was removed; HunYuanForCausalLM (Large) was never registered there.
 ARCHITECTURES = {
+    "hunyuan": "HunYuanForCausalLM, by quantkit's plugin",
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM, on its Transformers backend",
     "mixtral": "MixtralForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -22,6 +23,7 @@ ARCHITECTURES = {
 _DENSE = frozenset({"qkv_proj", "gate_up_proj"})
 NAMING = Naming(
     fused={
+        "hunyuan": _DENSE,
         "hunyuan_v1_moe": _DENSE,
         "mixtral": frozenset({"qkv_proj"}),
         "deepseek_v2": frozenset({"gate_up_proj", "fused_qkv_a_proj"}),
@@ -44,6 +46,14 @@ def _latent(view: View) -> list[Hit]:
     if view.deployment.on_gpu or not isinstance(rank, int) or (rank, rope) == (512, 64):
         return []
     return [Hit(None, f"kv_lora_rank {rank} and qk_rope_head_dim {rope}")]
+
+
+def _plugin(view: View) -> list[Hit]:
+    return [Hit(None, "model_type 'hunyuan'")] if view.model_type == "hunyuan" else []
+
+
+def _plugin_stages(view: View) -> list[Hit]:
+    return [Hit(None, f"{view.deployment.pp} stages")] if _plugin(view) and view.deployment.pp > 1 else []
 
 
 def _backend(view: View) -> list[Hit]:
@@ -71,10 +81,25 @@ RULES = (
         "vllm.architecture",
         Verdict.REFUSED,
         "The model class must be registered, and transformers must know the model_type.",
-        "run: Hunyuan-Large fails in ModelConfig, with trust_remote_code too; read: registry.py",
+        "read: registry.py",
         checks.architecture(ARCHITECTURES),
-        fix="Hunyuan-Large needs a plugin that registers it; a Hunyuan-A13B that is spelled 'hunyuan' needs model_type "
-        "'hunyuan_v1_moe' in config.json",
+        raw=True,
+    ),
+    Rule(
+        "vllm.plugin",
+        Verdict.NOTE,
+        "Hunyuan-Large is run by quantkit's plugin, which vLLM finds where quantkit is installed beside it.",
+        "run: make engine-test; without it vLLM fails in ModelConfig, with trust_remote_code too",
+        _plugin,
+        fix="pip install quantkit into vLLM's environment (docs/vllm.md)",
+        raw=True,
+    ),
+    Rule(
+        "vllm.plugin-stages",
+        Verdict.REFUSED,
+        "quantkit's plugin has no pipeline parallelism: a pair of layers shares one key and value.",
+        "read: vllm_hunyuan.py does not declare it, and vLLM asks",
+        _plugin_stages,
         raw=True,
     ),
     Rule(
