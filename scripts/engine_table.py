@@ -25,10 +25,10 @@ def table(results: dict[str, Any]) -> str:
         if cell is None:
             return "not tried"
         if cell["status"] == "works":
-            return f"{max(cell['kl'], 0):.4f}"
+            return f"{abs(cell['kl']):.4f}"  # a sum of rounding errors may lie below 0
         if cell["status"] == "needs a GPU":
             return "GPU"
-        return f"refused ({reasons.setdefault(cell['why'].strip(), len(reasons) + 1)})"
+        return f"refused ({reasons.setdefault(cell['why'].split('. ')[0].strip(), len(reasons) + 1)})"
 
     models = results["cells"]["vllm"]
     for model in models:

@@ -136,8 +136,9 @@ class HunyuanMoE(nn.Module):
             shared_experts=shared,
         )
         if self.idle:
-            for parameter in self.experts.routed_experts.parameters():
-                parameter.data.zero_()
+            for key, parameter in self.experts.routed_experts.named_parameters():
+                if "input" not in key:  # weights and their scales, of the last expert
+                    parameter.data[-1].zero_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits, _ = self.gate(x.float())
