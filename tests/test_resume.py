@@ -131,7 +131,10 @@ def test_two_at_once(model: Path, tmp_path: Path) -> None:
 def test_ctrl_c_leaves_no_output(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "quantkit.cli", "quantize", str(model), "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
-        [*command, *["--group-size", "32", "--samples", "64", "--seq-len", "128"]], stderr=subprocess.PIPE, text=True
+        [*command, *["--group-size", "32", "--samples", "64", "--seq-len", "128"]],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     assert process.stderr
     process.stderr.readline()  # the first layer is done
