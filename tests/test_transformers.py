@@ -75,9 +75,9 @@ class Emulated(Weights):
         activation = scheme.activation if scheme else None
         if ref.role is Role.EXPERTS:
             return F.linear(x, weight) if activation else F.linear(x.bfloat16(), weight.bfloat16())
-        if activation:
-            together = x.flatten(1) if ref.key.endswith("kv_b_proj") else x
-            x = round_activation(together, activation, None).view_as(x)
+        if q and activation:
+            together = x.flatten(1) if ref.key.endswith("kv_b_proj") and activation.dynamic else x
+            x = round_activation(together, activation, q.input_scale).view_as(x)
         return F.linear(x, weight)
 
     def tensor(self, key: str) -> Tensor:
