@@ -13,7 +13,7 @@ import click
 
 from quantkit import __version__
 from quantkit.errors import QuantkitError
-from quantkit.options import deployment, engine_options, read_recipe, recipe_options
+from quantkit.options import deployment, engine_options, read_recipe, read_tasks, recipe_options, task_options
 
 __all__ = ["main"]
 
@@ -165,17 +165,36 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
 @click.option("--text", default="stdlib-held-out", show_default=True, metavar="FILE|NAME", help="As for --calibration.")
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
 @click.option("--windows", default=64, show_default=True, type=click.IntRange(min=1), help="At most so many windows.")
+@task_options
 @click.option("--device", default="cpu", show_default=True)
 @as_json
 @command
-def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: int, device: str, as_json: bool) -> None:
-    """Measure how far QUANTIZED has moved from its baseline on text that neither has seen."""
+def evaluate(
+    quantized: Path,
+    baseline: Path,
+    text: str,
+    seq_len: int,
+    windows: int,
+    items: Path | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure how far QUANTIZED has moved from its baseline on text that neither has seen.
+
+    \b
+    quantkit eval OUT --baseline MODEL --text held_out.jsonl
+    quantkit eval OUT --baseline MODEL --tasks gsm8k,piqa --limit 200
+    quantkit eval OUT --baseline MODEL --suite hunyuan-large --data-dir ITEMS
+    """
     from quantkit.evals.evaluate import evaluate as run
     from quantkit.host import pick_device
     from quantkit.progress import console, eval_table
+    from quantkit.task_tables import with_tasks
 
     screen = console(stderr=True)
     place = str(pick_device(device))
+    plan = read_tasks(options, place)
     with screen.status("evaluating") as status:
         result = run(
             quantized,
@@ -186,7 +205,12 @@ def evaluate(quantized: Path, baseline: Path, text: str, seq_len: int, windows: 
             device=place,
             progress=lambda done, total: status.update(f"evaluating, {done} of {total} windows"),
         )
-    show(result, eval_table, as_json)
+        if plan:
+            from quantkit.evals.tasks import evaluate_tasks
+
+            items = items or quantized.with_name(quantized.name + ".items.jsonl")
+            result |= evaluate_tasks(quantized, baseline, plan, items=items, progress=lambda line: status.update(line))
+    show(result, with_tasks(eval_table), as_json)
 
 
 @main.command()
