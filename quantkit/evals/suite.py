@@ -19,7 +19,8 @@ class Benchmark:
     name: as gates, --tasks and files of --data-dir call it (`NAME.jsonl`, `NAME_test.jsonl`, `NAME.100.jsonl`). title: as
     the card writes it. task: of lm-evaluation-harness 0.4.13, in its folder `folder`, or without one of `task_files/`; None
     where neither has one. shots: as published, else those that the task has. pretrained, instruct: the card's scores, 0..100
-    (MT-Bench, AlignBench: 0..10). metric, filter: which of the task's figures is meant. needs: "code", "judge" or nothing.
+    (MT-Bench, AlignBench: 0..10). metric, filter: which of the task's figures is meant. needs: "code", "judge",
+    "punkt" (a file of nltk) or nothing.
     """
 
     name: str
@@ -39,6 +40,7 @@ _UNPUBLISHED = "the card's text names it, its table does not"
 _SHORT = "examples show answers, not the way to them"
 _SECRET = "the validation split: the test's answers are secret"
 _STRIP = "remove_whitespace"
+_STRICT = "prompt_level_strict_acc"
 _RUNS = "runs what the model wrote, with this user's rights, in a process of its own: --unsafe-code"
 _JUDGE = "graded by another model, which neither the harness nor quantkit has"
 
@@ -107,7 +109,9 @@ HUNYUAN_LARGE: tuple[Benchmark, ...] = (
     ),
     Benchmark("alignbench", "AlignBench", None, 0, "grade", None, 8.3, needs="judge", note=_JUDGE),
     Benchmark("mt_bench", "MT-Bench", None, 0, "grade", None, 9.4, needs="judge", note=_JUDGE),
-    Benchmark("ifeval", "IFEval strict-prompt", "ifeval", 0, "prompt_level_strict_acc", None, 85.0, folder="ifeval"),
+    Benchmark(
+        "ifeval", "IFEval strict-prompt", "ifeval", 0, "prompt_level_strict_acc", None, 85.0, needs="punkt", folder="ifeval"
+    ),
 )
 SUITES: dict[str, tuple[Benchmark, ...]] = {"hunyuan-large": HUNYUAN_LARGE}
 # What --tasks takes besides the harness's own names.

@@ -28,6 +28,7 @@ from quantkit.formats.atomic import write_bytes
 __all__ = ["Chosen", "Options", "Plan", "evaluate_tasks", "plan_tasks"]
 
 _SEED = 1234
+_PUNKT = "nltk's data punkt_tab, which is not on this machine"
 _FILES = Path(__file__).parent / "task_files"
 Sample = dict[str, Any]
 
@@ -115,6 +116,8 @@ def _left_out(row: Benchmark, options: Options) -> str:
         return "needs a judge model"
     if row.needs == "code" and not options.unsafe_code:
         return "runs generated code: --unsafe-code"
+    if options.data_dir and row.needs == "punkt" and not _has_punkt():
+        return f"needs {_PUNKT}"
     if options.data_dir and not local_files(options.data_dir, row.name):
         return "no file in --data-dir"
     return ""
@@ -125,6 +128,19 @@ def _may_run(name: str, row: Benchmark | None, options: Options) -> None:
         raise ConfigError(f"task '{name}' needs a judge model, and quantkit has none", "leave it out")
     if row and row.needs == "code":
         _needs_flag(name, options)
+    if row and row.needs == "punkt" and options.data_dir and not _has_punkt():
+        raise ConfigError(f"task '{name}' needs {_PUNKT}", "python -m nltk.downloader punkt_tab, where there is a network")
+
+
+def _has_punkt() -> bool:
+    """Whether nltk's sentence splitter is on this machine. With a network the harness fetches it on its own."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
 
 
 def _needs_flag(name: str, options: Options) -> None:
