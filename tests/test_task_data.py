@@ -12,6 +12,7 @@ from quantkit.errors import ConfigError
 from quantkit.evals import run_code
 from quantkit.evals.suite import ALIASES, HUNYUAN_LARGE
 from quantkit.evals.task_data import _SHAPES, _read, local_files, read_local
+from quantkit.evals.task_data import LocalData as Data
 from scripts import tasks_doc
 
 SUBSETS = Path(__file__).parents[2] / "shared" / "bench-subsets"

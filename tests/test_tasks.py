@@ -31,8 +31,7 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "gsm8k": [{"question": f"{i} + 1?", "answer": f"so #### {i + 1}"} for i in range(9)],
     "mmlu_test": MMLU,
     "c3_test": [
-        {"context": ["甲：好。", "乙：不。"], "question": "甲说什么？", "choice": ["好", "不"], "answer": "好"}
-        for _ in range(5)
+        {"context": ["甲：好。", "乙：不。"], "question": "谁？", "choice": ["好", "不"], "answer": "好"} for _ in range(5)
     ],
     "cmath_dev": [{"input": f"{i}加1等于几？", "golden": str(i + 1)} for i in range(6)],
     "humaneval": [
