@@ -4,13 +4,25 @@ BIN := .venv/bin
 READY := .venv/.ready
 TOOLS := .venv/.tools
 
-.PHONY: demo test check setup bench tasks-test gpu-test gpu-bench clean
+VLLM := $(or $(QUANTKIT_VLLM),.vllm)
+
+.PHONY: demo test engine-test tasks-test check setup bench gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+# vLLM and transformers on what quantkit writes; installs a vLLM of 3.6 GB unless QUANTKIT_VLLM names one.
+engine-test: $(TOOLS) $(VLLM)/.ready
+	QUANTKIT_VLLM=$(VLLM) $(BIN)/python -m pytest tests/engines
+	$(BIN)/python scripts/engine_table.py
+
+$(VLLM)/.ready: scripts/vllm_env.sh
+	$(if $(QUANTKIT_VLLM),,PYTHON=$(PYTHON) sh scripts/vllm_env.sh $(VLLM))
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $@
 
 check: $(TOOLS)
 	$(BIN)/ruff check .
@@ -27,11 +39,14 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh
 	touch $(READY)
 
-bench: $(READY)
+bench: $(TOOLS)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/eval_speed.py
 	$(BIN)/python bench/cpu_kernels.py --threads 1
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
+	$(BIN)/python bench/cpu_moe.py
 	$(BIN)/python bench/generate.py
 	$(BIN)/python -m bench.plan_scale
 
@@ -50,4 +65,4 @@ gpu-bench: $(TOOLS)
 	$(BIN)/python bench/gpu_kernels.py $(ARGS)
 
 clean:
-	rm -rf .venv .demo
+	rm -rf .venv .vllm .demo

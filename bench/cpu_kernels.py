@@ -5,8 +5,9 @@ tokens 1.3x, 1.8x, 1.9x and 2.0x of it. For W4A16 and FP8: never more than 15 % 
 least as fast as onnxruntime's MatMulNBits at accuracy level 4 (INT8 inputs), where onnxruntime is installed (the `bench`
 extra).
 
-All contenders take turns within one round and the medians of the rounds are compared, so that load from elsewhere meets
-all of them alike. Each holds several copies of its weight, more than the last-level cache, so weights come from memory.
+All contenders take turns within one round, and ratios are the medians of the rounds' ratios, so that load from elsewhere
+meets all of them alike. Each holds several copies of its weight, more than the last-level cache, so that weights come from
+memory.
 With one thread the clock is the processor's time, which other processes do not stretch; with more it is the wall's.
 """
 
@@ -17,10 +18,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -99,19 +100,26 @@ def onnxruntime_contender(rows: int, inputs: int, count: int, threads: int) -> C
     return lambda x, i: sessions[i % count].run(None, {"x": x})
 
 
-def judge(tokens: int, seconds: dict[str, float], read: dict[str, int]) -> dict[str, dict[str, float | list[str]]]:
-    """Ratios of one token count, and the goals that were missed."""
-    bandwidth = read["read"] / seconds["read"]
+def judge(
+    tokens: int, found: dict[str, np.ndarray[Any, Any]], read: dict[str, int]
+) -> dict[str, dict[str, float | list[str]]]:
+    """Ratios of one token count, and the goals that were missed. found: seconds of each contender in each round."""
+
+    def ratio(other: str, name: str) -> float:
+        """Round by round, so that a machine whose speed drifts does not decide."""
+        return float(np.median(found[other] / found[name]))
+
+    seconds = {name: float(np.median(values)) for name, values in found.items()}
     rows: dict[str, dict[str, float | list[str]]] = {}
     for name in OURS:
-        to_int4, to_bf16 = seconds["torch int4"] / seconds[name], seconds["bf16"] / seconds[name]
-        share = read[name] / seconds[name] / bandwidth
+        to_int4, to_bf16 = ratio("torch int4", name), ratio("bf16", name)
+        share = read[name] / read["read"] * ratio("read", name)
         missed = [f"{to_bf16:.2f} < {BF16_GOAL:.2f}x bf16"] if to_bf16 < BF16_GOAL else []
         if name == "W4A16" and to_int4 < INT4_GOALS.get(tokens, 0):
             missed.append(f"{to_int4:.2f} < {INT4_GOALS[tokens]}x int4")
         row: dict[str, float | list[str]] = {}
         if name == "W4A8" and "onnxruntime" in seconds:
-            row["times_onnxruntime"] = to_ort = seconds["onnxruntime"] / seconds[name]
+            row["times_onnxruntime"] = to_ort = ratio("onnxruntime", name)
             if to_ort < 1:
                 missed.append(f"{to_ort:.2f} < 1x onnxruntime")
         if name == "W4A16" and tokens == 1 and share < BANDWIDTH_GOAL:
@@ -170,8 +178,7 @@ def main(rows: int, inputs: int, tokens: str, rounds: int, threads: int, cache_m
         given = {name: x.numpy() if name == "onnxruntime" else x.bfloat16() for name in run}
         turns = {name: partial(call, given[name]) for name, call in run.items()}
         found = timed(turns, rounds if count < 64 else max(3, rounds // 3), clock)
-        seconds = {name: median(values) for name, values in found.items()}
-        results[count] = judge(count, seconds, read)
+        results[count] = judge(count, found, read)
     show(results, f"{rows} x {inputs}, {threads} thread(s), medians")
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {"rows": rows, "inputs": inputs, "threads": threads, "torch": torch.__version__, "tokens": results}

@@ -62,7 +62,7 @@ def build(folder: Path) -> Path:
 def main(data_dir: Path, work: Path, limit: int, threads: int) -> None:
     torch.set_num_threads(threads)
     base = build(work / "bf16")
-    plan = plan_tasks(TASKS, options=Options(data_dir=data_dir, limit=limit, kernels="reference"))
+    plan = plan_tasks(TASKS, options=Options(data_dir=data_dir, limit=limit, kernels="auto"))
     rows: list[dict[str, Any]] = []
     for scheme in SCHEMES:
         out, begun = work / scheme.lower(), time.monotonic()

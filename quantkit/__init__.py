@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from quantkit.conversion import convert
     from quantkit.evals.evaluate import evaluate
     from quantkit.pipeline import quantize
     from quantkit.runtime import load
     from quantkit.scheme import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["Recipe", "__version__", "convert", "evaluate", "load", "quantize"]
 
 _HOME = {
     "Recipe": "quantkit.scheme",
+    "convert": "quantkit.conversion",
     "evaluate": "quantkit.evals.evaluate",
     "load": "quantkit.runtime",
     "quantize": "quantkit.pipeline",

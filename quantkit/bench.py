@@ -73,19 +73,20 @@ def matrices_of(model: Model) -> list[Matrix]:
 def timed(
     run: Mapping[str, Callable[[int], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Seconds of each contender in each round; a contender is called with the round's number, the first round warms up.
+    """Seconds of each contender in each round, which all get in random order, so that load from elsewhere meets all alike.
 
-    Within a round they take turns in random order: load from elsewhere, and what is left in the caches, meets all alike.
+    A turn is two calls, with the numbers 2 * round and 2 * round + 1, and the second counts: by then the threads of the
+    contender before have gone to sleep, and its own are awake, as they are while a model runs.
     """
     order, names = random.Random(0), list(run)
     measured: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds + 1):
+    for i in range(rounds):
         order.shuffle(names)
         for name in names:
+            run[name](2 * i)
             start = clock()
-            run[name](i)
-            if i:
-                measured[name].append(clock() - start)
+            run[name](2 * i + 1)
+            measured[name].append(clock() - start)
     return {name: np.array(values) for name, values in measured.items()}
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import click
 
-from quantkit import __version__
-from quantkit.errors import QuantkitError
-from quantkit.options import deployment, engine_options, read_recipe, read_tasks, recipe_options, task_options
+from quantkit import __version__, cli_eval
+from quantkit.command import as_json, command, show
+from quantkit.options import deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 Kernels = Literal["auto", "w4a8", "reference"]  # as in runtime.py, which would import torch
 kernels_option = click.option(
     "--kernels",
@@ -26,43 +23,7 @@ kernels_option = click.option(
     type=click.Choice(get_args(Kernels)),
     help="auto: this machine's; w4a8: INT4 weights by INT8 inputs, faster on a CPU; reference: float32.",
 )
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-
-
-def command(function: F) -> F:
-    """Print a QuantkitError as one message and exit with its code, and what the system says of a path likewise.
-
-    Anything else is a bug and keeps its traceback.
-    """
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except QuantkitError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(error.exit_code)
-        except OSError as error:
-            if error.filename is None:
-                raise
-            click.echo(
-                f"error: {error.filename}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True
-            )
-            sys.exit(QuantkitError.exit_code)
-        except KeyboardInterrupt:
-            click.echo("interrupted; the same command resumes a quantization", err=True)
-            sys.exit(130)
-
-    return wrapped  # type: ignore[return-value]
-
-
-def show(data: dict[str, Any], table: Callable[[dict[str, Any]], Any], json_wanted: bool) -> None:
-    if json_wanted:
-        click.echo(json.dumps(data, indent=2))
-    else:
-        from quantkit.progress import console
-
-        console().print(table(data))
+FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers", "bf16")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,6 +40,7 @@ def main() -> None:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
 @recipe_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
+@click.option("--held-out", metavar="FILE|NAME", help="Then evaluate on this text, and write OUT/eval/report.html.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
 @as_json
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -88,6 +50,7 @@ def quantize(
     out: Path,
     device: str,
     recipe_file: Path | None,
+    held_out: str | None,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
@@ -110,8 +73,12 @@ def quantize(
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
         return
+    if held_out:
+        cli_eval.check_text(held_out, model)
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
+    if held_out:
+        cli_eval.evaluate_and_write(out, model, held_out, device)
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
@@ -159,58 +126,35 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     sys.exit(0 if chosen is None or found.loads else 1)
 
 
-@main.command("eval")
-@click.argument("quantized", type=click.Path(path_type=Path))
-@click.option("--baseline", required=True, type=click.Path(path_type=Path), help="The model it was made from.")
-@click.option("--text", default="stdlib-held-out", show_default=True, metavar="FILE|NAME", help="As for --calibration.")
-@click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
-@click.option("--windows", default=64, show_default=True, type=click.IntRange(min=1), help="At most so many windows.")
-@task_options
-@click.option("--device", default="cpu", show_default=True)
+@main.command()
+@click.argument("model")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
+@click.option("--to", required=True, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
 @as_json
+@click.option("--quiet", is_flag=True, help="No progress.")
 @command
-def evaluate(
-    quantized: Path,
-    baseline: Path,
-    text: str,
-    seq_len: int,
-    windows: int,
-    items: Path | None,
-    device: str,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Measure how far QUANTIZED has moved from its baseline on text that neither has seen.
+def convert(model: str, out: Path, to: str, as_json: bool, quiet: bool) -> None:
+    """Write the quantised checkpoint MODEL in another format: the same codes, scales and zero points, or a refusal.
 
-    \b
-    quantkit eval OUT --baseline MODEL --text held_out.jsonl
-    quantkit eval OUT --baseline MODEL --tasks gsm8k,piqa --limit 200
-    quantkit eval OUT --baseline MODEL --suite hunyuan-large --data-dir ITEMS
+    bf16 holds the dequantised values, and counts those that it has to round.
     """
-    from quantkit.evals.evaluate import evaluate as run
-    from quantkit.host import pick_device
-    from quantkit.progress import console, eval_table
-    from quantkit.task_tables import with_tasks
+    from quantkit.conversion import convert as run
+    from quantkit.progress import console, size
 
     screen = console(stderr=True)
-    place = str(pick_device(device))
-    plan = read_tasks(options, place)
-    with screen.status("evaluating") as status:
-        result = run(
-            quantized,
-            baseline,
-            text,
-            seq_len=seq_len,
-            windows=windows,
-            device=place,
-            progress=lambda done, total: status.update(f"evaluating, {done} of {total} windows"),
-        )
-        if plan:
-            from quantkit.evals.tasks import evaluate_tasks
+    progress = None if quiet else lambda done, total: screen.print(f"shard {done} of {total}")
+    record = run(model, out, to, progress=progress)
+    if as_json:
+        click.echo(json.dumps(record, indent=2))
+    elif not quiet:
+        lost = f"{record['rounded_weights']:,} weights rounded to BF16" if record["rounded_weights"] else "lossless"
+        sizes = f"{size(record['source_bytes'])} -> {size(record['output_bytes'])}"
+        notes = "".join(f"\n  {note}" for note in record["notes"])
+        console().print(f"{out}: {record['from']} -> {to}, {sizes}, {lost}, verified{notes}", soft_wrap=True)
 
-            items = items or quantized.with_name(quantized.name + ".items.jsonl")
-            result |= evaluate_tasks(quantized, baseline, plan, items=items, progress=lambda line: status.update(line))
-    show(result, with_tasks(eval_table), as_json)
+
+main.add_command(cli_eval.evaluate)
+main.add_command(cli_eval.report)
 
 
 @main.command()

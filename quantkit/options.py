@@ -92,7 +92,7 @@ def task_options(function: F) -> F:
             click.option("--limit", type=number, help="At most so many items of a task."),
             click.option("--shots", type=click.IntRange(min=0), help="Examples before each question."),
             click.option(
-                "--items", type=click.Path(path_type=Path), help="Both answers, item by item. [QUANTIZED.items.jsonl]"
+                "--items", type=click.Path(path_type=Path), help="Both answers, by item. [QUANTIZED/eval/items.jsonl]"
             ),
             click.option("--unsafe-code", is_flag=True, help="Allow tasks that run code which the model wrote."),
             click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template."),
@@ -105,13 +105,14 @@ def task_options(function: F) -> F:
     )
 
 
-def read_tasks(options: dict[str, Any], device: str) -> Plan | None:
-    """The tasks of those options; None when there are none. Raises ConfigError."""
-    names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
-    if options["tasks"] is None and options["suite"] is None and options["data_dir"] is None:
+def read_tasks(options: dict[str, Any], device: str, kv_cache: str | None) -> Plan | None:
+    """Take `task_options` out of a command's options; None when no task is asked for. Raises ConfigError."""
+    tasks, suite, kernels = options.pop("tasks"), options.pop("suite"), options.pop("task_kernels")
+    same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "batch_size")
+    given = {key: options.pop(key) for key in same}
+    if tasks is None and suite is None and given["data_dir"] is None:
         return None
     from quantkit.evals.tasks import Options, plan_tasks
 
-    same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "batch_size")
-    given = Options(**{key: options[key] for key in same}, kernels=options["task_kernels"], device=device)
-    return plan_tasks(names, options["suite"], given)
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    return plan_tasks(names, suite, Options(**given, kernels=kernels, kv_cache=kv_cache or "bf16", device=device))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,9 @@ from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.coverage import reconcile
 from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
-from quantkit.formats.folder import CARRIED, find_model, refuse_present
-from quantkit.formats.reader import INDEX, CheckpointReader
+from quantkit.formats.atomic import sha256
+from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
+from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardWriter
 from quantkit.host import peak_memory, pick_device
 from quantkit.journal import Journal
@@ -225,21 +222,10 @@ class _Job:
         )
 
     def _publish(self) -> RunRecord:
-        weight_map = {t.name: s.file for unit in self.plan.units for s in unit.shards for t in s.tensors}
-        index = {"metadata": {"total_size": self.plan.output_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
-        for name, data in ((INDEX, index), ("config.json", config)):
-            write_bytes(self.partial / name, json.dumps(data, indent=2).encode() + b"\n")
-        for path in sorted(self.reader.folder.iterdir()):
-            wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
-            if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
-                write_bytes(self.partial / path.name, path.read_bytes())
         hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
-        for path in self.partial.iterdir():
-            if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
-                hashes.setdefault(path.name, sha256(path))
-        sums = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-        write_bytes(self.partial / "SHA256SUMS", sums.encode())
+        shards = (shard for unit in self.plan.units for shard in unit.shards)
+        complete(self.partial, self.reader.folder, config, shards, hashes)
         try:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
@@ -247,10 +233,8 @@ class _Job:
             shutil.rmtree(self.partial)  # resuming would only meet the same bytes again
             raise
         record = self._record(coverage)
-        write_bytes(self.partial / "run.json", json.dumps(record, indent=2).encode() + b"\n")
-        with disk_errors(self.target):
-            os.rename(self.partial, self.target)
-        fsync_folder(self.target.absolute().parent)
+        write_json(self.partial / "run.json", record)
+        publish(self.partial, self.target)
         shutil.rmtree(self.target / ".work")
         return record
 

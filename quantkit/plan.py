@@ -111,7 +111,9 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     """Check the checkpoint against its architecture and the recipe against both. Raises CheckpointError, ConfigError."""
     where = str(reader.folder / "config.json")
     if reader.config.get("quantization_config"):
-        raise ConfigError(f"{where} says the model is already quantised", "start from the BF16 model")
+        raise ConfigError(
+            f"{where} says the model is already quantised", "start from the BF16 model, or use 'quantkit convert --to bf16'"
+        )
     spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
     if isinstance(spec, ModelSpec):
         _check_names(reader, spec)

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from quantkit.evals.words import size
 from quantkit.pipeline import Step
 
 __all__ = [
@@ -22,16 +23,8 @@ __all__ = [
     "layer_line",
     "plan_table",
     "size",
+    "verdict_tables",
 ]
-
-
-def size(count: float) -> str:
-    """Bytes for people: decimal units, as disks and hubs state them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def clock(seconds: float) -> str:
@@ -181,18 +174,38 @@ def eval_table(result: dict[str, Any]) -> Table:
         ("perplexity, quantized", "perplexity.quantized", result["perplexity"]["quantized"]),
         ("perplexity ratio", "perplexity.ratio", result["perplexity"]["ratio"]),
         *((f"KL {name}, nats", f"kl.{name}", value) for name, value in result["kl"].items()),
+        *([("KL, noise floor, nats", "kl.floor", result["noise_floor"])] if result["noise_floor"] is not None else []),
         ("top-1 agreement", "top1_agreement", result["top1_agreement"]),
         ("router agreement", "router_agreement", result["router_agreement"]),
     ]
     for label, key, value in rows:
         interval = result["ci95"].get(key)
         table.add_row(label, f"{value:.5f}", f"{interval[0]:.5f} .. {interval[1]:.5f}" if interval else "")
-    worst = max(result["layers"], key=lambda row: row["hidden_error"])
-    table.caption = (
-        f"largest error of a hidden state: {worst['hidden_error']:.2e} of its energy, after layer {worst['layer']}"
-    )
+    errors = [(row["hidden_error"], row["layer"]) for row in result["layers"]]
+    if broken := [layer for error, layer in errors if error is None]:
+        table.caption = f"not finite after layer {broken[0]}"
+    else:
+        error, layer = max(errors)
+        table.caption = f"largest error of a hidden state: {error:.2e} of its energy, after layer {layer}"
     return table
 
 
 def console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)  # a path may hold brackets
+
+
+def verdict_tables(data: dict[str, Any]) -> Group:
+    """For each run its gates under its verdict, and what changed where it was compared."""
+    tables = []
+    for run in data["runs"]:
+        table = Table("gate", "decision", "why", title=f"{run['verdict']['status'].upper()}: {run['run']}", box=box.SIMPLE)
+        for row in run["gates"]:
+            table.add_row(row["gate"], row["status"], row["reason"])
+        tables.append(table)
+        if run["changes"]:
+            changes = Table("metric", "before", "now", "", title="changes", box=box.SIMPLE)
+            for row in run["changes"]:
+                cells = (f"{row[side]['value']:.5g}" for side in ("previous", "current"))
+                changes.add_row(row["metric"], *cells, "regression" if row["regression"] else "")
+            tables.append(changes)
+    return Group(*tables)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.formats.dtypes import DTYPES
 from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["QuantizedTensor", "expand"]
@@ -28,8 +29,8 @@ def expand(per_scale: Tensor, grid: Grid, shape: tuple[int, int]) -> Tensor:
 class QuantizedTensor:
     """A weight [out, in] on a grid.
 
-    codes: int8, or float8_e4m3fn for a FLOAT grid, [out, in]. scale: bfloat16, `grid.scale_shape`, finite and > 0.
-    zero: int8 of the scale's shape when the grid is asymmetric, else None. input_scale: bfloat16 [1] when the scheme
+    codes: int8, or float8_e4m3fn for a FLOAT grid, [out, in]. scale: `grid.scale_dtype`, `grid.scale_shape`, finite and
+    > 0. zero: int8 of the scale's shape when the grid is asymmetric, else None. input_scale: a float [1] when the scheme
     rounds activations with a calibrated scale.
     """
 
@@ -44,6 +45,8 @@ class QuantizedTensor:
         expected = torch.float8_e4m3fn if self.grid.kind is Kind.FLOAT else torch.int8
         if self.codes.dtype is not expected:
             raise ValueError(f"codes are {self.codes.dtype}, a {self.grid.kind.value} grid holds {expected}")
+        if self.scale.dtype is not DTYPES[self.grid.scale_dtype]:
+            raise ValueError(f"scale is {self.scale.dtype}, the grid's scales are {self.grid.scale_dtype}")
         if tuple(self.scale.shape) != self.grid.scale_shape(out, inputs):
             raise ValueError(f"scale {tuple(self.scale.shape)} does not fit {self.grid.scale_shape(out, inputs)}")
         if (self.zero is None) != self.grid.symmetric:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.formats import compressed_tensors
+from quantkit.formats import compressed_tensors, table
+from quantkit.formats.base import KV_SCALE, Format
 from quantkit.formats.dtypes import DTYPES, FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.kernels import dispatch, reference
-from quantkit.kernels.backend import Backend, Expert, QuantExperts, QuantLinear
+from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.cache import Cache, KVFormat
@@ -28,25 +29,35 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.sampling import GREEDY, Sampling, sample
 from quantkit.scheme import Scheme
 
-__all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "load", "misfits", "schemes_of"]
+__all__ = ["CheckpointWeights", "KernelWeights", "Kernels", "Model", "format_of", "load", "misfits", "schemes_of"]
 
 
 Kernels = Literal["auto", "w4a8", "reference"]
+
+
+def format_of(reader: CheckpointReader) -> Format:
+    """The format of a checkpoint's quantised linears. Raises ConfigError."""
+    quantization = reader.config.get("quantization_config")
+    try:
+        return table.recognise(quantization, reader.entries) if quantization else compressed_tensors.FORMAT
+    except ConfigError as error:
+        raise ConfigError(f"{reader.folder / 'config.json'}: {error.problem}", error.fix) from error
 
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
     """The scheme of every linear of a checkpoint; None where it is not quantised."""
     spec = spec_of(reader)
     keys = [ref.key for ref in spec.linears()]
-    quantization = reader.config.get("quantization_config")
+    quantization, layout = reader.config.get("quantization_config"), format_of(reader)
     try:
-        return compressed_tensors.parse(quantization, keys) if quantization else dict.fromkeys(keys)
+        return layout.parse(quantization, keys, reader.entries) if quantization else dict.fromkeys(keys)
     except ConfigError as error:
         raise ConfigError(f"{reader.folder / 'config.json'}: {error.problem}", error.fix) from error
 
 
 def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> list[str]:
     """What is missing, unexpected, or of another dtype or shape than the architecture and the schemes say."""
+    layout, problems, optional = format_of(reader), list[str](), {key for key in reader.entries if KV_SCALE.match(key)}
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
     allowed = FLOATS if isinstance(spec, ModelSpec) else tuple(DTYPES)
     expected = {key: (allowed, shape) for key, shape in spec.tensors().items()}
@@ -55,13 +66,18 @@ def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict
     for ref in spec.linears():
         scheme = schemes[ref.key]
         if scheme is not None:
+            if problem := scheme.misfit(ref.out_features, ref.in_features):
+                problems.append(f"'{ref.key}' cannot be {scheme.name}: {problem}")
             del expected[ref.weight]
-            expected.update({t.name: ((t.dtype,), t.shape) for t in compressed_tensors.planned(ref, scheme)})
-    problems = [f"tensor '{key}' is missing" for key in sorted(expected.keys() - reader.entries.keys())]
-    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys())]
+            planned = layout.planned(ref, scheme)
+            expected.update({t.name: (t.dtypes, t.shape) for t in planned})
+            optional |= {t.name for t in planned if t.optional}
+    problems += [f"tensor '{key}' is missing" for key in sorted(expected.keys() - reader.entries.keys() - optional)]
+    problems += [f"tensor '{key}' is unexpected" for key in sorted(reader.entries.keys() - expected.keys() - optional)]
     for key, (dtypes, shape) in expected.items():
         entry = reader.entries.get(key)
-        if entry and (entry.shape != shape or entry.dtype not in dtypes):
+        one = entry is not None and {entry.shape, shape} == {(), (1,)}  # a single scale has either shape
+        if entry and (not (entry.shape == shape or one) or entry.dtype not in dtypes):
             seen = f"{entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}"
             problems.append(f"{seen}, expected {' or '.join(dtypes)} {shape}")
     return problems
@@ -75,7 +91,7 @@ class CheckpointWeights(Weights):
 
     def __init__(self, reader: CheckpointReader, device: torch.device, hold: bool) -> None:
         self.reader, self.device, self.hold = reader, device, hold
-        self.schemes = schemes_of(reader)
+        self.schemes, self.format = schemes_of(reader), format_of(reader)
         self._plain: dict[str, Tensor] = {}
         self._quantized: dict[str, QuantizedTensor] = {}
 
@@ -94,7 +110,7 @@ class CheckpointWeights(Weights):
         return q
 
     def _decode(self, ref: Linear, scheme: Scheme) -> QuantizedTensor:
-        return compressed_tensors.decode(ref, scheme, lambda key: self.reader.tensor(key).to(self.device))
+        return self.format.decode(ref, scheme, self.reader.tensors(self.device))
 
     def tensor(self, key: str) -> Tensor:
         if key in self._plain:
@@ -163,9 +179,13 @@ class KernelWeights(CheckpointWeights):
                 progress(layer.index + 1, len(spec.layers))
 
     def _pack(self, parts: tuple[MLP, ...]) -> None:
-        if self._experts(parts) is None:
-            for ref in (ref for part in parts for ref in part.linears()):
-                self._linear(ref, self.schemes[ref.key])
+        """Together, else each alone, else linear by linear."""
+        if self._experts(parts) is not None:
+            return
+        for part in parts if len(parts) > 1 else ():
+            self._pack((part,))
+        for ref in parts[0].linears() if len(parts) == 1 else ():
+            self._linear(ref, self.schemes[ref.key])
 
     def _linear(self, ref: Linear, scheme: Scheme | None) -> QuantLinear | None:
         """Its kernel, packed; None when it is not quantised or the reference serves it."""
@@ -186,14 +206,14 @@ class KernelWeights(CheckpointWeights):
             kernel = None
             if alike:
                 scheme, backend = alike
-                with _named(parts[0].gate.key if len(parts) == 1 else f"{parts[0].gate.key}, or another expert there,"):
-                    kernel = backend.experts((self._expert(part, scheme) for part in parts), len(parts), scheme)
+                loaded = (Expert(*(self._decode(ref, scheme) for ref in part.linears())) for part in parts)
+                with (
+                    suppress(InputScalesDiffer),  # gate and up then go apart
+                    _named(parts[0].gate.key if len(parts) == 1 else f"{parts[0].gate.key}, or another expert there,"),
+                ):
+                    kernel = backend.experts(loaded, len(parts), scheme)
             self._fused[key] = kernel
         return self._fused[key]
-
-    def _expert(self, part: MLP, scheme: Scheme) -> Expert:
-        with _named(part.gate.key):
-            return Expert(*(self._decode(ref, scheme) for ref in part.linears()))
 
     def _alike(self, parts: tuple[MLP, ...]) -> tuple[Scheme, Backend] | None:
         """The scheme and backend that all linears of these MLPs have in common, if they have their shapes too."""
@@ -212,6 +232,8 @@ def _named(key: str) -> Iterator[None]:
     """A weight that a kernel cannot pack is an error of the checkpoint, and has a name."""
     try:
         yield
+    except InputScalesDiffer:
+        raise
     except ValueError as error:
         raise CheckpointError(
             f"{key} cannot be packed: {error}", "quantise again, or load with kernels='reference'"

@@ -19,7 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear, Role
 
-__all__ = ["BF16", "PRESETS", "Activation", "Grid", "Kind", "Recipe", "Rule", "Scheme", "Strategy", "scheme_named"]
+__all__ = [
+    "BF16",
+    "FP8_TENSOR",
+    "PRESETS",
+    "Activation",
+    "Grid",
+    "Kind",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "Strategy",
+    "fp8_block",
+    "scheme_named",
+    "weight_only",
+]
 
 BF16 = "BF16"
 Method = Literal["rtn", "gptq"]
@@ -42,7 +56,10 @@ class Strategy(str, Enum):
 
 @dataclass(frozen=True)
 class Grid:
-    """The values a weight may take: code * scale, or (code - zero) * scale. FLOAT with 8 bits is float8 e4m3fn."""
+    """The values a weight may take: code * scale, or (code - zero) * scale. FLOAT with 8 bits is float8 e4m3fn.
+
+    scale_dtype: what scales are stored in, BF16, F16 or F32. quantkit makes BF16 ones; other tools' are kept as they are.
+    """
 
     kind: Kind
     bits: int
@@ -50,6 +67,7 @@ class Grid:
     symmetric: bool = True
     group_size: int | None = None
     block: tuple[int, int] | None = None
+    scale_dtype: str = "BF16"
 
     @property
     def qmin(self) -> float:
@@ -74,12 +92,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class Activation:
-    """How a linear's input is rounded: per tensor with a calibrated scale, or dynamically per token or token group."""
+    """How a linear's input is rounded: per tensor with a calibrated scale, or dynamically per token or token group.
+
+    scale_dtype: what the calibrated scale is stored in.
+    """
 
     kind: Kind
     strategy: Strategy
     dynamic: bool
     group_size: int | None = None
+    scale_dtype: str = "BF16"
 
 
 @dataclass(frozen=True)
@@ -94,6 +116,14 @@ class Scheme:
     def static(self) -> bool:
         return self.activation is not None and not self.activation.dynamic
 
+    def stored(self, scale: str, input_scale: str | None = None) -> Scheme:
+        """The same with scales of these dtypes; input_scale counts where there is one, and is `scale` unless given."""
+        weight = dataclasses.replace(self.weight, scale_dtype=scale)
+        if not self.static or self.activation is None:
+            return dataclasses.replace(self, weight=weight)
+        activation = dataclasses.replace(self.activation, scale_dtype=input_scale or scale)
+        return dataclasses.replace(self, weight=weight, activation=activation)
+
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why a weight of that shape cannot take this scheme, or None."""
         grid, groups = self.weight, self.activation.group_size if self.activation else None
@@ -101,10 +131,11 @@ class Scheme:
             return f"in_features {in_features} is not a multiple of group size {grid.group_size}"
         if groups and in_features % groups:
             return f"in_features {in_features} is not a multiple of {groups}, the activation's group"
-        if grid.kind is Kind.INT and grid.bits == 4 and in_features % 8:
-            return f"in_features {in_features} is not a multiple of 8, which packing eight codes to a word needs"
-        if not grid.symmetric and out_features % 8:
-            return f"out_features {out_features} is not a multiple of 8, which packing zero points needs"
+        word = 32 // grid.bits
+        if grid.kind is Kind.INT and self.activation is None and in_features % word:
+            return f"in_features {in_features} is not a multiple of {word}, which packing {word} codes to a word needs"
+        if not grid.symmetric and out_features % word:
+            return f"out_features {out_features} is not a multiple of {word}, which packing zero points needs"
         return None
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
@@ -112,7 +143,8 @@ class Scheme:
         scales = 1
         for size in self.weight.scale_shape(out_features, in_features):
             scales *= size
-        extra = scales * (16 + (0 if self.weight.symmetric else self.weight.bits))
+        wide = 32 if self.weight.scale_dtype == "F32" else 16
+        extra = scales * (wide + (0 if self.weight.symmetric else self.weight.bits))
         return self.weight.bits + extra / (out_features * in_features)
 
 
@@ -147,6 +179,24 @@ def scheme_named(name: str, group_size: int | None = None) -> Scheme | None:
     if group_size is None or scheme.weight.strategy is not Strategy.GROUP:
         return scheme
     return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, group_size=group_size))
+
+
+def weight_only(bits: int, symmetric: bool, group_size: int | None) -> Scheme:
+    """Integers that meet inputs as they are, with a scale per group_size inputs of a row, or per row for None."""
+    strategy = Strategy.GROUP if group_size else Strategy.CHANNEL
+    name = f"W{bits}A16{'' if symmetric else '_ASYM'}{'' if group_size else '_CHANNEL'}"
+    return Scheme(name, Grid(Kind.INT, bits, strategy, symmetric, group_size))
+
+
+def fp8_block(rows: int, columns: int) -> Scheme:
+    """FP8_BLOCK with blocks of another size; inputs are rounded per `columns` of a token."""
+    scheme = PRESETS["FP8_BLOCK"]
+    activation = Activation(Kind.FLOAT, Strategy.GROUP, dynamic=True, group_size=columns)
+    return Scheme(scheme.name, dataclasses.replace(scheme.weight, block=(rows, columns)), activation)
+
+
+# One scale for a whole FP8 weight, and inputs rounded per token: what `activation_scheme: dynamic` means in FP8 checkpoints.
+FP8_TENSOR = Scheme("FP8_TENSOR", _fp8(Strategy.TENSOR), Activation(Kind.FLOAT, Strategy.TOKEN, dynamic=True))
 
 
 class Rule(BaseModel):

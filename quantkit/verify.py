@@ -21,10 +21,10 @@ from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import Linear, ModelSpec
-from quantkit.runtime import misfits, schemes_of
+from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Kind, Scheme
 
-__all__ = ["SUMS", "VerifyReport", "inspect", "verify"]
+__all__ = ["SUMS", "VerifyReport", "check_hashes", "inspect", "verify"]
 
 SUMS = "SHA256SUMS"
 _UNSUMMED = {SUMS, "run.json"}
@@ -57,13 +57,14 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     Raises VerificationError listing what is wrong.
     """
     problems: list[str] = []
-    files = _check_hashes(folder, problems)
+    files = check_hashes(folder, problems)
     reader = CheckpointReader(folder)
     spec = spec_of(reader)
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
     problems += misfits(reader, spec, schemes)
-    if quantization := reader.config.get("quantization_config"):
+    quantization = reader.config.get("quantization_config")
+    if quantization and format_of(reader) is compressed_tensors.FORMAT:  # other formats name no linears
         problems += compressed_tensors.inexact(quantization, _stored(reader, spec, schemes), *bystanders(spec))
     if original and isinstance(spec, NamedSpec):  # what should be there, only the source can say
         differing = original.entries.keys() ^ spec.tensors().keys()
@@ -98,7 +99,8 @@ def _stored(
     return {ref.key: None if plain(ref.weight) else schemes[ref.key] for ref in spec.linears()}
 
 
-def _check_hashes(folder: Path, problems: list[str]) -> int:
+def check_hashes(folder: Path, problems: list[str]) -> int:
+    """How many files SHA256SUMS lists; what does not agree with it is added to `problems`."""
     path = folder / SUMS
     if not os.path.isfile(path):
         problems.append(f"no {SUMS}: this is not a finished quantkit output")
@@ -121,9 +123,9 @@ def _check_linear(
     """Decode one linear; its relative error against the source. Raises VerificationError, CheckpointError."""
     if scheme is None:
         return None
-    q = compressed_tensors.decode(ref, scheme, reader.tensor)
+    q = format_of(reader).decode(ref, scheme, reader.tensors())
     if not (q.scale.float() > 0).all():
-        raise VerificationError(f"'{ref.key}.weight_scale' holds values that are not positive")
+        raise VerificationError(f"'{ref.key}' has scales that are not positive")
     stored = reader.entries.get(f"{ref.key}.weight_shape")
     if stored and reader.tensor(f"{ref.key}.weight_shape").tolist() != [ref.out_features, ref.in_features]:
         raise VerificationError(f"'{ref.key}.weight_shape' is not {[ref.out_features, ref.in_features]}")
@@ -157,7 +159,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds: per role the schemes, linears, weights, bytes and bits per weight; the same in total."""
     reader = CheckpointReader(folder)
     spec = spec_of(reader)
-    schemes = schemes_of(reader)
+    schemes, layout = schemes_of(reader), format_of(reader)
     roles: dict[str, dict[str, Any]] = {}
     counted = 0
 
@@ -170,7 +172,7 @@ def inspect(folder: Path) -> dict[str, Any]:
 
     for ref in spec.linears():
         scheme = schemes[ref.key]
-        names = [t.name for t in compressed_tensors.planned(ref, scheme)] if scheme else [ref.weight]
+        names = [t.name for t in layout.planned(ref, scheme) if t.name in reader.entries] if scheme else [ref.weight]
         size = sum(reader.entry(name).nbytes for name in names)
         label = scheme.name if scheme else reader.entry(ref.weight).dtype
         count(ref.role.value, label, ref.out_features * ref.in_features, size)
@@ -190,6 +192,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "architecture": spec.architecture,
         "layers": len(spec.layers),
         "quantized": any(schemes.values()),
+        "format": layout.name if any(schemes.values()) else None,
         "shards": len(reader.shards),
         "roles": roles,
         "total": {**total, "bits_per_weight": round(8 * total["bytes"] / total["weights"], 3)},

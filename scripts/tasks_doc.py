@@ -81,9 +81,9 @@ def row(benchmark: Benchmark) -> str:
 SMOLLM2 = """
 ## SmolLM2-135M-Instruct
 
-`bench/tasks_smollm2.py`: at most LIMIT items a task, no examples, float32 reference, groups of 64, 32 calibration windows.
-The weights come from a 4-bit file, so what W4A16 loses is not typical. Read the intervals: a hundred items cannot show a
-point of difference.
+`bench/tasks_smollm2.py`: at most LIMIT items a task, no examples, on this machine's kernels, groups of 64, 32 windows for
+calibration. The weights come from a 4-bit file, so what W4A16 loses is not typical. Read the intervals: a hundred items
+cannot show a point of difference.
 
 | scheme | task | n | BF16 | quantised | recovery | 95 % interval | lost, gained | p |
 |---|---|---|---|---|---|---|---|---|

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.formats.dtypes import DTYPES
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import build
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
@@ -32,6 +34,8 @@ GRIDS = {name: scheme.weight for name, scheme in PRESETS.items()} | {
     "INT4 g384": Grid(Kind.INT, 4, Strategy.GROUP, group_size=384),
     "INT8 g24 asymmetric": Grid(Kind.INT, 8, Strategy.GROUP, symmetric=False, group_size=24),
     "FP8 blocks of 8 x 40": Grid(Kind.FLOAT, 8, Strategy.BLOCK, block=(8, 40)),
+    "INT4 float16 scales": Grid(Kind.INT, 4, Strategy.GROUP, symmetric=False, group_size=32, scale_dtype="F16"),
+    "FP8 float32 scales": Grid(Kind.FLOAT, 8, Strategy.BLOCK, block=(16, 8), scale_dtype="F32"),
 }
 
 
@@ -44,7 +48,9 @@ def random_codes(grid: Grid, rows: int, inputs: int) -> Tensor:
 def random_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     shape = grid.scale_shape(rows, inputs)
     zero = None if grid.symmetric else torch.randint(int(grid.qmin), int(grid.qmax) + 1, shape, dtype=torch.int8)
-    return QuantizedTensor(random_codes(grid, rows, inputs), (torch.rand(shape) + 0.1).bfloat16(), zero, grid)
+    return QuantizedTensor(
+        random_codes(grid, rows, inputs), (torch.rand(shape) + 0.1).to(DTYPES[grid.scale_dtype]), zero, grid
+    )
 
 
 def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
@@ -53,7 +59,8 @@ def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     codes = torch.randint(-7, 8, (rows, inputs))
     stored = codes.to(torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8)
     zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
-    return QuantizedTensor(stored, (2.0 ** torch.randint(-2, 2, shape)).bfloat16(), zero, grid)
+    scale = (2.0 ** torch.randint(-2, 2, shape)).to(DTYPES[grid.scale_dtype])
+    return QuantizedTensor(stored, scale, zero, grid)
 
 
 def one(q: QuantizedTensor, activation: Activation | None = None) -> Packed:
@@ -235,7 +242,7 @@ def test_layer_of_experts(name: str, tokens: int, top_k: int, count: int) -> Non
         if name == "W8A16":
             return random_weight(Grid(Kind.INT, 8, Strategy.GROUP, group_size=8), rows, inputs)
         q = random_weight(grid, rows, inputs)
-        scale = (q.scale.float() * 0.003).bfloat16()
+        scale = (q.scale.float() * 0.003).to(q.scale.dtype)
         fixed = None if how is None or how.dynamic else (torch.rand(1) * 0.01 + 0.01).bfloat16()
         return QuantizedTensor(q.codes, scale, q.zero, grid, fixed)
 
@@ -301,6 +308,8 @@ def test_what_does_not_fit_is_refused() -> None:
             gather([*packed.parts, *other.parts])
     with pytest.raises(ValueError, match="experts"):
         gather([])
+    with pytest.raises(ValueError, match="experts"):  # scales of two dtypes
+        gather([replace(packed.parts[0], scale=packed.parts[0].scale.float()), *packed.parts])
 
 
 def test_weights_without_a_kernel_are_refused() -> None:

@@ -73,7 +73,7 @@ def test_encode_is_as_planned_and_decodes_to_itself(name: str) -> None:
     tensors = ct.encode(ref, scheme, q)
     planned = {t.name: (DTYPES[t.dtype], t.shape) for t in ct.planned(ref, scheme)}
     assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == planned
-    again = ct.decode(ref, scheme, lambda key: tensors[key])
+    again = ct.decode(ref, scheme, tensors)
     assert torch.equal(again.dequantize(), q.dequantize())
     bits = 8 * sum(t.nbytes for t in ct.planned(ref, scheme) if not t.name.endswith(("_shape", "input_scale"))) / (48 * 64)
     assert bits == pytest.approx(scheme.bits_per_weight(48, 64))

@@ -180,18 +180,19 @@ def test_bootstrap_covers_and_pairs() -> None:
     effect = torch.randn(40, generator=generator).repeat_interleave(50)
     values = (effect + 0.1 * torch.randn(2000, generator=generator)).double().numpy() ** 2
     units = torch.arange(40).repeat_interleave(50).numpy()
-    clustered = TokenScores(values, values, values + 0.5, values, values, units)
-    flat = TokenScores(values, values, values + 0.5, values, values, torch.arange(2000).numpy())
+    clustered = TokenScores(values, values, values + 0.5, *[values] * 4, units, units)
+    flat = TokenScores(values, values, values + 0.5, *[values] * 4, torch.arange(2000).numpy(), units)
     (low, high), (flat_low, flat_high) = bootstrap(clustered)["kl.mean"], bootstrap(flat)["kl.mean"]
     assert low < values.mean() < high and high - low > 3 * (flat_high - flat_low)
     ratio = bootstrap(clustered)["perplexity.ratio"]  # a constant difference has no spread when pairs stay together
     assert ratio[0] == pytest.approx(ratio[1]) == pytest.approx(2.718281828**0.5)
-    assert summary(clustered)["perplexity"]["ratio"] == pytest.approx(2.718281828**0.5)  # type: ignore[index]
+    assert summary(clustered)["perplexity"]["ratio"] == pytest.approx(2.718281828**0.5)
 
 
 def test_score_by_hand() -> None:
     base, quant = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986123]])  # q = (1/4, 3/4)
-    kl, nll_base, nll_quant, same = score(base, quant, torch.tensor([1]))
+    found = score(base, quant, torch.tensor([1]))
+    kl, nll_base, nll_quant, same = found.kl, found.nll_baseline, found.nll_quantized, found.same_top1
     assert kl.item() == pytest.approx(0.5 * torch.tensor(2.0).log().item() + 0.5 * torch.tensor(2 / 3).log().item())
     assert nll_base.item() == pytest.approx(0.693147, rel=1e-5) and nll_quant.item() == pytest.approx(0.287682, rel=1e-5)
     assert same.item() == 0

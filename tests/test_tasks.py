@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 import quantkit
 from quantkit.cli import main
 from quantkit.errors import ConfigError
-from quantkit.evals.tasks import Options, evaluate_tasks, plan_tasks
+from quantkit.evals.tasks import Chosen, Options, _pairs, evaluate_tasks, plan_tasks
 from quantkit.scheme import Recipe
 from quantkit.task_tables import suite_table, task_table
 from tests.conftest import SMALL
@@ -89,6 +89,10 @@ def test_eval_tasks(pair: tuple[Path, Path], data: Path, tmp_path: Path) -> None
             assert np.mean([record[side]["score"] for record in own]) == pytest.approx(row[side])
         flips = [(record["baseline"]["score"], record["quantized"]["score"]) for record in own]
         assert (flips.count((1.0, 0.0)), flips.count((0.0, 1.0))) == (row["right_to_wrong"], row["wrong_to_right"])
+    report = json.loads((quantized / "eval" / "report.json").read_text())
+    assert report["tasks"] == found["tasks"] and report["task_run"]["benchmarks"][2]["task"] == "mmlu"
+    assert "--tasks piqa,gsm8k,mmlu,cmath" in report["provenance"]["command"]
+    assert "lm-evaluation-harness" in (quantized / "eval" / "report.html").read_text()
     likely = records[0]["baseline"]["loglikelihoods"]
     assert len(likely) == 2 and records[0]["quantized"]["loglikelihoods"] != likely
     assert {record["doc"]["goal"] for record in records if record["name"] == "piqa"} == {f"goal {i}" for i in range(5)}
@@ -154,12 +158,15 @@ def test_no_network_and_no_data(monkeypatch: pytest.MonkeyPatch, pair: tuple[Pat
         evaluate_tasks(*pair, plan_tasks(["piqa"]))
 
 
-@needs_harness
-def test_perplexity_is_no_item_score(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "wikitext.jsonl").write_text('{"page": "some text"}\n')
-    plan = plan_tasks(["wikitext"], options=Options(data_dir=tmp_path, kernels="reference"))
-    with pytest.raises(ConfigError, match="has no score between 0 and 1"):
-        evaluate_tasks(*pair, plan)
+def test_perplexity_is_no_item_score() -> None:
+    one = Chosen("wikitext", "wikitext", ("wikitext",), 0, None, None, None)
+    sample = {"doc_id": 0, "doc_hash": "a", "prompt_hash": "b", "filter": "none", "metrics": ["word_perplexity"]}
+    samples = {"wikitext": [{**sample, "word_perplexity": (-3.0, 1)}]}
+    with pytest.raises(ConfigError, match="has no score between 0 and 1 for an item: its word_perplexity"):
+        _pairs(one, samples, samples)
+    other = {"wikitext": [{**samples["wikitext"][0], "prompt_hash": "c"}]}
+    with pytest.raises(ConfigError, match="asked both models different items"):
+        _pairs(one, samples, other)
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_messages_go_through_the_models_template(model: Path, tmp_path: Path) ->
 
 
 def test_calibration_and_held_out_modules_do_not_overlap() -> None:
-    calibration = set(corpus.stdlib_files(corpus.NAMED["stdlib"]))
+    calibration = set(corpus.stdlib_files(corpus.CALIBRATION))
     held_out = corpus.held_out_files()
     assert len(calibration) > 100 and len(held_out) > 25 and not calibration & held_out
     assert len(corpus.named_documents("stdlib-held-out")) == len(held_out)

@@ -133,3 +133,12 @@ def test_fp8_dynamic_agrees(a13b: Path, tmp_path: Path) -> None:
     logits, ours = theirs(out), quantkit.load(out, kernels="reference").logits(IDS)
     assert relative(emulated(out), logits) < 1e-4
     assert relative(ours, logits) < relative(ours, quantkit.load(a13b, kernels="reference").logits(IDS))
+
+
+def test_what_was_gptq_agrees(a13b: Path, tmp_path: Path) -> None:
+    """Float16 scales, as GPTQ has them, in compressed-tensors: loaded as well as bfloat16 ones (the tolerance above)."""
+    quantkit.quantize(a13b, tmp_path / "ours", Recipe(**MIXED))
+    quantkit.convert(tmp_path / "ours", tmp_path / "gptq", "gptq")
+    quantkit.convert(tmp_path / "gptq", tmp_path / "out", "compressed-tensors")
+    assert torch.equal(emulated(tmp_path / "out"), emulated(tmp_path / "ours"))
+    assert relative(emulated(tmp_path / "out"), theirs(tmp_path / "out")) < 0.005

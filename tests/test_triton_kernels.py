@@ -19,10 +19,11 @@ from tests.kernel_helpers import random_weight
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("file", ["kernels", "benches", "model"])
-def test_in_interpreter(file: str) -> None:
+@pytest.mark.parametrize("files", [("kernels", "benches"), ("model",)])
+def test_in_interpreter(files: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/gpu/{file}.py"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"tests/gpu/{name}.py" for name in files]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env["TRITON_INTERPRET"] = "1"
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

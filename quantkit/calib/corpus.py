@@ -1,13 +1,20 @@
-"""Text that any machine with Python has: the standard library, split once into calibration and held-out modules.
+"""Texts that have a name: the standard library, which any machine with Python has, and data sets of the hub.
 
-The held-out modules are kept out of the training of `examples/tiny-hunyuan` and out of calibration, so that the demo
-measures on text that neither has seen. A module that an interpreter does not ship is left out.
+The standard library is split once into calibration and held-out modules. The held-out modules are kept out of the training
+of `examples/tiny-hunyuan` and out of calibration, so that the demo measures on text that neither has seen. A module that
+an interpreter does not ship is left out. The data sets are those that optimum names.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 import sysconfig
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+from quantkit.errors import CalibrationError
 
 __all__ = ["CALIBRATION", "HELD_OUT", "NAMED", "held_out_files", "named_documents", "stdlib_files"]
 
@@ -34,7 +41,24 @@ HELD_OUT = (
     *("pprint", "random", "shutil", "smtplib", "statistics", "subprocess", "tarfile", "tempfile", "textwrap"),
     *("threading", "tokenize", "traceback"),
 )
-NAMED = {"stdlib": CALIBRATION, "stdlib-held-out": tuple(f"{name}.py" for name in HELD_OUT)}
+STDLIB = {"stdlib": CALIBRATION, "stdlib-held-out": tuple(f"{name}.py" for name in HELD_OUT)}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A file of a data set on the hub: .parquet whose rows are lines of one text, or .json.gz with a document a line."""
+
+    repository: str
+    file: str
+
+
+HUB = {
+    "wikitext2": DataSet("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet"),
+    "wikitext2-test": DataSet("Salesforce/wikitext", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    "c4": DataSet("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
+}
+MAX_DOCUMENTS = 20_000  # of c4's first file: about ten million tokens
+NAMED = (*STDLIB, *HUB)
 
 
 def _root() -> Path:
@@ -51,16 +75,41 @@ def stdlib_files(names: tuple[str, ...]) -> list[Path]:
 
 
 def held_out_files() -> set[Path]:
-    return set(stdlib_files(NAMED["stdlib-held-out"]))
+    return set(stdlib_files(STDLIB["stdlib-held-out"]))
 
 
 def named_documents(name: str) -> list[str]:
-    """The documents of a named corpus: one per module; a file that is not UTF-8 (some test data) is left out."""
+    """The documents of a named text. Raises CalibrationError when it is on the hub and the hub does not give it.
+
+    The standard library: one per module; a file that is not UTF-8 (some test data) is left out.
+    """
+    if name in HUB:
+        return _hub_documents(name)
     documents = []
-    for path in stdlib_files(NAMED[name]):
+    for path in stdlib_files(STDLIB[name]):
         data = path.read_bytes()
         try:
             documents.append(data.decode("utf-8"))
         except UnicodeDecodeError:
             continue
     return documents
+
+
+def _hub_documents(name: str) -> list[str]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from pyarrow import parquet
+
+    data = HUB[name]
+    try:
+        path = hf_hub_download(data.repository, data.file, repo_type="dataset")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CalibrationError(
+            f"text '{name}' is {data.file} of the data set {data.repository}, and the hub did not give it: "
+            f"{str(error).splitlines()[0]}",
+            "connect to the hub once (the file is then cached), or give a file of your own",
+        ) from error
+    if data.file.endswith(".parquet"):
+        return ["".join(parquet.read_table(path, columns=["text"]).column("text").to_pylist())]
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line)["text"] for line in islice(lines, MAX_DOCUMENTS)]

@@ -3,96 +3,192 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["TokenScores", "bootstrap", "chunks", "relative_error", "same_choices", "score", "summary"]
+__all__ = [
+    "QUANTILES",
+    "Interval",
+    "Resampler",
+    "Scored",
+    "TokenScores",
+    "bootstrap",
+    "chunks",
+    "log_ratio_error",
+    "relative_error",
+    "same_choices",
+    "score",
+    "summary",
+]
 
-_QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+_LARGE = 80.0  # exp of it is finite in float32
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One value per token, all float64 [n]: KL and both negative log-likelihoods in nats; whether top-1 agrees, and
+    whether each model's top-1 is the token that follows (0 or 1)."""
+
+    kl: Tensor
+    nll_baseline: Tensor
+    nll_quantized: Tensor
+    same_top1: Tensor
+    right_baseline: Tensor
+    right_quantized: Tensor
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One value per scored token, all [n]: KL in nats, both negative log-likelihoods in nats, whether top-1 agrees, the
-    share of router choices that did not change (mean over layers), and the unit (document) that the token is from."""
+    """`Scored` of all tokens as arrays [n], and for each the share of router choices that did not change (mean over
+    layers), the unit (document) that the token is from, and its position in its window."""
 
     kl: Floats
     nll_baseline: Floats
     nll_quantized: Floats
     same_top1: Floats
+    right_baseline: Floats
+    right_quantized: Floats
     same_router: Floats
-    unit: NDArray[np.int64]
+    unit: Integers
+    position: Integers
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        return cls(**{f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    @classmethod
+    def of(cls, scored: Sequence[Scored], same_router: Floats, unit: Integers, position: Integers) -> TokenScores:
+        """Scored parts in order, and the rest of their tokens' values."""
+        columns = {f.name: torch.cat([getattr(s, f.name) for s in scored]).cpu().numpy() for f in fields(Scored)}
+        return cls(**columns, same_router=same_router, unit=unit, position=position)
+
+    def where(self, chosen: NDArray[np.bool_]) -> TokenScores:
+        return TokenScores(**{f.name: getattr(self, f.name)[chosen] for f in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.kl)
 
 
-def score(baseline: Tensor, quantized: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL(baseline || quantized), nll of both, and top-1 equality, each float64 [n], from float32 logits [n, vocab].
+def score(baseline: Tensor, quantized: Tensor, targets: Tensor) -> Scored:
+    """Compare float32 logits [n, vocab] of two models over the whole vocabulary; targets int64 [n].
 
-    KL = sum_v p_v (log p_v - log q_v), over the whole vocabulary, in float64, so that equal logits give exactly 0.
+    With d = log q - log p, KL(baseline || quantized) = sum_v p (exp(d) - 1 - d), as p and q sum to 1. Every term is at
+    least 0, and an error of log p or log q enters in second order only, so float32 is enough and equal logits give 0. A
+    row where exp(d) could overflow is computed in float64. Not finite where a logit is not.
     """
-    p, q = baseline.double().log_softmax(-1), quantized.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    nll = [-x.gather(-1, targets[:, None])[:, 0] for x in (p, q)]
-    return kl, nll[0], nll[1], (p.argmax(-1) == q.argmax(-1)).double()
+    p, q = baseline.log_softmax(-1), quantized.log_softmax(-1)
+    nll = [-x.gather(-1, targets[:, None])[:, 0].double() for x in (p, q)]
+    top = [x.argmax(-1) for x in (baseline, quantized)]
+    d = q.sub_(p)
+    far = d.amax(-1) > _LARGE
+    kl = torch.expm1(d).sub_(d).mul_(p.exp_()).sum(-1).double()
+    if far.any():
+        wide_p, wide_q = (x[far].double().log_softmax(-1) for x in (baseline, quantized))
+        kl[far] = (wide_p.exp() * (wide_p - wide_q)).sum(-1)
+    right = [(choice == targets).double() for choice in top]
+    return Scored(kl, nll[0], nll[1], (top[0] == top[1]).double(), right[0], right[1])
 
 
-def summary(scores: TokenScores) -> dict[str, object]:
-    """The report's figures, under the JSON keys that `quantkit eval` documents."""
+def summary(scores: TokenScores) -> dict[str, Any]:
+    """The figures of `evaluate`, under the JSON keys that `quantkit eval` documents."""
     base, quant = scores.nll_baseline.mean(), scores.nll_quantized.mean()
-    kl = {name: float(np.quantile(scores.kl, q)) for name, q in _QUANTILES.items()}
+    kl = {name: float(np.quantile(scores.kl, q)) for name, q in QUANTILES.items()}
     return {
-        "perplexity": {"baseline": math.exp(base), "quantized": math.exp(quant), "ratio": math.exp(quant - base)},
+        "perplexity": {"baseline": _exp(base), "quantized": _exp(quant), "ratio": _exp(quant - base)},
         "kl": {"mean": float(scores.kl.mean()), **kl, "max": float(scores.kl.max())},
         "top1_agreement": float(scores.same_top1.mean()),
         "router_agreement": float(scores.same_router.mean()),
     }
 
 
-def bootstrap(scores: TokenScores, resamples: int = 2000, seed: int = 0) -> dict[str, list[float]]:
-    """95 % confidence intervals: units are resampled whole and jointly for both models (paired, clustered).
+def _exp(x: float) -> float:
+    """exp, where a model so broken that it overflows has the largest perplexity there is."""
+    return math.exp(min(x, 700.0))
 
-    Tokens of one document are not independent, so resampling tokens would promise too much.
+
+class Resampler:
+    """The paired bootstrap: units (documents) are drawn whole, with replacement, and jointly for every figure.
+
+    Tokens of one document are not independent, so resampling tokens would promise too much. Fewer than `LEAST_UNITS`
+    units give no interval: their spread says nothing.
     """
-    units, member = np.unique(scores.unit, return_inverse=True)
-    drawn = np.random.default_rng(seed).multinomial(len(units), np.full(len(units), 1 / len(units)), size=resamples)
 
-    def means(values: Floats) -> Floats:
-        sums = np.bincount(member, weights=values, minlength=len(units))
-        sizes = np.bincount(member, minlength=len(units))
-        return np.asarray((drawn @ sums) / (drawn @ sizes))
+    LEAST_UNITS = 5
 
-    def interval(values: Floats) -> list[float]:
-        return [float(v) for v in np.quantile(values, (0.025, 0.975))]
+    def __init__(self, unit: Integers, resamples: int = 2000, seed: int = 0) -> None:
+        units, self.member = np.unique(unit, return_inverse=True)
+        self.units = len(units)
+        draw = np.random.default_rng(seed).multinomial
+        self.drawn = draw(self.units, np.full(self.units, 1 / self.units), size=resamples)
 
-    base, quant = means(scores.nll_baseline), means(scores.nll_quantized)
-    return {
-        "perplexity.baseline": interval(np.exp(base)),
-        "perplexity.quantized": interval(np.exp(quant)),
-        "perplexity.ratio": interval(np.exp(quant - base)),
-        "kl.mean": interval(means(scores.kl)),
-        "kl.p99": interval(_resampled_quantile(scores.kl, member, drawn, 0.99)),
-        "top1_agreement": interval(means(scores.same_top1)),
-        "router_agreement": interval(means(scores.same_router)),
+    def sums(self, values: Floats) -> Floats:
+        return np.asarray(np.bincount(self.member, weights=values, minlength=self.units), dtype=np.float64)
+
+    def means(self, values: Floats) -> Floats:
+        """[resamples]: the mean over tokens in each resample."""
+        sizes = np.bincount(self.member, minlength=self.units)
+        return np.asarray((self.drawn @ self.sums(values)) / (self.drawn @ sizes))
+
+    def quantiles(self, values: Floats, wanted: Sequence[float]) -> list[Floats]:
+        """[resamples] for each: the value at which the drawn tokens' cumulative count passes that share."""
+        order = np.argsort(values)
+        members, found = self.member[order], np.empty((len(wanted), len(self.drawn)))
+        for i, counts in enumerate(self.drawn):
+            cumulative = np.cumsum(counts[members])
+            found[:, i] = values[order[np.searchsorted(cumulative, np.array(wanted) * cumulative[-1])]]
+        return list(found)
+
+    def interval(self, resampled: Floats) -> Interval | None:
+        if self.units < self.LEAST_UNITS:
+            return None
+        low, high = np.quantile(resampled, (0.025, 0.975))
+        return float(low), float(high)
+
+
+def bootstrap(scores: TokenScores, resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
+    """95 % confidence intervals of `summary`'s figures but kl.max, of which a sample tells no interval."""
+    sample = Resampler(scores.unit, resamples, seed)
+    base, quant = sample.means(scores.nll_baseline), sample.means(scores.nll_quantized)
+    resampled = {
+        "perplexity.baseline": np.exp(np.minimum(base, 700)),
+        "perplexity.quantized": np.exp(np.minimum(quant, 700)),
+        "perplexity.ratio": np.exp(np.minimum(quant - base, 700)),
+        "kl.mean": sample.means(scores.kl),
+        "top1_agreement": sample.means(scores.same_top1),
+        "router_agreement": sample.means(scores.same_router),
+        "flips.right_to_wrong": sample.means(scores.right_baseline * (1 - scores.right_quantized)),
+        "flips.wrong_to_right": sample.means(scores.right_quantized * (1 - scores.right_baseline)),
     }
+    quantiles = sample.quantiles(scores.kl, list(QUANTILES.values()))
+    resampled |= {f"kl.{name}": values for name, values in zip(QUANTILES, quantiles, strict=True)}
+    found = {name: sample.interval(values) for name, values in resampled.items()}
+    return {name: interval for name, interval in found.items() if interval}
 
 
-def _resampled_quantile(values: Floats, member: NDArray[np.int64], drawn: NDArray[np.int64], q: float) -> Floats:
-    """The quantile of each resample: the value at which the drawn tokens' cumulative count passes q."""
-    order = np.argsort(values)
-    result = np.empty(len(drawn))
-    for i, counts in enumerate(drawn):
-        cumulative = np.cumsum(counts[member[order]])
-        result[i] = values[order[np.searchsorted(cumulative, q * cumulative[-1])]]
-    return result
+def log_ratio_error(scores: TokenScores) -> float | None:
+    """Standard error of ln(perplexity ratio): of the token-weighted mean of paired differences, clustered by unit, so
+    that the covariance of the two models is in it. None for one unit."""
+    difference = scores.nll_quantized - scores.nll_baseline
+    sample = Resampler(scores.unit, resamples=1)
+    if sample.units < 2:
+        return None
+    residual = sample.sums(difference - difference.mean())
+    return float(np.sqrt((residual**2).sum() * sample.units / (sample.units - 1)) / len(difference))
 
 
 def chunks(rows: int, vocab: int) -> list[slice]:
-    """Slices of rows such that float64 logits of one slice stay below 128 MB."""
-    step = max(1, 16_000_000 // vocab)
+    """Slices of rows such that float32 logits of one slice stay below 32 MB."""
+    step = max(1, 8_000_000 // vocab)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -101,7 +197,6 @@ def same_choices(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, :, None] == b[:, None, :]).any(-1).double().mean(-1)
 
 
-def relative_error(reference: Tensor, other: Tensor) -> tuple[float, float]:
-    """(sum of squared differences, sum of squares of the reference), to be added up over batches."""
-    difference = torch.sub(other, reference).double().square().sum()
-    return float(difference), float(reference.double().square().sum())
+def relative_error(reference: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """[n] each, float64: squared error of a token's row, and squared length of the reference's; both [n, width]."""
+    return torch.sub(other, reference).double().square().sum(-1), reference.double().square().sum(-1)

@@ -143,23 +143,26 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
         for batch in self._batches(list(inputs)):
+            asked = [(row, ids, index) for row, ids in enumerate(batch) for index in inputs[ids]]
+            targets = [requests[index][2][-len(ids) :] for _, ids, index in asked]
             hidden = self._hidden(batch)
-            for row, ids in enumerate(batch):
-                for index in inputs[ids]:
-                    target = requests[index][2][-len(ids) :]
-                    answers[index] = self._score(hidden[row, len(ids) - len(target) : len(ids)], target)
-                done += len(inputs[ids])
+            spans = [hidden[row, len(ids) - len(t) : len(ids)] for (row, ids, _), t in zip(asked, targets, strict=True)]
+            for (_, _, index), answer in zip(asked, self._score(torch.cat(spans), targets), strict=True):
+                answers[index] = answer
+            done += len(asked)
             if self.progress:
                 self.progress(done, len(requests))
         return answers
 
     def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-        """Longest first, so that rows of a batch are of about one length and memory runs out at once or never."""
+        """Longest first, so that memory runs out at once or never; no row is padded to more than twice its length."""
         ordered = sorted(inputs, key=len, reverse=True)
         while ordered:
-            rows = self.rows or max(1, _BATCH_TOKENS // len(ordered[0]))
-            yield ordered[:rows]
-            ordered = ordered[rows:]
+            longest = len(ordered[0])
+            rows = self.rows or max(1, _BATCH_TOKENS // longest)
+            batch = [ids for ids in ordered[:rows] if 2 * len(ids) >= longest]
+            yield batch
+            ordered = ordered[len(batch) :]
 
     @torch.inference_mode()
     def _hidden(self, batch: list[tuple[int, ...]]) -> torch.Tensor:
@@ -173,14 +176,17 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
         return hidden
 
     @torch.inference_mode()
-    def _score(self, hidden: torch.Tensor, target: list[int]) -> tuple[float, bool]:
-        wanted, total, greedy = torch.tensor(target, device=hidden.device), 0.0, True
-        for part in chunks(len(target), self.model.spec.vocab):
-            logits = self.model.head(hidden[part])
-            chosen = wanted[part, None]
-            total += float(logits.double().log_softmax(-1).gather(-1, chosen).sum())
-            greedy &= bool((logits.argmax(-1, keepdim=True) == chosen).all())
-        return total, greedy
+    def _score(self, hidden: torch.Tensor, targets: list[list[int]]) -> list[tuple[float, bool]]:
+        """Of each target, whose positions lie one after another in float32 [n, hidden]: log-likelihood, and if greedy."""
+        wanted = torch.tensor([token for target in targets for token in target], device=hidden.device)
+        likely, greedy = [], []
+        for part in chunks(len(wanted), self.model.spec.vocab):
+            logits, chosen = self.model.head(hidden[part]), wanted[part, None]
+            likely.append(logits.double().log_softmax(-1).gather(-1, chosen)[:, 0].cpu())
+            greedy.append((logits.argmax(-1, keepdim=True) == chosen)[:, 0].cpu())
+        lengths = [len(target) for target in targets]
+        pairs = zip(torch.cat(likely).split(lengths), torch.cat(greedy).split(lengths), strict=True)
+        return [(float(value.sum()), bool(same.all())) for value, same in pairs]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of max_length that score each token once."""

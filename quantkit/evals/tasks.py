@@ -37,7 +37,7 @@ Sample = dict[str, Any]
 class Options:
     """How tasks are run. data_dir: local items instead of the hub's. limit: items of a benchmark with data_dir, else of each
     of the harness's tasks. shots: examples before each question; without it a suite's published number, else the task's
-    own. max_new_tokens: an upper bound. The rest is `harness.QuantkitLM`'s."""
+    own. max_new_tokens: an upper bound. kv_cache: of the quantised model. The rest is `harness.QuantkitLM`'s."""
 
     data_dir: Path | None = None
     limit: int | None = None
@@ -66,13 +66,26 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run, and what of a suite will not, with the reason. index: of the harness, {name: entry}."""
+    """What will be run, and what of a suite will not, with the reason. names: as asked for. index: of the harness, {name:
+    entry}."""
 
+    names: tuple[str, ...]
     chosen: tuple[Chosen, ...]
     left_out: tuple[tuple[str, str], ...]
     suite: str | None
     options: Options
     index: dict[str, Any]
+
+    def words(self) -> list[object]:
+        """The options that ask for the same again."""
+        used = self.options
+        given: list[object] = ["--tasks", ",".join(self.names)] if self.names else []
+        given += ["--suite", self.suite] if self.suite else []
+        for name in ("data_dir", "limit", "shots", "max_new_tokens", "batch_size"):
+            value = getattr(used, name)
+            given += ["--" + name.replace("_", "-"), value] if value is not None else []
+        given += [f"--{name.replace('_', '-')}" for name in ("unsafe_code", "chat_template") if getattr(used, name)]
+        return given + (["--task-kernels", used.kernels] if used.kernels != "auto" else [])
 
 
 def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options | None = None) -> Plan:
@@ -97,7 +110,7 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
     index = _index({*asked, *(row.name for row in kept)})
     chosen = [_chosen(row.name, index, options, row.shots) for row in kept]
     chosen += [_chosen(name, index, options, None) for name in asked]
-    return Plan(tuple(chosen), tuple(left_out.items()), suite, options, index)
+    return Plan(tuple(asked), tuple(chosen), tuple(left_out.items()), suite, options, index)
 
 
 def _index(names: set[str]) -> dict[str, Any]:
@@ -206,7 +219,8 @@ def evaluate_tasks(
     with tempfile.TemporaryDirectory(prefix="quantkit-tasks-") as scratch:
         manager = _manager(Path(scratch), plan)
         for label, path in (("baseline", baseline), ("quantized", quantized)):
-            samples, truncated[label] = _answers(path, manager, plan, functools.partial(_say, progress, label))
+            kv = plan.options.kv_cache if label == "quantized" else "bf16"
+            samples, truncated[label] = _answers(path, manager, plan, kv, functools.partial(_say, progress, label))
             found.append(samples)
     rows, records, details = [], [], []
     for one in plan.chosen:
@@ -287,7 +301,7 @@ def _local(scratch: Path, leaf: str, data: LocalData) -> dict[str, Any]:
 
 
 def _answers(
-    path: str | Path, manager: Any, plan: Plan, progress: Callable[[int, int], None]
+    path: str | Path, manager: Any, plan: Plan, kv_cache: str, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, list[Sample]], int]:
     """A model's samples by the harness's task, and how many texts did not fit into its length."""
     import torch
@@ -300,7 +314,7 @@ def _answers(
         path,
         device=options.device,
         kernels=options.kernels,
-        kv_cache=options.kv_cache,
+        kv_cache=kv_cache,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         progress=progress,

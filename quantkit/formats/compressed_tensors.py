@@ -6,20 +6,21 @@ Schema and presets are those of the compressed-tensors library (Apache-2.0), who
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import ConfigError
+from quantkit.formats.base import Entries, Format, Schemes, Tensors, scale_dtype
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import PRESETS, Kind, Scheme, scheme_named
+from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, fp8_block, scheme_named, weight_only
 
-__all__ = ["config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
+__all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
 
 _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
@@ -39,7 +40,7 @@ def format_of(scheme: Scheme) -> str:
 def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
     """The tensors that one quantised linear becomes."""
     out, inputs, grid = ref.out_features, ref.in_features, scheme.weight
-    scale = TensorPlan(f"{ref.key}.weight_scale", "BF16", grid.scale_shape(out, inputs))
+    scale = TensorPlan(f"{ref.key}.weight_scale", grid.scale_dtype, grid.scale_shape(out, inputs))
     if _packed(scheme):
         plans = [
             TensorPlan(f"{ref.key}.weight_packed", "I32", (out, inputs * grid.bits // 32)),
@@ -51,7 +52,9 @@ def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
         return plans
     dtype = "F8_E4M3" if grid.kind is Kind.FLOAT else "I8"
     plans = [TensorPlan(f"{ref.key}.weight", dtype, (out, inputs)), scale]
-    return [*plans, TensorPlan(f"{ref.key}.input_scale", "BF16", (1,))] if scheme.static else plans
+    if scheme.static and scheme.activation:
+        plans.append(TensorPlan(f"{ref.key}.input_scale", scheme.activation.scale_dtype, (1,)))
+    return plans
 
 
 def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]:
@@ -69,17 +72,18 @@ def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]
     return tensors
 
 
-def decode(ref: Linear, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedTensor:
-    """One quantised linear, from the function that reads a tensor by name."""
-    bits, zero = scheme.weight.bits, None
+def decode(ref: Linear, scheme: Scheme, tensors: Tensors) -> QuantizedTensor:
+    """One quantised linear, from the tensors that `planned` names."""
+    bits, zero, out, inputs = scheme.weight.bits, None, ref.out_features, ref.in_features
     if _packed(scheme):
-        codes = unpack_rows(read(f"{ref.key}.weight_packed"), bits)
+        codes = unpack_rows(tensors[f"{ref.key}.weight_packed"], bits)
         if not scheme.weight.symmetric:
-            zero = unpack_rows(read(f"{ref.key}.weight_zero_point").T.contiguous(), bits).T.contiguous()
+            zero = unpack_rows(tensors[f"{ref.key}.weight_zero_point"].T.contiguous(), bits).T.contiguous()
     else:
-        codes = read(f"{ref.key}.weight")
-    input_scale = read(f"{ref.key}.input_scale") if scheme.static else None
-    return QuantizedTensor(codes, read(f"{ref.key}.weight_scale"), zero, scheme.weight, input_scale)
+        codes = tensors[f"{ref.key}.weight"]
+    input_scale = tensors[f"{ref.key}.input_scale"].reshape(1) if scheme.static else None
+    scale = tensors[f"{ref.key}.weight_scale"].reshape(scheme.weight.scale_shape(out, inputs))
+    return QuantizedTensor(codes, scale, zero, scheme.weight, input_scale)
 
 
 def matrices(
@@ -185,16 +189,37 @@ def _agrees(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> bool
     return all((found.get(key) or None) == (value or None) for key, value in wanted.items())
 
 
-def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
-    """The preset (with its group size) that a config group describes. Raises ConfigError."""
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    if (size := weights.get("group_size")) is not None and (not isinstance(size, int) or size < 1):
-        raise ConfigError(f"quantization_config group '{name}' has group_size {size!r}", "requantise the model")
+def _filled(arguments: dict[str, Any]) -> dict[str, Any]:
+    """With the library's defaults: the strategy follows from group_size, whose -1 is a row."""
+    size = arguments.get("group_size")
+    strategy = arguments.get("strategy") or ("tensor" if size is None else "channel" if size == -1 else "group")
+    return {"num_bits": 8, "type": "int", "symmetric": True, **arguments, "strategy": strategy}
+
+
+def _candidates(size: int | None, block: list[int] | None) -> Iterator[Scheme]:
+    """What quantkit reads: the presets, with any group size or block, and what other formats hold beside those."""
     for preset in PRESETS:
-        scheme = scheme_named(preset, weights.get("group_size"))
+        scheme = scheme_named(preset, size)
         assert scheme is not None
+        yield scheme
+    yield from (weight_only(bits, symmetric, size) for bits in (4, 8) for symmetric in (True, False))
+    yield from ([fp8_block(*block)] if block else [])
+    yield FP8_TENSOR
+
+
+def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
+    """The scheme (with its group size) that a config group describes. Raises ConfigError."""
+    weights, inputs = _filled(group.get("weights") or {}), group.get("input_activations")
+    size, block = weights.get("group_size"), weights.get("block_structure")
+    if size == -1:
+        size = weights["group_size"] = None
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ConfigError(f"quantization_config group '{name}' has group_size {size!r}", "requantise the model")
+    if block and not (len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
+        raise ConfigError(f"quantization_config group '{name}' has block_structure {block!r}", "requantise the model")
+    for scheme in _candidates(size, block):
         wanted = _arguments(scheme)
-        if _agrees(weights, wanted["weights"]) and _agrees(inputs, wanted["input_activations"]):
+        if _agrees(weights, wanted["weights"]) and _agrees(inputs and _filled(inputs), wanted["input_activations"]):
             return scheme
     raise ConfigError(f"quantization_config group '{name}' is none of the schemes {[*PRESETS]}", "requantise the model")
 
@@ -217,20 +242,21 @@ def inexact(
     """Where the config's names, read as engines read them, do not say exactly what is meant.
 
     assigned: what is meant, by linear. kept: linears that are never quantised (routers, head). modules: names of anything
-    else, which no entry may match. Raises ConfigError for a config that cannot be read.
+    else, which no entry may match. What scales are stored in the config does not say. Raises ConfigError for one that cannot
+    be read.
     """
     kept, modules = list(kept), list(modules)
     read = parse(quantization_config, [*assigned, *kept])
-    meant = {**dict.fromkeys(kept), **assigned}
+    meant = {**dict.fromkeys(kept), **{key: scheme.stored("BF16") if scheme else None for key, scheme in assigned.items()}}
     problems = [
         f"'{key}' is {_label(meant[key])} but config.json says {_label(read[key])}"
         for key in meant
         if read[key] != meant[key]
     ]
     by_name, raw = groups(quantization_config), quantization_config.get("config_groups", {})
-    entries: list[tuple[str, Scheme | None]] = [(target, None) for target in quantization_config.get("ignore") or []]
-    entries += [(t, by_name[n]) for n, g in raw.items() for t in g["targets"] if t != "Linear"]
-    for entry, scheme in entries:
+    said: list[tuple[str, Scheme | None]] = [(target, None) for target in quantization_config.get("ignore") or []]
+    said += [(t, by_name[n]) for n, g in raw.items() for t in g["targets"] if t != "Linear"]
+    for entry, scheme in said:
         hits = [key for key in [*meant, *modules] if _matches(entry, key)]
         wrong = [key for key in hits if key not in meant or meant[key] != scheme]
         if wrong:
@@ -244,24 +270,31 @@ def _label(scheme: Scheme | None) -> str:
     return scheme.name if scheme else "kept"
 
 
-def parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Scheme | None]:
-    """The scheme of every linear named in `keys`, as an engine would read the config. Raises ConfigError."""
+def parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: Entries | None = None) -> Schemes:
+    """The scheme of every linear named in `keys`, as an engine would read the config. Raises ConfigError.
+
+    Scales have the dtype that `entries` say, or BF16.
+    """
     try:
-        return _parse(quantization_config, keys)
+        schemes = _parse(quantization_config, keys)
     except (AttributeError, KeyError, TypeError, re.error) as error:
         raise ConfigError(f"quantization_config is malformed: {error!r}", "fetch config.json again") from error
+    for key, scheme in schemes.items():
+        if scheme is not None and entries:
+            names = f"{key}.weight_scale", f"{key}.input_scale"
+            schemes[key] = scheme.stored(*(scale_dtype(entries, name, "BF16") for name in names))
+    return schemes
 
 
-def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Scheme | None]:
+def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> Schemes:
     if quantization_config.get("quant_method") != "compressed-tensors":
         raise ConfigError(
-            f"quantization_config has quant_method {quantization_config.get('quant_method')!r}",
-            "only compressed-tensors checkpoints can be read",
+            f"quantization_config has quant_method {quantization_config.get('quant_method')!r}", "it is another format"
         )
     raw = quantization_config.get("config_groups", {})
     by_name = [(scheme, raw[name]["targets"]) for name, scheme in groups(quantization_config).items()]
     ignore = quantization_config.get("ignore") or []
-    assigned: dict[str, Scheme | None] = {}
+    assigned: Schemes = {}
     for key in keys:
         exact = [s for s, targets in by_name if key in targets]
         matched = [s for s, targets in by_name if any(_matches(t, key) for t in targets)]
@@ -269,3 +302,14 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> dict[
         kept = any(_matches(target, key) for target in ignore)
         assigned[key] = None if kept else next(iter([*exact, *matched, *general]), None)
     return assigned
+
+
+FORMAT = Format(
+    name="compressed-tensors",
+    parse=parse,
+    planned=planned,
+    decode=decode,
+    target=lambda scheme: scheme,  # every scheme is one of its own, and scales keep their dtype
+    encode=encode,
+    config=config,
+)

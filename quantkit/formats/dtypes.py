@@ -31,12 +31,18 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """Name, dtype and shape of a tensor that will be written."""
+    """Name, dtype and shape of a tensor that will be written, or is expected; `optional`: a reader does without it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    optional: bool = False
 
     @property
     def nbytes(self) -> int:
         return nbytes(self.dtype, self.shape)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """What a reader takes: a float (a scale, or a weight that is kept) may be any of them."""
+        return FLOATS if self.dtype in FLOATS else (self.dtype,)

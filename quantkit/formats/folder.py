@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from quantkit.errors import ConfigError, OutputError
+from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
 from quantkit.formats.reader import INDEX
+from quantkit.formats.writer import ShardPlan
 
-__all__ = ["CARRIED", "find_model", "refuse_present"]
+__all__ = ["CARRIED", "complete", "find_model", "publish", "refuse_present", "write_json"]
 
 # What goes from the source folder to OUT beside the weights.
 CARRIED = (
@@ -48,3 +54,36 @@ def refuse_present(target: Path) -> None:
         raise OutputError(
             f"{partial}, where the work would go, exists and is not quantkit's", "move it, or choose another OUT"
         )
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    write_bytes(path, json.dumps(data, indent=2).encode() + b"\n")
+
+
+def complete(
+    partial: Path, source: Path, config: Mapping[str, Any], shards: Iterable[ShardPlan], hashes: Mapping[str, str]
+) -> None:
+    """Write what goes beside the shards: the index, config.json, what is carried over from the source, and SHA256SUMS.
+
+    hashes: sha256 of each shard, by name.
+    """
+    tensors = [(tensor, shard.file) for shard in shards for tensor in shard.tensors]
+    total, places = sum(tensor.nbytes for tensor, _ in tensors), {tensor.name: file for tensor, file in tensors}
+    write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+    write_json(partial / "config.json", config)
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
+            write_bytes(partial / path.name, path.read_bytes())
+    sums = dict(hashes)
+    for path in partial.iterdir():
+        if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
+            sums.setdefault(path.name, sha256(path))
+    write_bytes(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give the finished folder its name."""
+    with disk_errors(target):
+        os.rename(partial, target)
+    fsync_folder(target.absolute().parent)

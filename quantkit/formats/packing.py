@@ -20,13 +20,14 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if bits == 4:
         low, high = (digits & 15).unflatten(1, (-1, 2)).unbind(2)
         digits = low | high << 4
-    words: Tensor = digits.contiguous().view(torch.int32)  # the first byte is the least significant one
+    flat = digits.flatten()  # a side of 1 has strides that a view of a whole would stumble over
+    words: Tensor = flat.view(torch.int32).view(codes.shape[0], -1)  # the first byte is the least significant one
     return words
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_rows`: int32 [rows, m] -> int8 [rows, m * 32 / bits]."""
-    digits = words.contiguous().view(torch.uint8)
+    digits = words.flatten().view(torch.uint8).view(words.shape[0], -1)
     if bits == 4:
         digits = torch.stack((digits & 15, digits >> 4), dim=2).flatten(1)
     codes: Tensor = (digits - 2 ** (bits - 1)).view(torch.int8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,6 +142,10 @@ class CheckpointReader:
                     )
         return tensor
 
+    def tensors(self, device: torch.device | str = "cpu") -> Mapping[str, Tensor]:
+        """All tensors by name, each read when it is asked for and brought to a device."""
+        return _Lazy(self, device)
+
     @cached_property
     def shards(self) -> list[str]:
         return sorted({entry.shard for entry in self.entries.values()})
@@ -154,3 +159,20 @@ class CheckpointReader:
                 header = file.read(int.from_bytes(file.read(8), "little"))
             digest.update(f"{shard} {stat.st_size} {stat.st_mtime_ns}".encode() + header)
         return digest.hexdigest()
+
+
+class _Lazy(Mapping[str, Tensor]):
+    def __init__(self, reader: CheckpointReader, device: torch.device | str) -> None:
+        self._reader, self._device = reader, device
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._reader.tensor(key).to(self._device)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._reader.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.entries)
+
+    def __len__(self) -> int:
+        return len(self._reader.entries)

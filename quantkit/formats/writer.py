@@ -19,7 +19,9 @@ from torch import Tensor
 from quantkit.formats.atomic import disk_errors, fsync_folder
 from quantkit.formats.dtypes import DTYPES, TensorPlan
 
-__all__ = ["ShardPlan", "ShardWriter"]
+__all__ = ["MAX_SHARD_BYTES", "ShardPlan", "ShardWriter"]
+
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass

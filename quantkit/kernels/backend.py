@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
-__all__ = ["Backend", "Expert", "QuantExperts", "QuantLinear"]
+__all__ = ["Backend", "Expert", "InputScalesDiffer", "QuantExperts", "QuantLinear"]
 
 
 class QuantLinear(Protocol):
@@ -37,6 +37,10 @@ class QuantExperts(Protocol):
         ...
 
 
+class InputScalesDiffer(ValueError):
+    """gate and up cannot go into one product: each rounds the input by a scale of its own."""
+
+
 @dataclass(frozen=True)
 class Expert:
     """One expert as it lies on disk."""
@@ -48,7 +52,7 @@ class Expert:
     def __post_init__(self) -> None:
         a, b = self.gate.input_scale, self.up.input_scale
         if a is not None and b is not None and not torch.equal(a, b):
-            raise ValueError(f"gate and up read one input, but their input scales are {a.tolist()} and {b.tolist()}")
+            raise InputScalesDiffer(f"gate and up round one input by the scales {a.tolist()} and {b.tolist()}")
 
 
 @dataclass(frozen=True)

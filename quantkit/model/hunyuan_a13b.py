@@ -1,7 +1,7 @@
 """Hunyuan-A13B (80B, 13B active): `model_type` "hunyuan_v1_moe". Hunyuan-Large's layer without cross-layer attention.
 
 32 layers, hidden 4096, 64 experts of 3072 top-8 with renormalised weights plus a shared one. Its quantised releases say
-"hunyuan", as Hunyuan-Large does; `build_hunyuan` tells them apart.
+"hunyuan", as Hunyuan-Large does; `is_a13b` tells them apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quantkit.model import hunyuan_large
 from quantkit.model.hunyuan_large import HunyuanConfig, build_spec
 from quantkit.model.spec import ModelSpec
 
-__all__ = ["build", "build_hunyuan"]
+__all__ = ["build", "build_hunyuan", "is_a13b"]
 
 
 class A13BConfig(HunyuanConfig):
@@ -28,8 +28,12 @@ def build(config: dict[str, Any]) -> ModelSpec:
     return build_spec(A13BConfig.model_validate(config), "hunyuan_a13b", bf16_frequencies=False)
 
 
-def build_hunyuan(config: dict[str, Any]) -> ModelSpec:
-    """`model_type` "hunyuan": Hunyuan-A13B if the class or a key that only its configs have says so, else Hunyuan-Large."""
+def is_a13b(config: dict[str, Any]) -> bool:
+    """Of a config with `model_type` "hunyuan": whether its class, or a key that only this model's configs have, says so."""
     classes = config.get("architectures")
-    a13b = isinstance(classes, list) and "HunYuanMoEV1ForCausalLM" in classes
-    return (build if a13b or "moe_layer_num_skipped" in config else hunyuan_large.build)(config)
+    return isinstance(classes, list) and "HunYuanMoEV1ForCausalLM" in classes or "moe_layer_num_skipped" in config
+
+
+def build_hunyuan(config: dict[str, Any]) -> ModelSpec:
+    """config.json with `model_type` "hunyuan", of either model, to its ModelSpec."""
+    return (build if is_a13b(config) else hunyuan_large.build)(config)

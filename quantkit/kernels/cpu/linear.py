@@ -34,8 +34,9 @@ HUGE = 2**21
 class PackedLinear:
     """A weight [rows, inputs] in the kernel's order; csrc/formats.h describes it. Never written to disk.
 
-    weight: uint8. scale: bfloat16 [row blocks, scales of a row, 16]. zero: int8 like scale, or None. chunk: inputs that are
-    summed before a scale is applied; a scale serves `chunks_per_scale` of them. format: a number of csrc/quantkit_cpu.cpp.
+    weight: uint8. scale: [row blocks, scales of a row, 16], bfloat16, or float32 where the checkpoint's are not that. zero:
+    int8 like scale, or None. chunk: inputs that are summed before a scale is applied; a scale serves `chunks_per_scale` of
+    them. format: a number of csrc/quantkit_cpu.cpp.
     rounding: 0 the activation becomes bfloat16, 1 FP8, 2 INT8, with one scale for `span` inputs: the largest magnitude's, or
     input_scale [1].
     """
@@ -55,7 +56,7 @@ class PackedLinear:
     def layout(self) -> tuple[object, ...]:
         """All that experts of one call must have in common."""
         kinds = self.format, self.rounding, self.span, self.zero is None, self.input_scale is None
-        return self.shape, self.chunk, self.chunks_per_scale, tuple(self.scale.shape), kinds
+        return self.shape, self.chunk, self.chunks_per_scale, self.scale.dtype, tuple(self.scale.shape), kinds
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +70,7 @@ class _Matrix(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "input_scale")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "chunk", "chunks_per_scale", "span")),
-        *((name, ctypes.c_int32) for name in ("format", "rounding")),
+        *((name, ctypes.c_int32) for name in ("format", "rounding", "wide")),
     )
 
 
@@ -93,8 +94,9 @@ class Packed:
             scales = [float(p.input_scale) for p in self.parts if p.input_scale is not None]
             columns["input_scale"] = (ctypes.c_float * len(scales))(*scales)
         fields = {name: ctypes.cast(values, ctypes.c_void_p) for name, values in columns.items() if values is not None}
-        numbers = first.chunk, first.chunks_per_scale, first.span, first.format, first.rounding
-        names = ("chunk", "chunks_per_scale", "span", "format", "rounding")
+        wide = int(first.scale.dtype is torch.float32)
+        numbers = first.chunk, first.chunks_per_scale, first.span, first.format, first.rounding, wide
+        names = ("chunk", "chunks_per_scale", "span", "format", "rounding", "wide")
         made = _Matrix(**fields, rows=first.shape[0], inputs=first.shape[1], **dict(zip(names, numbers, strict=True)))
         made.holds = columns
         return made
@@ -211,7 +213,7 @@ def pack(q: QuantizedTensor, activation: Activation | None = None) -> PackedLine
     padded = -(-inputs // STEP) * STEP
     return PackedLinear(
         weight=on_huge_pages(_weight(q.codes, q.grid.bits, as_bytes)),
-        scale=_interleave(_per_row(q.scale, q.grid, rows)),
+        scale=_interleave(_per_row(q.scale if q.scale.dtype is torch.bfloat16 else q.scale.float(), q.grid, rows)),
         zero=None if q.zero is None else _interleave(_per_row(q.zero, q.grid, rows)),
         shape=(rows, inputs),
         chunk=chunk,

@@ -137,6 +137,8 @@ def _misfit_int(grid: Grid) -> str | None:
         return f"no kernel for integer weights with {grid.strategy.value} scales"
     if grid.bits == 8 and not grid.symmetric:
         return "no kernel for 8-bit weights with zero points"
+    if grid.scale_dtype != "BF16":
+        return f"no kernel for integer weights with {grid.scale_dtype} scales, and rounding them would change the model"
     if grid.strategy is Strategy.GROUP and (not grid.group_size or grid.group_size % 16):
         return f"group size {grid.group_size} is not a multiple of 16"
     return None

@@ -3,8 +3,9 @@
 // Rows go in blocks of 16 (the 32-bit lanes of a register), inputs in steps of 8. A step is cut into vectors, each of which
 // meets one 32-bit word of activations, the same for all rows: two bfloat16 inputs for vdpbf16ps, four bytes for vpdpbusd.
 //
-// A format says: kBytes of a step, kVectors of a step, the Sum that a dot product adds to, decode(step, vector), dot, and
-// kOffset: what its codes are above their values (the sum of the activations times this is taken off later).
+// A format says: kBytes of a step, kStreamed of them to prefetch, kVectors of a step, the Sum that a dot product adds to,
+// decode(step, vector), dot, and kOffset: what its codes are above their values (the sum of the activations times this is
+// taken off later).
 #pragma once
 #include <immintrin.h>
 
@@ -51,6 +52,7 @@ struct Bytes {
 // INT4: the 16-bit lanes of a step hold the codes of vectors 0..3 from the low nibble up.
 struct Int4 : Bf16 {
     static constexpr int kBytes = 64;
+    static constexpr int kStreamed = kBytes;
     static constexpr bool kCheap = true;  // two instructions a vector: decode again for each tile of tokens
     __m512i table;  // 16 values twice: vpermw looks at the low 5 bits, the fifth belongs to the next code
     Int4() {
@@ -66,6 +68,7 @@ struct Int4 : Bf16 {
 // FP8 E4M3: a step is twice 64 bytes; the 16-bit lanes of half h hold the codes of vector 2h low and 2h + 1 high.
 struct Fp8 : Bf16 {
     static constexpr int kBytes = 128;
+    static constexpr int kStreamed = kBytes;
     static constexpr bool kCheap = false;
     __m512i subnormal;  // m * 2^-9 for m = 0..7: bf16 has these values, but with another exponent each
     Fp8() {
@@ -91,6 +94,7 @@ struct Fp8 : Bf16 {
 // INT8, laid out as FP8.
 struct Int8 : Bf16 {
     static constexpr int kBytes = 128;
+    static constexpr int kStreamed = kBytes;
     static constexpr bool kCheap = false;
     // Lanes hold a code in their top byte. Its float32 has at most 8 significant bits: the upper half is its exact bf16.
     static inline __m512i widen(__m512i even, __m512i odd) {
@@ -105,8 +109,9 @@ struct Int8 : Bf16 {
     }
 };
 
-struct Plain : Bf16 {  // bf16, decoded before
+struct Plain : Bf16 {  // bf16, decoded before: it lies in a cache
     static constexpr int kBytes = 256;
+    static constexpr int kStreamed = 0;
     static constexpr bool kCheap = true;
     inline __m512i decode(const uint8_t* at, int v) const { return _mm512_load_si512(at + 64 * v); }
 };
@@ -114,6 +119,7 @@ struct Plain : Bf16 {  // bf16, decoded before
 // INT4 against bytes: byte 4r + j of a step holds input j of row r low and input 4 + j high, as code + 8.
 struct Int4Bytes : Bytes {
     static constexpr int kBytes = 64;
+    static constexpr int kStreamed = kBytes;
     static constexpr bool kCheap = true;
     static constexpr int kOffset = 8;
     inline __m512i decode(const uint8_t* at, int v) const {
@@ -124,6 +130,7 @@ struct Int4Bytes : Bytes {
 // INT8 against bytes: byte 4r + j of half h holds input 4h + j of row r, as code + 128.
 struct Int8Bytes : Bytes {
     static constexpr int kBytes = 128;
+    static constexpr int kStreamed = kBytes;
     static constexpr bool kCheap = true;
     static constexpr int kOffset = 128;
     inline __m512i decode(const uint8_t* at, int v) const { return _mm512_load_si512(at + 64 * v); }

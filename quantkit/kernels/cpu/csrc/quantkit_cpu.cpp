@@ -15,17 +15,17 @@ using namespace quantkit;
 // One linear, or one linear of each expert. linear.py has the same fields.
 struct Matrix {
     const void* const* weight;  // [experts], each packed
-    const void* const* scale;   // [experts], each bf16 [blocks, scales, 16]
+    const void* const* scale;   // [experts], each bf16 or float32 [blocks, scales, 16]
     const void* const* zero;    // [experts], or null
     const float* input_scale;   // [experts], or null
     int64_t rows, inputs, chunk, chunks_per_scale, span;
-    int32_t format, rounding;
+    int32_t format, rounding, wide;  // wide: scales are float32
 };
 
 namespace {
 
 constexpr int kBlocks = 4;    // row blocks of one work item
-constexpr int kMaxTiles = 12;  // tiles of a job
+constexpr int kMaxTiles = 16;  // tiles of a job
 constexpr int64_t kSerial = 1 << 16;  // elements to prepare in one thread: 256 KB
 constexpr std::align_val_t kCacheLine{64};
 
@@ -112,7 +112,7 @@ private:
 
     void multiply(float* y) const {
         const int64_t slabs = ceil_div(shape_.blocks(), kBlocks), items = slabs * static_cast<int64_t>(jobs_.size());
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(guided, 1)
         for (int64_t item = 0; item < items; ++item) {
             const Job& job = jobs_[item / slabs];
             const int64_t first = item % slabs * kBlocks;
@@ -121,7 +121,7 @@ private:
         }
     }
 
-    int64_t plain_bytes() const { return shape_.steps() * Plain::kBytes; }
+    int64_t plain_bytes() const { return kBlocks * shape_.steps() * Plain::kBytes; }
 
     // The jobs of one expert: one, or several of about equal size when its tokens would not fit kMaxTiles.
     void split(const Matrix& m, int expert, int64_t begin, int64_t end) {
@@ -129,7 +129,8 @@ private:
         for (int64_t part = 0; part < parts; ++part) {
             Job job{};
             job.weight = static_cast<const uint8_t*>(m.weight[expert]);
-            job.scale = static_cast<const uint16_t*>(m.scale[expert]);
+            job.scale = m.scale[expert];
+            job.wide = m.wide;
             job.zero = m.zero ? static_cast<const int8_t*>(m.zero[expert]) : nullptr;
             job.expert = expert;
             job.first = begin + tokens * part / parts;

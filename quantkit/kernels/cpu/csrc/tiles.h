@@ -32,8 +32,9 @@ struct Shape {
 // One expert's weight and some of its tokens.
 struct Job {
     const uint8_t* weight;
-    const uint16_t* scale;  // bf16 [blocks, scales, 16]
+    const void* scale;      // bf16, or float32 if wide, [blocks, scales, 16]
     const int8_t* zero;     // like scale, or null
+    bool wide;
     int64_t first, tokens;  // rows of the output
     int expert, tile, tiles;
     uint32_t* words;  // activations, chunk by chunk, tile by tile: [word][token of the tile]
@@ -50,8 +51,13 @@ template <class Format, int T>
 inline void add_scaled(const Shape& shape, const Job& job, int64_t block, int64_t c, int t,
                        const typename Format::Sum (&acc)[T], __m512 (&total)[T]) {
     const int64_t at = (block * shape.scales() + c / shape.chunks_per_scale) * kRows, of_x = (c * job.tiles + t) * T;
-    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(job.scale + at));
-    const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    __m512 scale;
+    if (job.wide) {
+        scale = _mm512_load_ps(static_cast<const float*>(job.scale) + at);
+    } else {
+        const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(job.scale) + at));
+        scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    }
     __m512 value[T];
 #pragma GCC unroll 16
     for (int i = 0; i < T; ++i) value[i] = Format::value(acc[i]);
@@ -101,7 +107,7 @@ void multiply(const Shape& shape, const Job& job, const uint8_t* at, int64_t fir
 #pragma GCC unroll 16
                 for (int i = 0; i < T; ++i) acc[s][i] = Format::none();
             const auto step = [&](Sum(*sums)[T]) __attribute__((always_inline)) {
-                for (int line = 0; line < Format::kBytes; line += 64) _mm_prefetch(at + kPrefetch + line, _MM_HINT_T1);
+                for (int line = 0; line < Format::kStreamed; line += 64) _mm_prefetch(at + kPrefetch + line, _MM_HINT_T1);
 #pragma GCC unroll 4
                 for (int v = 0; v < Format::kVectors; ++v) {
                     const __m512i weight = format.decode(at, v);
@@ -126,7 +132,7 @@ void multiply(const Shape& shape, const Job& job, const uint8_t* at, int64_t fir
     }
 }
 
-// Row blocks first .. last times all tokens of a job. Where decoding is not cheap and there are several tiles, each block is
+// Row blocks first .. last times all tokens of a job. Where decoding is not cheap and there are several tiles, weights are
 // decoded once, to `plain`.
 template <class Format, int T>
 void work(const Shape& shape, const Job& job, int64_t first, int64_t last, uint8_t* plain, float* y) {
@@ -134,13 +140,11 @@ void work(const Shape& shape, const Job& job, int64_t first, int64_t last, uint8
     if constexpr (!Format::kCheap && T > kMaxTile / 2) {  // smaller tiles come alone
         if (job.tiles > 1) {
             const Format format;
-            for (int64_t block = first; block < last; ++block) {
-                const uint8_t* at = job.weight + block * steps * Format::kBytes;
-                for (int64_t i = 0; i < steps; ++i)
-                    for (int v = 0; v < Format::kVectors; ++v)
-                        _mm512_store_si512(plain + i * Plain::kBytes + v * 64, format.decode(at + i * Format::kBytes, v));
-                for (int t = 0; t < job.tiles; ++t) multiply<Plain, T>(shape, job, plain, block, block + 1, t, y);
-            }
+            const uint8_t* at = job.weight + first * steps * Format::kBytes;
+            for (int64_t i = 0; i < (last - first) * steps; ++i)
+                for (int v = 0; v < Format::kVectors; ++v)
+                    _mm512_store_si512(plain + i * Plain::kBytes + v * 64, format.decode(at + i * Format::kBytes, v));
+            for (int t = 0; t < job.tiles; ++t) multiply<Plain, T>(shape, job, plain, first, last, t, y);
             return;
         }
     }

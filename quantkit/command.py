@@ -1,0 +1,54 @@
+"""What every command shares: errors as one message, output as a table or as JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from quantkit.errors import QuantkitError
+
+__all__ = ["as_json", "command", "show"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+
+def command(function: F) -> F:
+    """Print a QuantkitError as one message and exit with its code, and what the system says of a path likewise.
+
+    Anything else is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except QuantkitError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            click.echo(
+                f"error: {error.filename}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True
+            )
+            sys.exit(QuantkitError.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; the same command resumes a quantization", err=True)
+            sys.exit(130)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def show(data: dict[str, Any], table: Callable[[dict[str, Any]], Any], json_wanted: bool) -> None:
+    if json_wanted:
+        click.echo(json.dumps(data, indent=2))
+    else:
+        from quantkit.progress import console
+
+        console().print(table(data))

@@ -1,0 +1,86 @@
+"""Reports on disk: find and read those of runs, decide their gates, write report.json, report.md and report.html."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quantkit.errors import ConfigError
+from quantkit.evals.compare import against
+from quantkit.evals.gates import EXIT_CODES, Gate, decide, junit
+from quantkit.evals.html import html
+from quantkit.evals.markdown import markdown
+from quantkit.evals.schema import SCHEMA_VERSION, Comparison, Report, Run
+from quantkit.formats.atomic import disk_errors, write_bytes
+
+__all__ = ["FOLDER", "assemble", "exit_code", "find_report", "read_report", "write", "write_junit"]
+
+FOLDER = "eval"  # of a checkpoint's folder, where its evaluation lies
+NAME = "report.json"
+
+
+def find_report(run: Path) -> Path:
+    """The report.json of a RUN: a checkpoint's folder, a folder of reports, or the file itself. Raises ConfigError."""
+    for path in (run / FOLDER / NAME, run / NAME, run):
+        if path.is_file():
+            return path
+    raise ConfigError(f"{run} holds no evaluation", f"run 'quantkit eval {run} --baseline MODEL', or give a report.json")
+
+
+def read_report(path: Path) -> Report:
+    """Read a report.json. Raises ConfigError when it is none, or of another schema version."""
+    fix = "run 'quantkit eval' again"
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}", fix) from error
+    if not isinstance(data, dict) or "divergence" not in data or "schema_version" not in data:
+        raise ConfigError(f"{path} is no report.json of one model", fix)
+    if data["schema_version"] != SCHEMA_VERSION:
+        seen = f"{path} is of schema version {data['schema_version']!r}; this quantkit reads version {SCHEMA_VERSION}"
+        raise ConfigError(seen, fix)
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{path}: '{name}': {first['msg']}", fix) from error
+
+
+def assemble(paths: Sequence[Path], gates: Sequence[Gate] | None, previous: Path | None) -> list[Run]:
+    """Each run's report, compared with `previous` if given, with the gates decided anew (None: the default ones)."""
+    old = read_report(find_report(previous)) if previous else None
+    runs = []
+    for path in paths:
+        report = read_report(find_report(path))
+        if old is not None:
+            report = against(report, old, str(previous))
+        runs.append(Run(name=str(path), report=decide(report, gates)))
+    return runs
+
+
+def exit_code(runs: Sequence[Run]) -> int:
+    """0 when all pass, 1 when one fails, else 3."""
+    found = {run.report.verdict.status for run in runs}
+    return EXIT_CODES["fail" if "fail" in found else "undecided" if "undecided" in found else "pass"]
+
+
+def write(runs: Sequence[Run], out: Path) -> None:
+    """OUT.html, and OUT.json and OUT.md beside it. Raises OutputError, and ConfigError when OUT does not end in .html."""
+    if out.suffix != ".html":
+        raise ConfigError(f"-o {out} does not end in .html", "give the page's name; .json and .md are written beside it")
+    with disk_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    data = runs[0].report if len(runs) == 1 else Comparison(runs=list(runs))
+    write_bytes(out.with_suffix(".json"), data.model_dump_json(indent=1).encode() + b"\n")
+    write_bytes(out.with_suffix(".md"), markdown(runs).encode())
+    write_bytes(out, html(runs).encode())
+
+
+def write_junit(runs: Sequence[Run], path: Path) -> None:
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, junit([(run.name, run.report) for run in runs]))

@@ -1,0 +1,393 @@
+"""`report.json`: what an evaluation found, as one versioned schema. docs/report.md explains it, docs/report.schema.json
+is generated from it (scripts/report_schema.py).
+
+A figure that was not measured is null; a section that was not is null or empty. Errors are shares of squared length
+(energy) unless they say otherwise, KL is in nats a token, sizes are bytes, times seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quantkit.evals.task_schema import TaskRun
+
+__all__ = [
+    "Status",
+    *(
+        "METRICS_VERSION",
+        "SCHEMA_VERSION",
+        "Change",
+        "Comparison",
+        "Context",
+        "ContextBucket",
+        "Divergence",
+        "Figure",
+        "Finite",
+        "GateResult",
+        "Histogram",
+        "KVCache",
+    ),
+    *(
+        "LayerRow",
+        "LinearRow",
+        "Moe",
+        "MoeLayer",
+        "Needle",
+        "Overlap",
+        "Probe",
+        "Provenance",
+        "Report",
+        "Run",
+        "Sample",
+        "Size",
+    ),
+    *("SizeRow", "SpeedRow", "Task", "UnitSums", "Verdict", "WorstToken"),
+]
+
+SCHEMA_VERSION = 1
+METRICS_VERSION = 1  # raised when a metric is computed in another way, so that old figures are not compared with new ones
+Status = Literal["pass", "fail", "undecided"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Figure(_Part):
+    """A value and its 95 % interval; without low and high it is exact (a count, a size) or too few documents were read."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Verdict(_Part):
+    """pass: every gate passed. fail: at least one failed. undecided: none failed, but one needs more data."""
+
+    status: Status
+    reasons: list[str]
+
+
+class GateResult(_Part):
+    """One gate. where: what in the model it speaks of. more_documents: about how many documents would decide it, where
+    that can be said."""
+
+    gate: str
+    metric: str
+    measured: Figure | None
+    operator: Literal["<", "<=", ">", ">="]
+    threshold: float
+    status: Status
+    reason: str
+    where: str = ""
+    more_documents: int | None = None
+
+
+class Overlap(_Part):
+    """Share of the evaluation text's runs of `ngram` tokens that occur in the calibration windows; null with a reason."""
+
+    ngram: int
+    share: float | None
+    note: str
+
+
+class Provenance(_Part):
+    """What was compared with what, on what, and how to do it again."""
+
+    created: str
+    command: str
+    baseline: str
+    baseline_digest: str
+    quantized: str
+    quantized_digest: str
+    architecture: str
+    parameters: int
+    recipe: dict[str, object] | None
+    calibration_tokens: int | None
+    calibration_digest: str | None
+    text: str
+    text_digest: str
+    seq_len: int
+    windows: int
+    tokens: int
+    unit: str
+    units: int
+    kv_cache: str | None
+    overlap: Overlap
+    versions: dict[str, str]
+    hardware: dict[str, str]
+
+
+class Finite(_Part):
+    """Scored tokens whose logits are not finite, and the first layer after which the quantised hidden state was not.
+    layer is null when only the head's output is not."""
+
+    tokens: int
+    of: int
+    layer: int | None = None
+    head: bool = False
+
+
+class Histogram(_Part):
+    """Tokens per bin of log10(KL in nats); below counts those under edges[0]."""
+
+    edges: list[float]
+    counts: list[int]
+    below: int
+
+
+class UnitSums(_Part):
+    """Sums over one document's tokens: what a paired comparison with another report needs."""
+
+    unit: int
+    tokens: int
+    kl: float
+    nll_baseline: float
+    nll_quantized: float
+    same_top1: float
+    same_router: float
+
+
+class Probe(_Part):
+    """What was measured on a share of the windows only: the floor (baseline with BF16 products against itself in float32)
+    and the quantised model with the baseline's routing. kl is the free-running model on the same tokens; excess = kl -
+    floor, routing_term = kl - forced_routing, both paired."""
+
+    windows: int
+    tokens: int
+    kl: Figure
+    floor: Figure
+    floor_top1_agreement: Figure
+    floor_router_agreement: Figure | None
+    excess: Figure
+    forced_routing: Figure | None
+    routing_term: Figure | None
+
+
+class Divergence(_Part):
+    kl: dict[str, Figure]
+    histogram: Histogram
+    perplexity: dict[str, Figure]
+    log_ratio_standard_error: float | None
+    top1_agreement: Figure
+    router_agreement: Figure | None
+    right_to_wrong: Figure
+    wrong_to_right: Figure
+    worst_percent_share: float = Field(description="Share of the summed KL that the worst 1 % of tokens carry.")
+    positions: list[ContextBucket]
+    by_unit: list[UnitSums]
+
+
+class Task(_Part):
+    """One benchmark task. baseline and quantized: the metric, 0..1. recovery: their ratio; ci95: of the recovery, paired
+    over items. mcnemar_p: exact, of the flips."""
+
+    name: str
+    metric: str
+    baseline: float
+    quantized: float
+    recovery: float | None
+    ci95: tuple[float, float] | None
+    right_to_wrong: int
+    wrong_to_right: int
+    mcnemar_p: float | None
+    n: int
+
+
+class LayerRow(_Part):
+    """One layer: accumulated error of the hidden state after it (null where it is not finite), unchanged router choices, and
+    by role the mean and worst output error that calibration recorded for its linears."""
+
+    layer: int
+    hidden_error: float | None
+    router_agreement: float | None
+    roles: dict[str, tuple[float, float]]
+
+
+class LinearRow(_Part):
+    """One quantised linear. method, fallback, output_error, coverage and lent are calibration's; weight_error =
+    ||W - Q|| / ||W|| (a length, not an energy) against the baseline's weight, null where it is not quantised."""
+
+    key: str
+    layer: int
+    role: str
+    scheme: str | None
+    weight_error: float | None
+    method: str | None = None
+    fallback: str | None = None
+    output_error: float | None = None
+    coverage: float | None = None
+    lent: int | None = None
+
+
+class MoeLayer(_Part):
+    """Routed experts of one layer, in order. output_error: of each expert's output when it reads what the baseline's reads,
+    on evaluated tokens, null where none was routed there. coverage: calibration tokens over in_features."""
+
+    layer: int
+    evaluated_tokens: list[int]
+    output_error: list[Figure | None]
+    shared_output_error: Figure | None
+    coverage: list[float | None]
+
+
+class Moe(_Part):
+    """layers without experts have none; dense: their MLPs' output error, by layer."""
+
+    layers: list[MoeLayer]
+    dense: dict[int, Figure]
+
+
+class SizeRow(_Part):
+    role: str
+    schemes: list[str]
+    weights: int
+    bytes: int
+    baseline_bytes: int
+
+
+class SpeedRow(_Part):
+    """One matrix at one batch size on this machine's kernel."""
+
+    matrix: str
+    tokens: int
+    kernel: str
+    microseconds: float
+    of_roofline: float
+    of_bf16: float
+
+
+class Size(_Part):
+    roles: list[SizeRow]
+    bytes: int
+    baseline_bytes: int
+    bits_per_weight: float
+    quantize_seconds: float | None
+    quantize_peak_memory_bytes: int | None
+    evaluate_seconds: float
+    speed: list[SpeedRow]
+
+
+class WorstToken(_Part):
+    """A scored token with a large KL. baseline and quantized: the five likeliest tokens of each, with probabilities."""
+
+    window: int
+    position: int
+    kl: float
+    before: str
+    token: str
+    baseline: list[tuple[str, float]]
+    quantized: list[tuple[str, float]]
+
+
+class Sample(_Part):
+    """Greedy continuations of one prompt. same: how many tokens both begin with; they divide text at that point."""
+
+    prompt: str
+    common: str
+    baseline: str
+    quantized: str
+    same: int
+    of: int
+
+
+class ContextBucket(_Part):
+    """Positions start..stop-1 of windows: perplexity of both and mean KL."""
+
+    start: int
+    stop: int
+    tokens: int
+    perplexity_baseline: float
+    perplexity_quantized: float
+    kl: float
+
+
+class Needle(_Part):
+    """Recall of a planted run of rare tokens at one depth (0 is the start): mean probability of the right continuation, and
+    how often it is the likeliest. baseline_without: the baseline's where the run is not planted; one that is not below
+    `baseline` says that this model does not recall, and the check nothing."""
+
+    depth: float
+    n: int
+    baseline_without: float
+    baseline: float
+    quantized: float
+    baseline_hits: float
+    quantized_hits: float
+
+
+class Context(_Part):
+    """Long windows, read in pieces through the cache. kv_cache: how the quantised model keeps K and V (the baseline keeps
+    float32)."""
+
+    length: int
+    windows: int
+    kv_cache: str
+    positions: list[ContextBucket]
+    last_ratio: Figure
+    needles: list[Needle]
+
+
+class KVCache(_Part):
+    """The quantised model with K and V kept in `format`, against the same with float32, on the probe's tokens; added is
+    their paired difference."""
+
+    format: str
+    kl_with: Figure
+    kl_without: Figure
+    added: Figure
+
+
+class Change(_Part):
+    """A metric of the previous report and of this one. regression: the interval of the difference lies on the bad side."""
+
+    metric: str
+    previous: Figure
+    current: Figure
+    difference: Figure
+    regression: bool
+
+
+class Report(_Part):
+    """The whole of report.json."""
+
+    schema_version: Literal[1] = 1
+    metrics_version: int = METRICS_VERSION
+    verdict: Verdict
+    gates: list[GateResult]
+    provenance: Provenance
+    finite: Finite
+    divergence: Divergence | None
+    probe: Probe | None
+    kv: KVCache | None
+    context: Context | None
+    tasks: list[Task]
+    task_run: TaskRun | None = None
+    layers: list[LayerRow]
+    linears: list[LinearRow]
+    moe: Moe
+    size: Size
+    worst_tokens: list[WorstToken]
+    samples: list[Sample]
+    notes: list[str]
+    previous: str | None = None
+    changes: list[Change] = []
+
+
+class Run(_Part):
+    """A report and the name that it goes by beside others."""
+
+    name: str
+    report: Report
+
+
+class Comparison(_Part):
+    """Several reports: what `quantkit report A B -o x.html` writes as x.json."""
+
+    schema_version: Literal[1] = 1
+    runs: list[Run]
+
+
+Divergence.model_rebuild()

@@ -1,0 +1,91 @@
+"""The measured part of docs/cpu.md, from bench/results: python scripts/cpu_doc.py writes it, --check only compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DOC, RESULTS = ROOT / "docs" / "cpu.md", ROOT / "bench" / "results"
+BEGIN, END = "<!-- measured: scripts/cpu_doc.py -->", "<!-- end -->"
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def matrix() -> list[str]:
+    """One matrix at several numbers of tokens, two threads."""
+    found = read("cpu_kernels_2_threads")
+    lines = [
+        f"One matrix, {found['rows']} x {found['inputs']}, {found['threads']} threads: how many times as fast as each peer.",
+        "",
+        "| tokens | weights | of torch BF16 | of torch INT4 | of onnxruntime INT4 x INT8 | GB/s | of read bandwidth |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for tokens, rows in found["tokens"].items():
+        for name in ("W4A16", "W4A8", "FP8_DYNAMIC"):
+            row = rows[name]
+            cells = times(row["times_bf16"]), times(row["times_torch_int4"]), times(row.get("times_onnxruntime"))
+            speed = f"{row['weight_gb_per_s']:.0f}", f"{row['share_of_read_bandwidth']:.0%}"
+            lines.append(f"| {tokens} | {name} | {' | '.join(cells)} | {' | '.join(speed if tokens == '1' else ('', ''))} |")
+    return lines
+
+
+def layer() -> list[str]:
+    """A layer of experts."""
+    found = read("cpu_moe")
+    lines = [
+        f"A layer of {found['experts']} experts top-{found['top_k']}, {found['inner']} x {found['hidden']}, "
+        f"{found['threads']} threads: milliseconds, and how many times as fast as BF16 in the same runtime.",
+        "",
+        "| tokens | W4A16 | w4a8 | FP8_DYNAMIC | BF16 |",
+        "|---|---|---|---|---|",
+    ]
+    for tokens, rows in found["tokens"].items():
+        cells = [f"{rows[name]['ms']['median']:.1f} ({rows[name]['times_bf16']:.1f}x)" for name in rows]
+        lines.append(f"| {tokens} | {' | '.join(cells)} |")
+    row = found["tokens"]["1"]["W4A16"]
+    lines += [
+        "",
+        f"One token in W4A16 moves {row['gb_per_s']:.0f} GB/s, {row['of_read_bandwidth']:.0%} of the read bandwidth.",
+    ]
+    return lines
+
+
+def generation() -> list[str]:
+    """Tokens one after the other: INT4 and FP8 beside BF16, and beside vLLM."""
+    own, vllm = read("generate"), read("vllm_generate")
+    rows = {name.removeprefix("quantkit "): row for name, row in vllm["engines"].items()}
+    ms = {name: f"{row['ms_per_token']:.1f}" for name, row in rows.items()}
+    ratio = {name: f"{row['times_vllm']:.1f}" for name, row in rows.items()}
+    return [
+        f"Generating, one prompt: a model of Hunyuan-Large's shape, {own['weights_bytes'] / 1e9:.1f} GB in BF16, is "
+        f"{own['of_bf16']['INT4']:.1f} times as fast in INT4 as in BF16, and {own['of_bf16']['FP8']:.1f} times in FP8.",
+        f"One of Hunyuan-A13B's shape, {vllm['weights_bytes'] / 1e9:.1f} GB in BF16, takes {ms['w4a8']} ms a token",
+        f"with w4a8 and {ms['auto']} without, where vLLM 0.32 (zentorch: INT4 x INT8) takes {ms['vLLM']}",
+        "on the same checkpoint:",
+        f"{ratio['w4a8']} and {ratio['auto']} times as fast.",
+    ]
+
+
+def current() -> str:
+    """docs/cpu.md as the results say it should be."""
+    text = DOC.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    measured = "\n".join([*matrix(), "", *layer(), "", *generation()])
+    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
+
+
+if __name__ == "__main__":
+    wanted = current()
+    if "--check" in sys.argv and wanted != DOC.read_text("utf-8"):
+        sys.exit("docs/cpu.md is not what bench/results say: run python scripts/cpu_doc.py")
+    DOC.write_text(wanted, "utf-8")

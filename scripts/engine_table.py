@@ -1,0 +1,52 @@
+"""Write the README's table of what engines do with quantkit's outputs, from what `make engine-test` measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "engines.json"
+README = ROOT / "README.md"
+START, END = "<!-- engines: scripts/engine_table.py -->", "<!-- end of engines -->"
+SCHEMES = ("BF16", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
+ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a row for each model and engine, a column for each scheme, and why something is refused."""
+    lines = ["| | | " + " | ".join(f"`{scheme}`" for scheme in SCHEMES) + " |", "|---" * (2 + len(SCHEMES)) + "|"]
+    reasons: dict[str, int] = {}
+
+    def text(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return "not tried"
+        if cell["status"] == "works":
+            return f"{max(cell['kl'], 0):.4f}"
+        if cell["status"] == "needs a GPU":
+            return "GPU"
+        return f"refused ({reasons.setdefault(cell['why'].strip(), len(reasons) + 1)})"
+
+    models = results["cells"]["vllm"]
+    for model in models:
+        for engine, name in ENGINES.items():
+            cells = results["cells"][engine].get(model, {})
+            lines.append(f"| {model} | {name} | " + " | ".join(text(cells.get(scheme)) for scheme in SCHEMES) + " |")
+    versions = "; ".join(f"{name} {results['versions'][engine]}" for engine, name in ENGINES.items())
+    lines += ["", f"{versions}. Refused: " + "; ".join(f"({i}) {why}" for why, i in reasons.items()) + "."]
+    return "\n".join(lines)
+
+
+def written(readme: str, results: dict[str, Any]) -> str:
+    """The README with its table made anew. Raises SystemExit when it has no place for one."""
+    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        sys.exit(f"README.md needs '{START}' and '{END}' once")
+    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", readme)
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text(), json.loads(RESULTS.read_text())))

@@ -1,0 +1,60 @@
+"""What transformers makes of every scheme, for the README's table. `tests/test_transformers.py` holds it to more where it is
+said to load; here the judge is that of vLLM's tests, KL(transformers || quantkit), in float32 on both sides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import quantkit
+from quantkit.engines.transformers_model import register
+from quantkit.model.forward import forward
+from quantkit.scheme import BF16, PRESETS, Recipe
+from tests.engines.conftest import Results
+from tests.engines.models import MODELS, damaged, make_model
+from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, logprobs
+from tests.test_transformers import Emulated
+
+# A module whose experts are one tensor is read through a conversion that knows neither these scales nor packed zero points.
+FUSED = [name for name in MODELS if name not in ("Hunyuan-Large", "Llama 3.1")]
+REFUSED = {"W4A16_ASYM": list(MODELS), "W8A8": FUSED, "FP8_BLOCK": FUSED}
+
+
+def theirs(folder: Path) -> Tensor:
+    register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits: Tensor = model(PROMPTS).logits
+    return logits.float().log_softmax(-1)[:, :-1]
+
+
+def like_theirs(folder: Path) -> Tensor:
+    """quantkit's reference, with the departures that transformers makes in its fused experts and DeepSeek's kv_b_proj."""
+    model = quantkit.load(folder, kernels="reference")
+    *_, last = forward(model.spec, Emulated(model), PROMPTS)
+    return model.head(last.hidden).log_softmax(-1)[:, :-1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("scheme", [BF16, *PRESETS])
+def test_loads(name: str, scheme: str, results: Results, tmp_path: Path) -> None:
+    results.engine("transformers", transformers.__version__)
+    folder = make_model(name, tmp_path / "model")
+    if scheme != BF16:
+        quantkit.quantize(folder, tmp_path / "out", Recipe(scheme=scheme, method="rtn"))
+        folder = tmp_path / "out"
+    if name in REFUSED.get(scheme, []):
+        with pytest.raises(RuntimeError) as error:
+            theirs(folder)
+        results.refused("transformers", name, scheme, str(error.value))
+        return
+    logits = theirs(folder)
+    kl = divergence(logits, logprobs(folder, "reference"))
+    wrong = divergence(logits, logprobs(damaged(folder, tmp_path / "damaged"), "reference"))
+    results.works("transformers", name, scheme, kl, wrong)
+    like = divergence(logits, like_theirs(folder)) if name in FUSED else kl
+    assert like < LIMIT and wrong > max(2 * LIMIT, 3 * kl), (like, kl, wrong)

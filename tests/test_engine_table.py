@@ -1,0 +1,37 @@
+"""The README's table of engines is what the script makes of the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("engine_table", ROOT / "scripts" / "engine_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_results(script: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "bench" / "results" / "engines.json").read_text())
+    assert readme == script.written(readme, results), "run scripts/engine_table.py"
+    assert "not tried" not in script.table(results)
+
+
+def test_what_works_is_well_below_what_is_damaged(script: ModuleType) -> None:
+    """vLLM's limit of 0.01 nats, against the same model with two MLPs exchanged."""
+    results = json.loads((ROOT / "bench" / "results" / "engines.json").read_text())
+    cells = [cell for model in results["cells"]["vllm"].values() for cell in model.values()]
+    works = [cell for cell in cells if cell["status"] == "works"]
+    assert len(works) >= 3 * 6
+    assert all(cell["kl"] < 0.01 and cell["damaged"] > max(0.02, 3 * cell["kl"]) for cell in works)
