@@ -6,7 +6,7 @@ TOOLS := .venv/.tools
 
 VLLM := $(or $(QUANTKIT_VLLM),.vllm)
 
-.PHONY: demo test engine-test check setup bench gpu-test gpu-bench clean
+.PHONY: demo test engine-test tasks-test check setup bench gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -49,6 +49,11 @@ bench: $(TOOLS)
 	$(BIN)/python bench/cpu_moe.py
 	$(BIN)/python bench/generate.py
 	$(BIN)/python -m bench.plan_scale
+
+# Benchmark tasks through lm-evaluation-harness, which `make test` skips: some 0.7 GB of packages beside torch.
+tasks-test: $(TOOLS)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[tasks]'
+	$(BIN)/python -m pytest -n 2 tests/test_task_harness.py tests/test_tasks.py tests/test_task_data.py tests/test_task_stats.py
 
 # On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
 gpu-test gpu-bench: export QUANTKIT_CUDA = 1

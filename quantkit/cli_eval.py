@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantkit.command import as_json, command, show
+from quantkit.options import read_tasks, task_options
 
 if TYPE_CHECKING:
     from quantkit.evals.evaluate import Extent
     from quantkit.evals.gates import Gate
     from quantkit.evals.schema import Report
+    from quantkit.evals.tasks import Plan
 
 __all__ = ["check_text", "evaluate", "evaluate_and_write", "report"]
 
@@ -56,6 +58,7 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Prompts that both continue.")
 @click.option("--speed", is_flag=True, help="Also time this machine's kernels on the model's matrices.")
 @click.option("--save", type=PATH, metavar="FOLDER", help="Where reports go. [default: QUANTIZED/eval]")
+@task_options
 @click.option("--device", default="cpu", show_default=True)
 @gate_options
 @as_json
@@ -65,6 +68,7 @@ def evaluate(
     baseline: Path,
     text: str,
     save: Path | None,
+    items: Path | None,
     device: str,
     gates: tuple[str, ...],
     gates_file: Path | None,
@@ -76,18 +80,27 @@ def evaluate(
 
     Writes report.html, report.json and report.md. With --gate, --gates or --junit the exit code is 0 when every gate
     passes, 1 when one fails, 3 when this much text cannot decide one.
+
+    \b
+    quantkit eval OUT --baseline MODEL --text held_out.jsonl
+    quantkit eval OUT --baseline MODEL --tasks gsm8k,piqa --limit 200
+    quantkit eval OUT --baseline MODEL --suite hunyuan-large --data-dir ITEMS
     """
     from quantkit.evals.evaluate import Extent, figures
     from quantkit.evals.gates import EXIT_CODES
+    from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
     from quantkit.progress import console, eval_table
+    from quantkit.task_tables import with_tasks
 
     wanted = chosen(gates, gates_file)
     kv = measured.pop("kv_cache")
+    plan = read_tasks(measured, str(pick_device(device)), kv)
     extent = Extent(kv_cache=KVFormat(kv) if kv else None, **measured)
-    found = evaluate_and_write(quantized, baseline, text, device, extent, save, wanted, junit)
+    found = evaluate_and_write(quantized, baseline, text, device, extent, save, wanted, junit, plan, items)
     if found.divergence is not None:
-        show(figures(found), eval_table, as_json)
+        tasks = found.model_dump(include={"tasks", "task_run"}, mode="json") if plan else {}
+        show({**figures(found), **tasks}, with_tasks(eval_table), as_json)
     status, judged = found.verdict, wanted is not None or junit is not None
     if judged or status.status != "pass":
         console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
@@ -112,8 +125,13 @@ def evaluate_and_write(
     save: Path | None = None,
     gates: list[Gate] | None = None,
     junit: Path | None = None,
+    plan: Plan | None = None,
+    items: Path | None = None,
 ) -> Report:
-    """Measure, with progress on standard error, judge, and write the three reports (and JUnit XML)."""
+    """Measure, with progress on standard error, judge, and write the three reports (and JUnit XML).
+
+    plan: benchmark tasks; both answers to each item go to `items`, or into the folder of the reports.
+    """
     from quantkit.evals import report as reports
     from quantkit.evals.evaluate import Extent, measure
     from quantkit.evals.gates import decide
@@ -134,9 +152,11 @@ def evaluate_and_write(
             text,
             extent,
             device=place,
-            command=_command(quantized, baseline, text, extent, place),
+            command=_command(quantized, baseline, text, extent, place, plan),
             progress=lambda done, total: status.update(f"evaluating, {done} of {total} windows"),
         )
+        if plan and found.divergence is not None:
+            found = _with_tasks(found, quantized, baseline, plan, items or folder / "items.jsonl", status.update)
     runs = [Run(name=str(quantized), report=decide(found, gates))]
     reports.write(runs, folder / "report.html")
     if junit:
@@ -145,12 +165,25 @@ def evaluate_and_write(
     return runs[0].report
 
 
-def _command(quantized: Path, baseline: str | Path, text: str, extent: Extent, device: str) -> str:
+def _with_tasks(
+    found: Report, quantized: Path, baseline: str | Path, plan: Plan, items: Path, progress: Callable[[str], None]
+) -> Report:
+    from quantkit.evals.schema import Task
+    from quantkit.evals.task_schema import TaskRun
+    from quantkit.evals.tasks import evaluate_tasks
+
+    result = evaluate_tasks(quantized, baseline, plan, items=items, progress=progress)
+    rows = [Task.model_validate(row) for row in result["tasks"]]
+    return found.model_copy(update={"tasks": rows, "task_run": TaskRun.model_validate(result["task_run"])})
+
+
+def _command(quantized: Path, baseline: str | Path, text: str, extent: Extent, device: str, plan: Plan | None) -> str:
     """The command that measures the same again."""
     words: list[object] = ["quantkit", "eval", quantized, "--baseline", baseline, "--text", text]
     words += ["--seq-len", extent.seq_len, "--windows", extent.windows]
     words += ["--kv-cache", extent.kv_cache.value] if extent.kv_cache else []
     words += ["--context", extent.context] if extent.context else []
+    words += plan.words() if plan else []
     words += ["--device", device] if device != "cpu" else []
     return shlex.join(map(str, words))
 

@@ -10,9 +10,10 @@ import click
 
 if TYPE_CHECKING:
     from quantkit.engines.held import Deployment
+    from quantkit.evals.tasks import Plan
     from quantkit.scheme import Recipe
 
-__all__ = ["deployment", "engine_options", "read_recipe", "recipe_options"]
+__all__ = ["deployment", "engine_options", "read_recipe", "read_tasks", "recipe_options", "task_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -77,3 +78,41 @@ def deployment(options: dict[str, Any]) -> Deployment:
     from quantkit.engines.held import Deployment
 
     return Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware")})
+
+
+def task_options(function: F) -> F:
+    """Which benchmark tasks are run, and how."""
+    number = click.IntRange(min=1)
+    return _all(
+        function,
+        [
+            click.option("--tasks", metavar="NAME,...", help="Benchmark tasks to run on both models too: docs/tasks.md."),
+            click.option("--suite", metavar="NAME", help="All benchmarks of a model card: hunyuan-large."),
+            click.option("--data-dir", type=click.Path(path_type=Path), help="Items as NAME.jsonl, instead of the hub's."),
+            click.option("--limit", type=number, help="At most so many items of a task."),
+            click.option("--shots", type=click.IntRange(min=0), help="Examples before each question."),
+            click.option(
+                "--items", type=click.Path(path_type=Path), help="Both answers, by item. [QUANTIZED/eval/items.jsonl]"
+            ),
+            click.option("--unsafe-code", is_flag=True, help="Allow tasks that run code which the model wrote."),
+            click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template."),
+            click.option("--max-new-tokens", type=number, help="Upper bound on what a task lets the model write."),
+            click.option("--batch-size", type=number, help="Task items at once. [default: 4096 tokens]"),
+            click.option(
+                "--task-kernels", default="auto", show_default=True, type=click.Choice(["auto", "w4a8", "reference"])
+            ),
+        ],
+    )
+
+
+def read_tasks(options: dict[str, Any], device: str, kv_cache: str | None) -> Plan | None:
+    """Take `task_options` out of a command's options; None when no task is asked for. Raises ConfigError."""
+    tasks, suite, kernels = options.pop("tasks"), options.pop("suite"), options.pop("task_kernels")
+    same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "batch_size")
+    given = {key: options.pop(key) for key in same}
+    if tasks is None and suite is None and given["data_dir"] is None:
+        return None
+    from quantkit.evals.tasks import Options, plan_tasks
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    return plan_tasks(names, suite, Options(**given, kernels=kernels, kv_cache=kv_cache or "bf16", device=device))

@@ -19,7 +19,7 @@ from quantkit.calib.corpus import NAMED, named_documents
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.formats.reader import load_json
 
-__all__ = ["EvalSet", "calibration_windows", "digest", "documents", "evaluation_set", "load_tokenizer"]
+__all__ = ["EvalSet", "calibration_windows", "chat_tokenizer", "digest", "documents", "evaluation_set", "load_tokenizer"]
 
 _FORMATS = "a .txt, .jsonl (with 'text' or 'messages') or .parquet file (with a 'text' column)"
 
@@ -84,8 +84,11 @@ def _jsonl(path: Path, folder: Path) -> list[str]:
     return texts
 
 
-def _chat(messages: list[Any], folder: Path, where: str) -> str:
-    """Messages through the model's own chat template, rendered by transformers' sandboxed Jinja."""
+def chat_tokenizer(folder: Path, where: str) -> Any:
+    """transformers' PreTrainedTokenizerFast with the model's own chat template, which it renders in sandboxed Jinja.
+
+    where: what asks for it, for the message. Raises CalibrationError when the folder has no template.
+    """
     from transformers import PreTrainedTokenizerFast  # seconds to import
 
     config = load_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
@@ -94,7 +97,12 @@ def _chat(messages: list[Any], folder: Path, where: str) -> str:
     if not isinstance(source, str):
         raise CalibrationError(f"{where} has 'messages', but {folder} has no chat template", "give 'text' instead")
     special = {k: v for k, v in config.items() if k in ("bos_token", "eos_token", "pad_token") and isinstance(v, str)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder), chat_template=source, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder), chat_template=source, **special)
+
+
+def _chat(messages: list[Any], folder: Path, where: str) -> str:
+    """Messages through the model's own chat template."""
+    tokenizer = chat_tokenizer(folder, where)
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template may raise anything; it is data of the model

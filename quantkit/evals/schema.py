@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quantkit.evals.task_schema import TaskRun
+
 __all__ = [
     "Status",
     *(
@@ -362,6 +364,7 @@ class Report(_Part):
     kv: KVCache | None
     context: Context | None
     tasks: list[Task]
+    task_run: TaskRun | None = None
     layers: list[LayerRow]
     linears: list[LinearRow]
     moe: Moe
