@@ -51,10 +51,11 @@ def suite_table(result: Result) -> Table:
     run = result["task_run"]
     table = _table(("benchmark", "shots", "card", "instruct"), title=f"{run['suite']}, as its model card has it")
     measured = {row["name"]: row for row in result["tasks"]}
+    shots = {row["name"]: row["shots"] for row in run["benchmarks"]}
     left_out: list[str] = []
     why = {row["name"]: row["why"] for row in run["left_out"]}
     for row in SUITES[run["suite"]]:
-        cells = [row.title, str(row.shots), *_published(row)]
+        cells = [row.title, str(shots.get(row.name, row.shots)), *_published(row)]
         if row.name in measured:
             table.add_row(*cells, str(measured[row.name]["n"]), *_figures(measured[row.name]))
         else:
@@ -82,11 +83,8 @@ def _figures(row: Result) -> list[str]:
 
 def _caption(run: Result) -> str:
     cut = run["truncated"]
-    parts = [
-        "-/+: items lost and gained",
-        f"lm-evaluation-harness {run['harness']}",
-        f"truncated texts: {cut['baseline']} and {cut['quantized']}",
-    ]
+    parts = ["-/+: items lost and gained", f"lm-evaluation-harness {run['harness']}"]
+    parts += [f"truncated texts: {cut['baseline']} and {cut['quantized']}"]
     parts += [f"at most {run['limit']} items"] if run["limit"] else []
     parts += [f"at most {run['max_new_tokens']} new tokens"] if run["max_new_tokens"] else []
     parts += [f"answers in {run['items']}"] if run["items"] else []
