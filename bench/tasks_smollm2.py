@@ -69,6 +69,9 @@ def main(data_dir: Path, work: Path, limit: int, threads: int) -> None:
         if not out.exists():
             quantize(str(base), out, Recipe(scheme=scheme, group_size=64, samples=32))
         result = evaluate_tasks(out, base, plan, items=work / f"{scheme}.items.jsonl")
+        result["task_run"]["items"] = None  # a path of this machine
+        for source in result["task_run"]["benchmarks"]:
+            source["data"] = Path(source["data"]).name
         console().print(task_table(result))
         rows.append({"scheme": scheme, "seconds": round(time.monotonic() - begun), **result})
     (RESULTS / "tasks_smollm2.json").write_text(json.dumps({"limit": limit, "runs": rows}, indent=1) + "\n")
