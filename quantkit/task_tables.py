@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -27,10 +28,7 @@ def with_tasks(table: Callable[[Result], RenderableType]) -> Callable[[Result], 
 
 
 def task_table(result: Result) -> Table:
-    table = Table("task", "shots", "metric", "n", "baseline", "quantized", "recovery", title="tasks")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("lost, gained", justify="right")
-    table.add_column("p", justify="right")
+    table = _table(("task", "shots", "metric"), title="tasks")
     shots = {row["name"]: row["shots"] for row in result["task_run"]["benchmarks"]}
     for row in result["tasks"]:
         table.add_row(row["name"], str(shots[row["name"]]), row["metric"], str(row["n"]), *_figures(row))
@@ -38,32 +36,32 @@ def task_table(result: Result) -> Table:
     return table
 
 
+def _table(first: tuple[str, ...], title: str) -> Table:
+    """Narrow enough for a terminal of 80 to 100 columns: nothing is wrapped."""
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in first:
+        table.add_column(name, no_wrap=True)
+    for name in ("n", "base", "quant", "recovery", "95 % interval", "-/+", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def suite_table(result: Result) -> Table:
     """The card's rows in the card's order: its own scores, then what was measured, or why it was not."""
     run = result["task_run"]
-    table = Table("benchmark", "shots", title=f"{run['suite']}, as its model card has it")
-    names = (
-        "card, pretrained",
-        "card, instruct",
-        "n",
-        "baseline",
-        "quantized",
-        "recovery",
-        "95 % interval",
-        "lost, gained",
-        "p",
-    )
-    for name in names:
-        table.add_column(name, justify="right")
+    table = _table(("benchmark", "shots", "card", "instruct"), title=f"{run['suite']}, as its model card has it")
     measured = {row["name"]: row for row in result["tasks"]}
+    shots = {row["name"]: row["shots"] for row in run["benchmarks"]}
+    left_out: list[str] = []
     why = {row["name"]: row["why"] for row in run["left_out"]}
     for row in SUITES[run["suite"]]:
-        cells = [row.title, str(row.shots), *_published(row)]
+        cells = [row.title, str(shots.get(row.name, row.shots)), *_published(row)]
         if row.name in measured:
             table.add_row(*cells, str(measured[row.name]["n"]), *_figures(measured[row.name]))
         else:
-            table.add_row(*cells, "-", why[row.name])
-    table.caption = _caption(run)
+            left_out.append(f"{row.title}: {why[row.name]}")
+            table.add_row(*cells, "-")
+    table.caption = "\n".join([_caption(run), *left_out])
     return table
 
 
@@ -77,15 +75,16 @@ def _figures(row: Result) -> list[str]:
         f"{row['baseline']:.1%}",
         f"{row['quantized']:.1%}",
         "-" if row["recovery"] is None else f"{row['recovery']:.1%}",
-        "-" if low is None else f"{low:.1%} .. {high:.1%}",
-        f"{row['right_to_wrong']}, {row['wrong_to_right']}",
+        "-" if low is None else f"{low:.1%}..{high:.1%}",
+        f"{row['right_to_wrong']}/{row['wrong_to_right']}",
         f"{row['mcnemar_p']:.3f}",
     ]
 
 
 def _caption(run: Result) -> str:
     cut = run["truncated"]
-    parts = [f"lm-evaluation-harness {run['harness']}", f"truncated texts: {cut['baseline']} and {cut['quantized']}"]
+    parts = ["-/+: items lost and gained", f"lm-evaluation-harness {run['harness']}"]
+    parts += [f"truncated texts: {cut['baseline']} and {cut['quantized']}"]
     parts += [f"at most {run['limit']} items"] if run["limit"] else []
     parts += [f"at most {run['max_new_tokens']} new tokens"] if run["max_new_tokens"] else []
     parts += [f"answers in {run['items']}"] if run["items"] else []
