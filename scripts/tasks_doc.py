@@ -65,7 +65,7 @@ LEFT_OUT = """
 What needs a judge model cannot be run. What runs generated code is refused without `--unsafe-code`: a process with a time
 limit is no sandbox. In a suite such rows are listed with the reason. IFEval needs nltk's `punkt_tab`, which the harness
 downloads. GPQA's data set is behind a form on the hub. C3 is asked for as CLUE ships it. The hub's copies of C3 and CMATH
-were not seen from where this was written; their fields are those of the published data.
+could not be tried; their fields are those of the published data.
 """
 
 
