@@ -15,7 +15,7 @@ from quantkit.formats.dtypes import DTYPES
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import build
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
-from quantkit.kernels.cpu.linear import Packed, experts, gather, matmul, moe_matmul, pack, stack
+from quantkit.kernels.cpu.linear import Packed, experts, gather, matmul, pack, stack
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import PRESETS, Activation, Grid, Kind, Scheme, Strategy
 
@@ -233,7 +233,7 @@ def by_definition(
 
 @built
 @pytest.mark.parametrize("name", [*PRESETS, "W4A16 A8", "W4A16_ASYM A8"])
-@pytest.mark.parametrize(("tokens", "top_k", "count"), [(1, 1, 3), (5, 2, 4), (60, 1, 2), (0, 2, 2)])
+@pytest.mark.parametrize("tokens, top_k, count", [(0, 2, 2), (1, 1, 3), (5, 2, 4), (60, 1, 2), (70, 3, 6), (300, 1, 2)])
 def test_layer_of_experts(name: str, tokens: int, top_k: int, count: int) -> None:
     hidden, inner = 128, 256 if name == "FP8_BLOCK" or "W4" in name else 72  # 72 rows do not fill a block of 16
     grid, how = ROUNDED.get(name, (GRIDS.get(name, GRIDS["W4A16"]), None))
@@ -274,35 +274,18 @@ def test_silu_at_its_ends() -> None:
     torch.testing.assert_close(y, (F.silu(rounded) * rounded).bfloat16().float(), rtol=2**-7, atol=1e-30)
 
 
-@built
-@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16", "FP8_BLOCK"])
-@pytest.mark.parametrize("counts", [(3, 0, 1, 70), (0, 0, 5), (0,), (200,), (0, 0)])
-def test_experts(name: str, counts: tuple[int, ...]) -> None:
-    weights = [exact_weight(GRIDS[name], 40, 256) for _ in counts]
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    x = torch.randint(-8, 9, (sum(counts), 256)).float()
-    y = moe_matmul(x, offsets, gather([pack(q) for q in weights]), poisoned(len(x), 40))
-    wanted = [reference.linear(part, q, None) for part, q in zip(x.split(counts), weights, strict=True)]
-    assert torch.equal(y, torch.cat(wanted))
-
-
 def _packed(name: str = "W4A16", rows: int = 8, inputs: int = 128) -> Packed:
     return one(random_weight(GRIDS[name], rows, inputs))
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    packed, x, two = _packed(), torch.zeros(4, 128), torch.tensor([0, 1, 4])
+    packed, x = _packed(), torch.zeros(4, 128)
     for bad in (torch.zeros(4, 64), torch.zeros(4, 0), torch.tensor(1.0), x.double(), x.half()):
         with pytest.raises(ValueError, match="x is"):
             matmul(bad, packed)
     for out in (torch.zeros(4, 9), torch.zeros(4, 8).double(), torch.zeros(8, 4).T):
         with pytest.raises(ValueError, match="out is"):
-            moe_matmul(x, torch.tensor([0, 4]), packed, out)
-        with pytest.raises(ValueError, match="out is"):
             matmul(x, packed, out)
-    for offsets in (torch.tensor([0, 4]), two.int(), torch.tensor([1, 2, 4]), torch.tensor([0, 5, 4]), two - 1):
-        with pytest.raises(ValueError, match="offsets"):
-            moe_matmul(x, offsets, gather([*packed.parts, *packed.parts]))
     for other in (_packed("FP8"), _packed(rows=16), _packed("W4A16_ASYM")):
         with pytest.raises(ValueError, match="experts"):
             gather([*packed.parts, *other.parts])
@@ -310,6 +293,29 @@ def test_what_does_not_fit_is_refused() -> None:
         gather([])
     with pytest.raises(ValueError, match="experts"):  # scales of two dtypes
         gather([replace(packed.parts[0], scale=packed.parts[0].scale.float()), *packed.parts])
+
+
+@built
+def test_experts_that_do_not_fit_are_refused() -> None:
+    square = _packed(rows=128)
+    gate_up, down = gather([stack(square.parts[0], square.parts[0])] * 2), gather([square.parts[0]] * 2)
+    x, ids, weights = torch.zeros(4, 128), torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    for bad in (ids - 1, ids + 2):
+        with pytest.raises(ValueError, match="there are 2 experts"):
+            experts(x, bad, weights, gate_up, down)
+    for bad in (ids.int(), ids[:3], ids.flatten()):
+        with pytest.raises(ValueError, match="ids are"):
+            experts(x, bad, weights, gate_up, down)
+    for bad in (weights.double(), torch.ones(4, 2)):
+        with pytest.raises(ValueError, match="router weights are"):
+            experts(x, ids, bad, gate_up, down)
+    for bad in (x[:, :64], x.double(), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="x is"):
+            experts(bad, ids, weights, gate_up, down)
+    with pytest.raises(ValueError, match="ids are .* for x"):
+        experts(x[None], ids, weights, gate_up, down)
+    with pytest.raises(ValueError, match="does not go with"):
+        experts(x, ids, weights, gather([square.parts[0]] * 2), down)
 
 
 def test_weights_without_a_kernel_are_refused() -> None:

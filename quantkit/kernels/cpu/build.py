@@ -129,6 +129,6 @@ def load() -> ctypes.CDLL | str:
         return f"{path} cannot be loaded: {error}"
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.quantkit_matmul.restype = library.quantkit_experts.restype = ctypes.c_int
-    library.quantkit_matmul.argtypes = [pointer, pointer, size, pointer, pointer, ctypes.c_int]
+    library.quantkit_matmul.argtypes = [*[pointer] * 3, size, ctypes.c_int]
     library.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
     return library

@@ -7,7 +7,6 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from quantkit.kernels.cpu.build import load
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Grid, Kind, Strategy
 
-__all__ = ["Packed", "PackedLinear", "experts", "gather", "matmul", "moe_matmul", "on_huge_pages", "pack", "stack", "unfit"]
+__all__ = ["Packed", "PackedLinear", "experts", "gather", "matmul", "on_huge_pages", "pack", "stack", "unfit"]
 
 ROWS = 16  # rows interleaved to a block: the 32-bit lanes of a register
 STEP = 8  # inputs in a step of the kernel
@@ -28,6 +27,7 @@ BYTES = {4: 3, 8: 4}  # integers that meet activations of 8-bit integers
 ROUNDINGS = {Kind.FLOAT: 1, Kind.INT: 2}
 ALIGNMENT = 64
 HUGE = 2**21
+NO_SUCH_EXPERT = 2  # a status of csrc/quantkit_cpu.cpp
 
 
 @dataclass(frozen=True)
@@ -243,82 +243,60 @@ def _library() -> ctypes.CDLL:
 
 def _input(x: Tensor, inputs: int) -> Tensor:
     """x as contiguous float32, which the kernel rounds itself. Raises ValueError."""
-    if x.dim() != 2 or x.shape[1] != inputs:
-        raise ValueError(f"x is {tuple(x.shape)}, the weight takes [tokens, {inputs}]")
+    if x.dim() == 0 or x.shape[-1] != inputs:
+        raise ValueError(f"x is {tuple(x.shape)}, the weight takes [..., {inputs}]")
     if x.dtype not in (torch.bfloat16, torch.float32) or x.device.type != "cpu":
         raise ValueError(f"x is {x.dtype} on {x.device}; the kernel takes bfloat16 or float32 on the CPU")
-    return x.detach().float().contiguous()
+    return x.float().contiguous()
 
 
-def _output(out: Tensor | None, shape: tuple[int, int]) -> Tensor:
+def _output(out: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if out is None:
         return torch.empty(shape, dtype=torch.float32)
-    if out.dtype != torch.float32 or tuple(out.shape) != shape or not out.is_contiguous():
+    if out.dtype != torch.float32 or out.shape != shape or not out.is_contiguous():
         raise ValueError(f"out is {out.dtype} {tuple(out.shape)}, not contiguous float32 {shape}")
     return out
 
 
-def moe_matmul(x: Tensor, offsets: Tensor, weights: Packed, out: Tensor | None = None) -> Tensor:
-    """Each token times the weight of its expert, all experts in one call.
-
-    x: bfloat16 or float32 [tokens, inputs], sorted by expert; rounded as the weights say, to bfloat16 or to 8-bit codes.
-    offsets: int64 [experts + 1]; expert e has the tokens offsets[e] up to offsets[e + 1], maybe none. out: float32 [tokens,
-    rows], contiguous, overwritten; made when None. Returns it: exact products, summed in float32 in an order that depends
-    on the number of tokens but not on the number of threads. No gradient.
-    Raises ValueError for what does not fit, RuntimeError with the reason when the kernels cannot be built here.
-    """
-    rows, inputs = weights.parts[0].shape
-    count = len(weights.parts)
-    x = _input(x, inputs)
-    if offsets.dtype != torch.int64 or tuple(offsets.shape) != (count + 1,) or offsets.device.type != "cpu":
-        raise ValueError(f"offsets are {offsets.dtype} {tuple(offsets.shape)}, not int64 ({count + 1},) on the CPU")
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != x.shape[0] or any(b < a for a, b in pairwise(bounds)):
-        raise ValueError(f"offsets {bounds} do not rise from 0 to the {x.shape[0]} tokens")
-    out, offsets = _output(out, (x.shape[0], rows)), offsets.contiguous()
-    call = _library().quantkit_matmul
-    threads = torch.get_num_threads()
-    if call(ctypes.byref(weights.matrix), offsets.data_ptr(), count, x.data_ptr(), out.data_ptr(), threads):
-        raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
-    return out
-
-
 def matmul(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
-    """x [..., inputs] times a packed weight [rows, inputs]: float32 [..., rows]. See `moe_matmul` for types and errors.
+    """x [..., inputs] times a packed weight [rows, inputs]: float32 [..., rows].
 
-    The kernel fits itself to the number of tokens: one tile of up to 16, or several of 9 to 16.
+    x: bfloat16 or float32; rounded as the weight says, to bfloat16 or to 8-bit codes. out: contiguous, overwritten; made
+    when None. Returns it: exact products, summed in float32 in an order that depends on the number of tokens but not on the
+    number of threads. No gradient. The kernel fits itself to the number of tokens: one tile of up to 16, or several of 9 to
+    16. Raises ValueError for what does not fit, RuntimeError with the reason when the kernels cannot be built here,
+    MemoryError.
     """
     rows, inputs = weight.parts[0].shape
-    if x.dim() == 0 or x.shape[-1] != inputs:
-        raise ValueError(f"x is {tuple(x.shape)}, the weight takes [..., {inputs}]")
-    shape = (*x.shape[:-1], rows)
-    if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
-        raise ValueError(f"out is {tuple(out.shape)}, not contiguous {shape}")
-    flat = x.reshape(-1, inputs)
-    offsets = torch.tensor([0, flat.shape[0]])
-    return moe_matmul(flat, offsets, weight, None if out is None else out.view(-1, rows)).view(shape)
+    x = _input(x, inputs)
+    tokens = x.numel() // inputs
+    out = _output(out, (*x.shape[:-1], rows))
+    pointers = ctypes.byref(weight.matrix), x.data_ptr(), out.data_ptr()
+    if _library().quantkit_matmul(*pointers, tokens, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the activations of {tokens} tokens")
+    return out
 
 
 def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Packed, down: Packed, out: Tensor | None = None) -> Tensor:
     """A whole layer of experts in one call: the sum over a token's ids of weight * down(silu(gate x) * up x).
 
     x: bfloat16 or float32 [tokens, hidden]. ids: int64 [tokens, k], each in [0, experts). weights: float32 [tokens, k], used
-    as they are. gate_up: `stack`ed. Returns float32 [tokens, hidden]; errors as for `moe_matmul`.
+    as they are. gate_up: `stack`ed. Returns float32 [tokens, hidden]; errors as for `matmul`.
     """
     hidden, inner = down.parts[0].shape
     count = len(down.parts)
     if len(gate_up.parts) != count or gate_up.parts[0].shape != (2 * -(-inner // ROWS) * ROWS, hidden):
         raise ValueError(f"{len(gate_up.parts)} x {gate_up.parts[0].shape} does not go with {count} x {(hidden, inner)}")
-    x = _input(x, hidden)
-    if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.device.type != "cpu":
-        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}, not int64 [{x.shape[0]}, k] on the CPU")
+    x, tokens = _input(x, hidden), x.shape[0] if x.dim() == 2 else -1
+    if ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] != tokens or ids.device.type != "cpu":
+        raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)} for x {tuple(x.shape)}, not int64 [tokens, k] on the CPU")
     if weights.shape != ids.shape or weights.dtype is not torch.float32:
         raise ValueError(f"router weights are {weights.dtype} {tuple(weights.shape)}, not float32 {tuple(ids.shape)}")
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < count:
-        raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, there are {count} experts")
-    out, ids, weights = _output(out, (x.shape[0], hidden)), ids.contiguous(), weights.contiguous()
-    call = _library().quantkit_experts
+    out, ids, weights = _output(out, (tokens, hidden)), ids.contiguous(), weights.contiguous()
     pointers = (ctypes.byref(gate_up.matrix), ctypes.byref(down.matrix), *(t.data_ptr() for t in (ids, weights, x, out)))
-    if call(*pointers, *ids.shape, count, torch.get_num_threads()):
-        raise MemoryError(f"no memory for the activations of {x.shape[0]} tokens")
+    status = _library().quantkit_experts(*pointers, *ids.shape, count, torch.get_num_threads())
+    if status == NO_SUCH_EXPERT:
+        raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, there are {count} experts")
+    if status:
+        raise MemoryError(f"no memory for the activations of {tokens} tokens")
     return out

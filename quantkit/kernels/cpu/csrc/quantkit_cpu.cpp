@@ -208,24 +208,29 @@ void combine(const float* y, const Order& order, const float* router, int64_t to
 
 }  // namespace
 
-// y [offsets[experts], rows] = x [.., inputs] times the weight of each row's expert: e has rows offsets[e] .. offsets[e + 1].
-// The pointers of an expert without rows are not read. Returns 0, or 1 when memory ran out.
-extern "C" int quantkit_matmul(const Matrix* m, const int64_t* offsets, int64_t experts, const float* x, float* y, int threads) {
+// What an entry returns.
+enum Status : int { kDone = 0, kNoMemory = 1, kNoSuchExpert = 2 };
+
+// y [tokens, rows] = x [tokens, inputs] times a weight.
+extern "C" int quantkit_matmul(const Matrix* m, const float* x, float* y, int64_t tokens, int threads) {
     try {
-        Product(*m, offsets, experts, threads)(x, nullptr, y);
+        const int64_t offsets[] = {0, tokens};
+        Product(*m, offsets, 1, threads)(x, nullptr, y);
     } catch (const std::bad_alloc&) {
-        return 1;
+        return kNoMemory;
     }
-    return 0;
+    return kDone;
 }
 
 // out [tokens, hidden] = sum over a token's top_k ids of router * down(silu(gate x) * up x). gate_up holds the rows of gate,
-// filled up to whole blocks, then those of up likewise; hidden is down's rows. Returns 0, or 1 when memory ran out.
+// filled up to whole blocks, then those of up likewise; hidden is down's rows. An expert without tokens is not read.
 extern "C" int quantkit_experts(const Matrix* gate_up, const Matrix* down, const int64_t* ids, const float* router, const float* x,
                                 float* out, int64_t tokens, int64_t top_k, int64_t experts, int threads) {
+    const int64_t slots = tokens * top_k;
+    if (std::any_of(ids, ids + slots, [=](int64_t id) { return id < 0 || id >= experts; })) return kNoSuchExpert;
     try {
         const Order order(ids, tokens, top_k, experts);
-        const int64_t slots = tokens * top_k, wide = gate_up->rows, inner = down->inputs, hidden = down->rows;
+        const int64_t wide = gate_up->rows, inner = down->inputs, hidden = down->rows;
         const Buffer<float> middle = buffer<float>(slots * wide), act = buffer<float>(slots * inner), y = buffer<float>(slots * hidden);
         const Product first(*gate_up, order.offsets.data(), experts, threads), second(*down, order.offsets.data(), experts, threads);
         first(x, order.tokens.data(), middle.get());
@@ -233,7 +238,7 @@ extern "C" int quantkit_experts(const Matrix* gate_up, const Matrix* down, const
         second(act.get(), nullptr, y.get());
         in_threads(threads, slots * hidden > kSerial, [&] { combine(y.get(), order, router, tokens, top_k, hidden, out); });
     } catch (const std::bad_alloc&) {
-        return 1;
+        return kNoMemory;
     }
-    return 0;
+    return kDone;
 }
