@@ -109,14 +109,16 @@ def measure(
 @click.option("--experts", "count", default=16)
 @click.option("--top-k", default=1)
 @click.option("--tokens", default="1,4,16,64,256", help="Comma-separated.")
-@click.option("--rounds", default=15)
+@click.option("--rounds", default=100, help="Timed rounds; a tenth of it from 16 tokens on.")
 @click.option("--threads", default=0, help="0: torch's default.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "cpu_moe.json")
 def main(hidden: int, inner: int, count: int, top_k: int, tokens: str, rounds: int, threads: int, out: Path) -> None:
     if threads:
         torch.set_num_threads(threads)
     run = {name: quantised(name, hidden, inner, count) for name in OURS} | {"BF16": plain(hidden, inner, count, top_k)}
-    results = {int(n): measure(run, hidden, int(n), top_k, count, rounds) for n in tokens.split(",")}
+    results = {
+        n: measure(run, hidden, n, top_k, count, -(-rounds // (1 if n < 16 else 10))) for n in map(int, tokens.split(","))
+    }
     title = f"{count} experts of {inner} x {hidden}, top-{top_k}, {torch.get_num_threads()} threads"
     table = Table("tokens", "weights", "ms (p20..p80)", "GB/s", "of read bandwidth", "of BF16", title=title)
     for n, rows in results.items():
