@@ -58,7 +58,8 @@ def quantize(
 ) -> None:
     """Quantise MODEL, a local folder in Hugging Face layout or a hub name, into a new folder.
 
-    Interrupted, the same command resumes and ends with the same bytes.
+    Interrupted, the same command resumes and ends with the same bytes. The verdict on --held-out text is printed; it does
+    not change the exit code.
 
     \b
     quantkit quantize MODEL -o OUT
@@ -66,6 +67,7 @@ def quantize(
     quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
     from quantkit import pipeline
+    from quantkit.errors import ConfigError
     from quantkit.progress import console, layer_line, plan_table, size
 
     recipe = read_recipe(recipe_file, options)
@@ -73,12 +75,13 @@ def quantize(
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
         return
-    if held_out:
-        cli_eval.check_text(held_out, model)
+    if held_out and recipe.linears:
+        raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
+    extent = cli_eval.held_out_extent(held_out, model) if held_out else None
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
     if held_out:
-        cli_eval.evaluate_and_write(out, model, held_out, device)
+        cli_eval.say_verdict(cli_eval.evaluate_and_write(out, model, held_out, device, extent))
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
     from quantkit.evals.schema import Report
     from quantkit.evals.tasks import Plan
 
-__all__ = ["check_text", "evaluate", "evaluate_and_write", "report"]
+__all__ = ["evaluate", "evaluate_and_write", "held_out_extent", "report", "say_verdict"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -79,7 +82,7 @@ def evaluate(
     """Measure how far QUANTIZED has moved from its baseline on text that neither has seen.
 
     Writes report.html, report.json and report.md. With --gate, --gates or --junit the exit code is 0 when every gate
-    passes, 1 when one fails, 3 when this much text cannot decide one.
+    passes, 1 when one fails, 3 when this much text cannot decide one; without, it is 1 where logits are not finite.
 
     \b
     quantkit eval OUT --baseline MODEL --text held_out.jsonl
@@ -90,30 +93,48 @@ def evaluate(
     from quantkit.evals.gates import EXIT_CODES
     from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
-    from quantkit.progress import console, eval_table
+    from quantkit.progress import eval_table
     from quantkit.task_tables import with_tasks
 
     wanted = chosen(gates, gates_file)
     kv = measured.pop("kv_cache")
-    plan = read_tasks(measured, str(pick_device(device)), kv)
+    plan = read_tasks(measured, items, str(pick_device(device)), kv)
     extent = Extent(kv_cache=KVFormat(kv) if kv else None, **measured)
     found = evaluate_and_write(quantized, baseline, text, device, extent, save, wanted, junit, plan, items)
+    parts = {"verdict", "finite", *(("tasks", "task_run") if plan else ())}
+    data = found.model_dump(include=parts, mode="json")
     if found.divergence is not None:
-        tasks = found.model_dump(include={"tasks", "task_run"}, mode="json") if plan else {}
-        show({**figures(found), **tasks}, with_tasks(eval_table), as_json)
-    status, judged = found.verdict, wanted is not None or junit is not None
-    if judged or status.status != "pass":
-        console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
-    if judged or found.divergence is None:
-        sys.exit(EXIT_CODES[status.status])
+        show({**figures(found), **data}, with_tasks(eval_table), as_json)
+    elif as_json:  # nothing is finite: there are no figures, and no table of them
+        click.echo(json.dumps(data, indent=2))
+    judged = wanted is not None or junit is not None
+    if judged or found.verdict.status != "pass":
+        say_verdict(found)
+    if judged or found.finite.tokens:
+        sys.exit(EXIT_CODES[found.verdict.status])
 
 
-def check_text(text: str, model: str) -> None:
-    """Raise QuantkitError for a text that an evaluation could not read: before hours of other work."""
-    from quantkit.calib.tokens import documents
+def say_verdict(found: Report) -> None:
+    from quantkit.progress import console
+
+    status = found.verdict
+    console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
+
+
+def held_out_extent(text: str, model: str) -> Extent:
+    """What `quantize --held-out` measures: the default, in windows that the model can read. Raises QuantkitError for a text
+    that cannot be evaluated: before hours of other work."""
+    from quantkit.evals.evaluate import Extent, read_text
     from quantkit.formats.folder import find_model
+    from quantkit.formats.reader import load_json
 
-    documents(text, find_model(model))
+    folder = find_model(model)
+    config, extent = load_json(folder / "config.json"), Extent()
+    limit = config.get("max_position_embeddings")
+    if isinstance(limit, int):
+        extent = replace(extent, seq_len=min(extent.seq_len, limit))
+    read_text(folder, config, text, extent)
+    return extent
 
 
 def evaluate_and_write(
@@ -130,22 +151,23 @@ def evaluate_and_write(
 ) -> Report:
     """Measure, with progress on standard error, judge, and write the three reports (and JUnit XML).
 
-    plan: benchmark tasks; both answers to each item go to `items`, or into the folder of the reports.
+    plan: benchmark tasks; both answers to each item go to `items`, or into the folder of the reports. What can be refused is
+    refused before the work; a gate that cannot be decided after it, when the report is written.
     """
     from quantkit.evals import report as reports
     from quantkit.evals.evaluate import Extent, measure
-    from quantkit.evals.gates import decide
-    from quantkit.evals.schema import Run
-    from quantkit.formats.atomic import disk_errors
+    from quantkit.evals.gate_names import expected
+    from quantkit.evals.gates import check
     from quantkit.host import pick_device
     from quantkit.progress import console
 
     extent, folder, place = extent or Extent(), save or quantized / reports.FOLDER, str(pick_device(device))
-    if quantized.is_dir():  # a disk that cannot be written is said before the work, not after
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+    tasks = [one.name for one in plan.chosen] if plan else []
+    check(gates or [], expected(extent.kv_cache is not None, extent.context > 0, tasks))
+    if quantized.is_dir():
+        _make_room(folder, items, junit)
     screen = console(stderr=True)
-    with screen.status("evaluating") as status:
+    with screen.status("preparing") as status, _prepared(plan) as manager:
         found = measure(
             quantized,
             baseline,
@@ -156,23 +178,67 @@ def evaluate_and_write(
             progress=lambda done, total: status.update(f"evaluating, {done} of {total} windows"),
         )
         if plan and found.divergence is not None:
-            found = _with_tasks(found, quantized, baseline, plan, items or folder / "items.jsonl", status.update)
-    runs = [Run(name=str(quantized), report=decide(found, gates))]
-    reports.write(runs, folder / "report.html")
-    if junit:
+            answers = items or folder / reports.ITEMS
+            found = _with_tasks(found, quantized, baseline, plan, manager, answers, status.update)
+    return _judged(found, str(quantized), gates, folder / "report.html", junit)
+
+
+def _make_room(folder: Path, items: Path | None, junit: Path | None) -> None:
+    """A disk that cannot be written is said before the work, not after; and what an earlier evaluation left is put away."""
+    from quantkit.evals.report import set_aside
+    from quantkit.formats.atomic import disk_errors
+
+    set_aside(folder)
+    for file in filter(None, (items, junit)):
+        with disk_errors(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.unlink(missing_ok=True)
+
+
+def _prepared(plan: Plan | None) -> AbstractContextManager[Any]:
+    if plan is None:
+        return nullcontext()
+    from quantkit.evals.tasks import prepared
+
+    return prepared(plan)
+
+
+def _judged(found: Report, name: str, gates: list[Gate] | None, page: Path, junit: Path | None) -> Report:
+    """Decide the gates and write everything. A gate that cannot be decided costs the verdict, not what was measured."""
+    from quantkit.errors import ConfigError
+    from quantkit.evals import report as reports
+    from quantkit.evals.gates import decide
+    from quantkit.evals.schema import Run
+    from quantkit.progress import console
+
+    try:
+        report, refused = decide(found, gates), None
+    except ConfigError as error:
+        report, refused = found, error
+    runs = [Run(name=name, report=report)]
+    reports.write(runs, page)
+    if junit and refused is None:
         reports.write_junit(runs, junit)
-    screen.print(f"report: {folder / 'report.html'}", soft_wrap=True)
-    return runs[0].report
+    console(stderr=True).print(f"report: {page}", soft_wrap=True)
+    if refused is not None:
+        raise refused
+    return report
 
 
 def _with_tasks(
-    found: Report, quantized: Path, baseline: str | Path, plan: Plan, items: Path, progress: Callable[[str], None]
+    found: Report,
+    quantized: Path,
+    baseline: str | Path,
+    plan: Plan,
+    manager: Any,
+    items: Path,
+    progress: Callable[[str], None],
 ) -> Report:
     from quantkit.evals.schema import Task
     from quantkit.evals.task_schema import TaskRun
     from quantkit.evals.tasks import evaluate_tasks
 
-    result = evaluate_tasks(quantized, baseline, plan, items=items, progress=progress)
+    result = evaluate_tasks(quantized, baseline, plan, items=items, manager=manager, progress=progress)
     rows = [Task.model_validate(row) for row in result["tasks"]]
     return found.model_copy(update={"tasks": rows, "task_run": TaskRun.model_validate(result["task_run"])})
 
@@ -180,9 +246,10 @@ def _with_tasks(
 def _command(quantized: Path, baseline: str | Path, text: str, extent: Extent, device: str, plan: Plan | None) -> str:
     """The command that measures the same again."""
     words: list[object] = ["quantkit", "eval", quantized, "--baseline", baseline, "--text", text]
-    words += ["--seq-len", extent.seq_len, "--windows", extent.windows]
+    words += ["--seq-len", extent.seq_len, "--windows", extent.windows, "--samples", extent.samples]
     words += ["--kv-cache", extent.kv_cache.value] if extent.kv_cache else []
     words += ["--context", extent.context] if extent.context else []
+    words += ["--speed"] if extent.speed else []
     words += plan.words() if plan else []
     words += ["--device", device] if device != "cpu" else []
     return shlex.join(map(str, words))
@@ -216,6 +283,8 @@ def report(
     from quantkit.progress import verdict_tables
 
     found = reports.assemble(runs, chosen(gates, gates_file), against)
+    for line in reports.incomparable(found):
+        click.echo(f"warning: {line}", err=True)
     if out:
         reports.write(found, out)
     if junit:

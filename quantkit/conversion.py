@@ -26,10 +26,9 @@ from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.table import FORMATS
 from quantkit.formats.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
 from quantkit.host import peak_memory
-from quantkit.journal import Journal
+from quantkit.journal import Journal, code_digest
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
-from quantkit.pipeline import code_digest
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme

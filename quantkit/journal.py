@@ -7,6 +7,7 @@ The first line names the job (digests of all that decides its result), each late
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -14,10 +15,19 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import quantkit
 from quantkit.errors import OutputError
 from quantkit.formats.atomic import disk_errors, fsync_folder
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "code_digest"]
+
+
+def code_digest() -> str:
+    """sha256 over quantkit's own source: another version may round differently, so it is another job."""
+    root, digest = Path(quantkit.__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class Journal:

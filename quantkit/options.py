@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quantkit.errors import ConfigError
+
 if TYPE_CHECKING:
     from quantkit.engines.held import Deployment
     from quantkit.evals.tasks import Plan
@@ -105,12 +107,18 @@ def task_options(function: F) -> F:
     )
 
 
-def read_tasks(options: dict[str, Any], device: str, kv_cache: str | None) -> Plan | None:
-    """Take `task_options` out of a command's options; None when no task is asked for. Raises ConfigError."""
+def read_tasks(options: dict[str, Any], items: Path | None, device: str, kv_cache: str | None) -> Plan | None:
+    """Take `task_options` but --items out of a command's options; None when no task is asked for. Raises ConfigError, also
+    where an option says how to run tasks and none is."""
     tasks, suite, kernels = options.pop("tasks"), options.pop("suite"), options.pop("task_kernels")
     same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "batch_size")
     given = {key: options.pop(key) for key in same}
     if tasks is None and suite is None and given["data_dir"] is None:
+        how = {**given, "items": items, "task_kernels": kernels if kernels != "auto" else None}
+        if idle := [f"--{key.replace('_', '-')}" for key, value in how.items() if value is not None and value is not False]:
+            raise ConfigError(
+                f"{', '.join(idle)} without tasks to run", "add --tasks NAME,... or --suite NAME, or leave out"
+            )
         return None
     from quantkit.evals.tasks import Options, plan_tasks
 

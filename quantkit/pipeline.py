@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from quantkit.formats.folder import complete, find_model, publish, refuse_presen
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardWriter
 from quantkit.host import peak_memory, pick_device
-from quantkit.journal import Journal
+from quantkit.journal import Journal, code_digest
 from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
@@ -88,14 +87,6 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     ready = _prepare(model, out, recipe, device)
     plan, shortage = ready.plan, ready.shortage()
     return {**summary(plan), "notes": [*plan.notes, *([shortage] if shortage else [])]}
-
-
-def code_digest() -> str:
-    """sha256 over quantkit's own source: another version may round differently, so it is another job."""
-    root, digest = Path(quantkit.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

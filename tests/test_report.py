@@ -145,7 +145,8 @@ def test_cached_baseline_gives_the_same(good: Report, folder: Path) -> None:
     assert len(files) == 1 and first.divergence == second.divergence == good.divergence
     assert first.layers == second.layers and first.moe == second.moe
     files[0].write_bytes(files[0].read_bytes()[:-9])
-    found = cli("eval", folder / "good", "--baseline", MODEL, "--seq-len", 96, "--windows", 16, "--cache", folder / "cache")
+    how = ("--seq-len", 96, "--windows", 16, "--cache", folder / "cache", "--save", folder / "elsewhere")
+    found = cli("eval", folder / "good", "--baseline", MODEL, *how)
     assert found.exit_code == 2 and "is damaged" in found.stderr
 
 
@@ -228,11 +229,12 @@ def test_bad_input(folder: Path, tmp_path: Path, make_model: Callable[..., Path]
     assert "no list of gates" in refused("report", folder / "good", "--gates", tmp_path / "gates.yaml")
     assert ".html" in refused("report", folder / "good", "-o", tmp_path / "page")
     (tmp_path / "empty.txt").write_text("")
-    assert "no document" in refused("eval", folder / "good", "--baseline", MODEL, "--text", tmp_path / "empty.txt")
-    assert "different vocabularies" in refused("eval", folder / "good", "--baseline", make_model())
-    short = ("--text", tmp_path / "short.jsonl", "--context", 4096)
+    good = ("eval", folder / "good", "--save", tmp_path / "elsewhere", "--baseline")
+    assert "no document" in refused(*good, MODEL, "--text", tmp_path / "empty.txt")
+    assert "different vocabularies" in refused(*good, make_model())
+    short = ("--text", tmp_path / "short.jsonl", "--context", 2048)
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "x = 1\n" * 9}))
-    assert "windows of 4096" in refused("eval", folder / "good", "--baseline", MODEL, *short)
+    assert "windows of 2048" in refused(*good, MODEL, *short)
 
 
 def test_against_a_previous_report(folder: Path, tmp_path: Path) -> None:
@@ -405,13 +407,16 @@ def test_overlap_of_calibration_and_evaluation_text(tmp_path: Path) -> None:
     assert gone.share is None and "not what it was" in gone.note
 
 
-def test_long_context_in_pieces_equals_one_pass_and_needles_are_recalled(folder: Path) -> None:
+def test_long_context_in_pieces_equals_one_pass_and_needles_are_recalled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from quantkit.evals import context
     from quantkit.runtime import Model
 
     models = [Model(path, torch.device("cpu")) for path in (MODEL, folder / "good")]
     texts = tokens.documents("stdlib-held-out", MODEL)
-    ids = tokens.calibration_windows(tokens.load_tokenizer(MODEL), texts, 6, 420, 0)  # pieces of 341 positions
+    monkeypatch.setattr(context, "_PIECE_TOKENS", 128)
+    ids = tokens.calibration_windows(tokens.load_tokenizer(MODEL), texts, 6, 420, 0)
     found = context.long_context(models, ids, KVFormat.FLOAT32)
     p = [model.logits(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double() for model in models]
     for bucket in found.positions:

@@ -163,6 +163,10 @@ class EvalSet:
     unit: Tensor
     unit_name: str
 
+    def digest(self) -> str:
+        """sha256 of the windows, of how long each is (padding is a token id too), and of the documents they are from."""
+        return hashlib.sha256("".join(digest(part) for part in (self.ids, self.lengths, self.unit)).encode()).hexdigest()
+
 
 def evaluation_set(tokenizer: Tokenizer, texts: list[str], seq_len: int, max_windows: int, name: str = "given") -> EvalSet:
     """The first windows of every document in turn, until `max_windows`. Raises CalibrationError when there is none."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkit.errors import CheckpointError
 from quantkit.evals.schema import METRICS_VERSION
 from quantkit.formats.atomic import disk_errors, write_bytes
+from quantkit.journal import code_digest
 
 __all__ = ["BaselineCache", "BaselineRun"]
 
@@ -31,10 +32,12 @@ class BaselineRun:
 
 
 class BaselineCache:
-    """Batches under folder/key. The key holds all that decides the numbers: model, tokens, split, versions, device."""
+    """Batches under folder/key. The key holds all that decides the numbers: weights and windows, by digest, the split,
+    versions, quantkit's own code, the device."""
 
-    def __init__(self, folder: Path, fingerprint: str, tokens: str, batch: int, device: torch.device) -> None:
-        said = f"{fingerprint} {tokens} {batch} {METRICS_VERSION} {torch.__version__} {device} {torch.get_num_threads()}"
+    def __init__(self, folder: Path, model: str, windows: str, batch: int, device: torch.device) -> None:
+        said = f"{model} {windows} {batch} {METRICS_VERSION} {code_digest()} {torch.__version__} {device}"
+        said += f" {torch.get_num_threads()}"
         self.folder, self.device = folder / hashlib.sha256(said.encode()).hexdigest()[:24], device
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

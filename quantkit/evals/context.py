@@ -1,17 +1,21 @@
 """Losses that only show far into a context: perplexity by position, and recall of something said early.
 
-Long windows run through the cache in pieces, so that memory is that of one piece and the cache.
+Long windows run through the cache one after another, in pieces, so that memory is that of one piece and one window's cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantkit.errors import CheckpointError
 from quantkit.evals.divergence import Interval, Resampler, TokenScores, chunks, score
 from quantkit.evals.schema import Context, ContextBucket, Figure, Needle
+from quantkit.evals.task_stats import wilson
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import forward
 from quantkit.runtime import Model
@@ -54,47 +58,68 @@ def buckets(scores: TokenScores) -> list[ContextBucket]:
 
 @torch.inference_mode()
 def long_context(models: list[Model], ids: Tensor, kv: KVFormat) -> Context:
-    """ids: int64 [windows, length]. The quantised model keeps K and V in `kv`, the baseline in float32."""
-    scores = _by_position(models, ids, kv)
-    sample = Resampler(scores.unit)
+    """ids: int64 [windows, length]. The quantised model keeps K and V in `kv`, the baseline in float32. Raises
+    CheckpointError when the baseline's logits are not finite."""
+    every, layer = _by_position(models, ids, kv)
+    scores = every.where(np.isfinite(every.kl))
     far = scores.where(scores.position >= ids.shape[1] // 2)
-    late = Resampler(far.unit)
-    ratio = float(np.exp(min((far.nll_quantized - far.nll_baseline).mean(), 700)))
-    resampled = np.exp(np.minimum(late.means(far.nll_quantized - far.nll_baseline), 700))
+    needles = [_needle(models, ids, depth, kv) for depth in _DEPTHS] if ids.shape[1] >= _SHORTEST else []
     return Context(
         length=ids.shape[1],
-        windows=sample.units,
+        windows=len(ids),
         kv_cache=kv.value,
-        positions=buckets(scores),
-        last_ratio=figure(ratio, late.interval(resampled)),
-        needles=[_needle(models, ids, depth, kv) for depth in _DEPTHS] if ids.shape[1] >= _SHORTEST else [],
+        tokens=len(every),
+        not_finite=len(every) - len(scores),
+        not_finite_layer=layer,
+        positions=buckets(scores) if len(scores) else [],
+        last_ratio=_last_ratio(far) if len(far) else None,
+        needles=[needle for needle, *_ in needles],
+        needle_recall=_kept([both for _, both, _ in needles], [base for *_, base in needles]),
     )
 
 
-def _by_position(models: list[Model], ids: Tensor, kv: KVFormat) -> TokenScores:
-    windows, length = ids.shape
-    caches = [Cache(), Cache(kv)]
+def _last_ratio(far: TokenScores) -> Figure:
+    sample, difference = Resampler(far.unit), far.nll_quantized - far.nll_baseline
+    resampled = np.exp(np.minimum(sample.means(difference), 700))
+    return figure(float(np.exp(min(difference.mean(), 700))), sample.interval(resampled))
+
+
+def _kept(both: Sequence[int], baseline: Sequence[int]) -> Figure | None:
+    """Of the needles that the baseline recalls, the share that the quantised model recalls too; None where there are none.
+    Wilson's interval, which does not shrink to a point where all are."""
+    found = sum(baseline)
+    return figure(sum(both) / found, wilson(sum(both), found)) if found else None
+
+
+def _by_position(models: list[Model], ids: Tensor, kv: KVFormat) -> tuple[TokenScores, int | None]:
+    """Scores of all tokens, also those that are not finite, and the first layer after which the quantised model was not."""
     parts: list[TokenScores] = []
-    step = max(1, _PIECE_TOKENS // windows)
-    for start in range(0, length - 1, step):
-        piece = ids[:, start : min(start + step, length - 1)]
-        hidden = [_hidden(model, piece, cache) for model, cache in zip(models, caches, strict=True)]
-        targets = ids[:, start + 1 : start + 1 + piece.shape[1]].to(hidden[0].device)
-        at = np.broadcast_to(np.arange(start, start + piece.shape[1]), piece.shape).flatten()
-        unit = np.repeat(np.arange(windows), piece.shape[1])
-        for part in chunks(piece.numel(), models[0].spec.vocab):
-            base, quant = (model.head(h.flatten(0, 1)[part]) for model, h in zip(models, hidden, strict=True))
-            found = score(base, quant, targets.flatten()[part])
-            parts.append(TokenScores.of([found], np.ones(len(found.kl)), unit[part], at[part]))
-    scores = TokenScores.join(parts)
-    return scores.where(np.isfinite(scores.kl))
+    layers: list[int] = []
+    for window, row in enumerate(ids):
+        caches = Cache(), Cache(kv)
+        for start in range(0, len(row) - 1, _PIECE_TOKENS):
+            piece = row[start : min(start + _PIECE_TOKENS, len(row) - 1)]
+            (base, _), (quant, layer) = (_hidden(m, piece[None], cache) for m, cache in zip(models, caches, strict=True))
+            layers += [] if layer is None else [layer]
+            targets = row[start + 1 : start + 1 + len(piece)].to(base.device)
+            at = np.arange(start, start + len(piece))
+            for part in chunks(len(piece), models[0].spec.vocab):
+                found = score(models[0].head(base[0, part]), models[1].head(quant[0, part]), targets[part])
+                if not torch.isfinite(found.nll_baseline).all():
+                    seen = f"{models[0].folder}: logits of the baseline are not finite in windows of {len(row)} tokens"
+                    raise CheckpointError(seen, "check that checkpoint, or lower --context")
+                parts.append(TokenScores.of([found], np.ones(len(found.kl)), np.full(len(found.kl), window), at[part]))
+    return TokenScores.join(parts), min(layers, default=None)
 
 
-def _hidden(model: Model, ids: Tensor, cache: Cache) -> Tensor:
-    hidden = torch.empty(0)
+def _hidden(model: Model, ids: Tensor, cache: Cache) -> tuple[Tensor, int | None]:
+    """After the last layer, and the first layer after which it is not finite."""
+    hidden, broken = torch.empty(0), None
     for trace in forward(model.spec, model.weights, ids.to(model.device), cache):
         hidden = trace.hidden
-    return hidden
+        if broken is None and not torch.isfinite(hidden).all():
+            broken = trace.index
+    return hidden, broken
 
 
 def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
@@ -106,37 +131,42 @@ def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
     return chosen.repeat(-(-count // len(chosen)))[:count]
 
 
-def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> Needle:
+def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> tuple[Needle, int, int]:
     """Plant rare tokens a b c d at `depth` of each window, end it with a b c, and read the probability of b, c, d after
-    a, a b, a b c: what an induction head recalls, and a damaged cache forgets."""
+    a, a b, a b c: what an induction head recalls, and a damaged cache forgets. Also of how many windows both models, and
+    the baseline, recall all three."""
     windows, length = ids.shape
     needles = _rare(ids, models[0].spec.vocab, windows * _NEEDLE).view(windows, _NEEDLE)
     at = int(depth * (length - 3 * _NEEDLE))
     text = torch.cat((ids[:, :at], needles, ids[:, at:]), dim=1)[:, : length - _NEEDLE + 1]
     planted, bare = (torch.cat((x[:, : length - _NEEDLE + 1], needles[:, :-1]), dim=1) for x in (text, ids))
-    right, hits = zip(
-        *(_recall(m, planted, needles[:, 1:], how) for m, how in zip(models, (KVFormat.FLOAT32, kv), strict=True)),
-        strict=True,
+    (right, hits), (quant_right, quant_hits) = (
+        _recall(m, planted, needles[:, 1:], how) for m, how in zip(models, (KVFormat.FLOAT32, kv), strict=True)
     )
-    return Needle(
+    needle = Needle(
         depth=depth,
         n=windows,
         baseline_without=float(_recall(models[0], bare, needles[:, 1:], KVFormat.FLOAT32)[0].mean()),
-        baseline=float(right[0].mean()),
-        quantized=float(right[1].mean()),
-        baseline_hits=float(hits[0].mean()),
-        quantized_hits=float(hits[1].mean()),
+        baseline=float(right.mean()),
+        quantized=float(quant_right.mean()),
+        baseline_hits=float(hits.mean()),
+        quantized_hits=float(quant_hits.mean()),
     )
+    recalled = hits.all(axis=1)
+    return needle, int((recalled & quant_hits.all(axis=1)).sum()), int(recalled.sum())
 
 
-def _recall(model: Model, ids: Tensor, wanted: Tensor, kv: KVFormat) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Probability of `wanted` [n, k] after the last k positions of ids, and whether it is the likeliest; [n, k] each. A
-    probability that is not finite counts as 0."""
-    cache, last = Cache(kv), wanted.shape[1]
-    tail: list[Tensor] = []
-    for piece in ids.split(max(last, _PIECE_TOKENS // len(ids)), dim=1):
-        tail = [*tail[-1:], _hidden(model, piece, cache)[:, -last:]]
-    logits = model.head(torch.cat(tail, dim=1)[:, -last:])
-    wanted = wanted.to(logits.device)
-    p = logits.double().softmax(-1).gather(-1, wanted[..., None])[..., 0].nan_to_num(nan=0.0)
-    return p.cpu().numpy(), (logits.argmax(-1) == wanted).double().cpu().numpy()
+def _recall(model: Model, ids: Tensor, wanted: Tensor, kv: KVFormat) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Probability of `wanted` [n, k] after the last k positions of ids, and whether it is the likeliest; [n, k] each. Where
+    logits are not finite, the probability counts as 0 and nothing is the likeliest."""
+    chance, likeliest = [], []
+    for row, targets in zip(ids, wanted, strict=True):
+        cache, last = Cache(kv), len(targets)
+        tail: list[Tensor] = []
+        for piece in row[None].split(max(last, _PIECE_TOKENS), dim=1):
+            tail = [*tail[-1:], _hidden(model, piece, cache)[0][0, -last:]]
+        logits = model.head(torch.cat(tail)[-last:])
+        p = logits.double().softmax(-1).gather(-1, targets.to(logits.device)[:, None])[:, 0]
+        chance.append(p.nan_to_num(nan=0.0))
+        likeliest.append((logits.argmax(-1) == targets.to(logits.device)) & torch.isfinite(p))
+    return torch.stack(chance).cpu().numpy(), torch.stack(likeliest).cpu().numpy()

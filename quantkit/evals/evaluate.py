@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from quantkit.bench import bench, matrices_of
 from quantkit.calib import tokens
@@ -17,16 +18,17 @@ from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.evals.cache import BaselineCache
 from quantkit.evals.context import long_context
-from quantkit.evals.provenance import linear_rows, provenance, run_record, size
+from quantkit.evals.provenance import Contents, Said, contents, linear_rows, overlap, provenance, run_record, size
 from quantkit.evals.run import BATCH_TOKENS, Evaluation
 from quantkit.evals.samples import generations, worst_tokens
-from quantkit.evals.schema import Finite, Report, SpeedRow, Verdict
+from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.evals.sections import divergence, kv_cache, layer_rows, moe, probe
 from quantkit.formats.folder import find_model
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
+from quantkit.verify import SUMS
 
-__all__ = ["Extent", "evaluate", "figures", "measure"]
+__all__ = ["Extent", "HeldOut", "evaluate", "figures", "measure", "read_text"]
 
 _KEEP_BYTES = 4_000_000_000  # generation keeps the weights of both models; beyond this it is left out, and said so
 _CONTEXT_WINDOWS = 8
@@ -62,46 +64,112 @@ def measure(
     most `windows` of them. progress is called with (windows done, windows in all). Raises QuantkitError.
     """
     begun = time.monotonic()
-    place = torch.device(device)
-    models = [Model(find_model(path), place, hold=False) for path in (baseline, quantized)]
-    tokenizer = tokens.load_tokenizer(models[0].folder)
-    _check_pair(models, tokenizer)
-    texts = tokens.documents(text, models[0].folder)
-    data = tokens.evaluation_set(tokenizer, texts, extent.seq_len, extent.windows, text)
-    if int(data.ids.max()) >= models[0].spec.vocab:
-        seen = f"the tokenizer in {models[0].folder} gives id {int(data.ids.max())}, the vocabulary ends before"
-        raise ConfigError(seen, "use the tokenizer that belongs to this model")
-    long_ids = None  # before the work, so that too short a text is said at once
-    if extent.context:
-        long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text)
+    job = _prepare(quantized, baseline, text, extent, torch.device(device))
+    models, data, record, kv = job.models, job.data, job.record, extent.kv_cache
     step = max(1, BATCH_TOKENS // data.ids.shape[1])
-    run = Evaluation(models, data, _store(extent.cache, models[0], data, step), extent.kv_cache)
+    store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None
+    run = Evaluation(models, data, store, kv)
     run.run(step, progress)
-    record = run_record(models[1].folder)
     linears = linear_rows(models, record)
-    names = str(baseline), str(quantized)
-    kv, scored = extent.kv_cache, len(run.scores) + run.broken
-    samples, notes = _generate(models, data, tokenizer, extent, run.broken > 0)
+    scored = len(run.scores) + run.broken
+    said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command)
+    samples, notes = _generate(models, data, job.tokenizer, extent, run.broken > 0)
+    context = long_context(models, job.long_ids, kv or KVFormat.FLOAT32) if job.long_ids is not None else None
+    finite, where = _finite(run, context, scored)
     return Report(
         verdict=Verdict(status="undecided", reasons=["no gate has been applied"]),
         gates=[],
-        provenance=provenance(models, names, data, text, extent.seq_len, kv.value if kv else None, command, scored),
-        finite=Finite(tokens=run.broken, of=scored, layer=run.broken_at, head=run.broken > 0 and run.broken_at is None),
+        provenance=provenance(models, job.held, record, data, job.overlap, said, scored),
+        finite=finite,
         divergence=divergence(run) if len(run.scores) else None,
         probe=probe(run),
         kv=kv_cache(run),
-        context=long_context(models, long_ids, kv or KVFormat.FLOAT32) if long_ids is not None else None,
+        context=context,
         tasks=[],
         layers=layer_rows(run, linears),
         linears=linears,
         moe=moe(run, linears),
-        worst_tokens=worst_tokens(run.worst, data, tokenizer),
+        worst_tokens=worst_tokens(run.worst, data, job.tokenizer),
         samples=samples,
-        notes=notes,
+        notes=[*job.notes(), *notes, *where],
         size=size(models[0].folder, models[1].folder, record, round(time.monotonic() - begun, 2)).model_copy(
             update={"speed": _speed(models[1], device) if extent.speed else []}
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is known before the models run. held, record, overlap: see `provenance`. long_ids: int64 [windows, length]."""
+
+    models: list[Model]
+    tokenizer: Tokenizer
+    data: EvalSet
+    long_ids: Tensor | None
+    held: list[Contents]
+    record: dict[str, Any]
+    overlap: Overlap
+    place: torch.device
+
+    def notes(self) -> list[str]:
+        """That files are not what they were written as: the figures are of what is there now."""
+        pairs = zip(self.models, self.held, strict=True)
+        return [
+            f"{m.folder}: {name} does not have the hash that {SUMS} states" for m, held in pairs for name in held.changed
+        ]
+
+
+def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Extent, place: torch.device) -> _Job:
+    """Everything that can be refused is refused here, before the work."""
+    models = [Model(find_model(path), place, hold=False) for path in (baseline, quantized)]
+    read = read_text(models[0].folder, models[0].config, text, extent)
+    _check_pair(models, read.tokenizer)
+    if int(read.data.ids.max()) >= models[0].spec.vocab:
+        seen = f"the tokenizer in {models[0].folder} gives id {int(read.data.ids.max())}, the vocabulary ends before"
+        raise ConfigError(seen, "use the tokenizer that belongs to this model")
+    record = run_record(models[1].folder)
+    known = overlap(record, models[0].folder, read.data)
+    held = [contents(model.folder) for model in models]
+    return _Job(models, read.tokenizer, read.data, read.long_ids, held, record, known, place)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Text as an evaluation reads it. long_ids: int64 [windows, extent.context], None where none are asked for."""
+
+    tokenizer: Tokenizer
+    data: EvalSet
+    long_ids: Tensor | None
+
+
+def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -> HeldOut:
+    """Cut text into windows by the tokenizer of the model in `folder`, whose config.json `config` is. Raises QuantkitError,
+    also where a window is longer than the model's positions."""
+    tokenizer, texts = tokens.load_tokenizer(folder), tokens.documents(text, folder)
+    data = tokens.evaluation_set(tokenizer, texts, extent.seq_len, extent.windows, text)
+    limit = config.get("max_position_embeddings")
+    for option, length in (("--seq-len", data.ids.shape[1]), ("--context", extent.context)):
+        if isinstance(limit, int) and length > limit:
+            seen = f"windows of {length} tokens are longer than {folder} reads: its max_position_embeddings is {limit}"
+            raise ConfigError(f"{option}: {seen}", f"give {option} {limit} or less")
+    long_ids = None
+    if extent.context:
+        long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text)
+    return HeldOut(tokenizer, data, long_ids)
+
+
+def _finite(run: Evaluation, context: Context | None, scored: int) -> tuple[Finite, list[str]]:
+    """Tokens without finite logits, of all that were scored; and notes that say where, but for the windows of the text."""
+    far = context.not_finite if context else 0
+    layers = [layer for layer in (run.broken_at, context.not_finite_layer if context else None) if layer is not None]
+    places = ((far, "of the long windows"), (run.varied_broken, "of the probe's variants (floor, forced routing, KV cache)"))
+    notes = [f"{count:,} tokens {where} have logits that are not finite" for count, where in places if count]
+    return Finite(
+        tokens=run.broken + far + run.varied_broken,
+        of=scored + run.varied + (context.tokens if context else 0),
+        layer=min(layers, default=None),
+        head=run.broken + far > 0 and not layers,
+    ), notes
 
 
 def evaluate(
@@ -172,12 +240,6 @@ def _check_pair(models: list[Model], tokenizer: Tokenizer) -> None:
         return  # it came without a tokenizer: the baseline's serves
     if other.get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{folders} have different vocabularies: their tokenizers differ", fix)
-
-
-def _store(folder: Path | None, base: Model, data: EvalSet, step: int) -> BaselineCache | None:
-    if folder is None:
-        return None
-    return BaselineCache(folder, base.weights.reader.fingerprint(), tokens.digest(data.ids), step, base.device)
 
 
 def _generate(

@@ -10,6 +10,7 @@ registers it and hands over to the harness's own command line.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from quantkit.calib.tokens import chat_tokenizer, load_tokenizer
-from quantkit.errors import ConfigError
+from quantkit.errors import CheckpointError, ConfigError
 from quantkit.evals.divergence import chunks
 from quantkit.formats.folder import find_model
 from quantkit.formats.reader import load_json
@@ -149,10 +150,23 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
             spans = [hidden[row, len(ids) - len(t) : len(ids)] for (row, ids, _), t in zip(asked, targets, strict=True)]
             for (_, _, index), answer in zip(asked, self._score(torch.cat(spans), targets), strict=True):
                 answers[index] = answer
+            self._check([index for *_, index in asked], answers, requests)
             done += len(asked)
             if self.progress:
                 self.progress(done, len(requests))
         return answers
+
+    def _check(self, asked: list[int], answers: list[tuple[float, bool]], requests: Sequence[tuple[Any, Any, Any]]) -> None:
+        """A likelihood that is not a number is no answer: among options, the first would win."""
+        broken = [index for index in sorted(asked) if not math.isfinite(answers[index][0])]
+        if broken:
+            text = requests[broken[0]][0]
+            shown = f" (...{text[0][-60:]!r}, then {text[1]!r})" if text else ""
+            item = f"request {broken[0] + 1} of {len(requests)}{shown}"
+            raise CheckpointError(
+                f"{self.model.folder}: the log-likelihood of {item} is not finite",
+                "its logits are not finite: see the layer that `quantkit eval` without tasks names; quantise again",
+            )
 
     def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Longest first, so that memory runs out at once or never; no row is padded to more than twice its length."""

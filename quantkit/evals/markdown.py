@@ -14,7 +14,7 @@ _TITLES = {"pass": "PASS", "fail": "FAIL", "undecided": "UNDECIDED"}
 _FIGURES = (
     *("kl.mean", "kl.median", "kl.p99", "kl.p999", "kl.max", "kl.floor", "kl.excess", "perplexity.baseline"),
     *("perplexity.quantized", "perplexity.ratio", "top1_agreement", "router_agreement", "mlp.output_error.max"),
-    *("weights.error.max", "context.perplexity_ratio", "kv_cache.added_kl"),
+    *("weights.error.max", "context.perplexity_ratio", "context.needle_recall", "kv_cache.added_kl"),
 )
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]()#+!|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " "})
 

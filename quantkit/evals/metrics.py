@@ -37,6 +37,7 @@ def metrics(report: Report) -> dict[str, Metric]:
         sampled |= {"kv_cache.added_kl": report.kv.added}
     if report.context:
         sampled |= {"context.perplexity_ratio": report.context.last_ratio}
+        sampled |= {"context.needle_recall": report.context.needle_recall}
     sampled |= {f"change.{change.metric}": change.difference for change in report.changes}
     found_metrics = {name: Metric(figure) for name, figure in sampled.items() if figure is not None}
     return {**found_metrics, **_tasks(report), **_inside(report), **_counts(report)}
@@ -115,4 +116,6 @@ def _counts(report: Report) -> dict[str, Metric]:
 def _broken_where(report: Report) -> str:
     if not report.finite.tokens:
         return ""
-    return "the head" if report.finite.layer is None else f"begins in layer {report.finite.layer}"
+    if report.finite.layer is not None:
+        return f"begins in layer {report.finite.layer}"
+    return "the head" if report.finite.head else "only in a variant that the probe runs"

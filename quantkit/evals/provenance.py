@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,13 @@ from quantkit.calib import tokens
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CalibrationError
 from quantkit.evals.schema import LinearRow, Overlap, Provenance, Size, SizeRow
+from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader, load_json
 from quantkit.runtime import Model
 from quantkit.scheme import Recipe
 from quantkit.verify import SUMS, inspect
 
-__all__ = ["linear_rows", "overlap", "provenance", "run_record", "size"]
+__all__ = ["Contents", "Said", "contents", "linear_rows", "overlap", "provenance", "run_record", "size"]
 
 _NGRAM = 16
 
@@ -35,11 +39,25 @@ def run_record(folder: Path) -> dict[str, Any]:
     return record if isinstance(record.get("linears"), dict) and isinstance(record.get("job"), dict) else {}
 
 
-def _digest(folder: Path) -> str:
-    """Of a quantkit output, sha256 of its SHA256SUMS, which names every file's; else the fingerprint of its headers."""
-    if (folder / SUMS).is_file():
-        return f"sums:{hashlib.sha256((folder / SUMS).read_bytes()).hexdigest()}"
-    return f"headers:{CheckpointReader(folder).fingerprint()}"
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds. digest: of config.json and every shard, whatever SHA256SUMS says. changed: those of them
+    that do not have the hash that SHA256SUMS, where there is one, states."""
+
+    digest: str
+    changed: tuple[str, ...]
+
+
+def contents(folder: Path) -> Contents:
+    """Reads every byte, two files at a time: 3 GB/s on two cores with SHA instructions, from the page cache."""
+    names = ["config.json", *CheckpointReader(folder).shards]
+    with ThreadPoolExecutor(2) as pool:
+        hashes = dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
+    lines = (folder / SUMS).read_text("utf-8", errors="replace").splitlines() if (folder / SUMS).is_file() else []
+    stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    changed = tuple(name for name in names if lines and stated.get(name) != hashes[name])
+    said = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return Contents(f"sha256:{hashlib.sha256(said.encode()).hexdigest()}", changed)
 
 
 def _processor() -> str:
@@ -54,43 +72,53 @@ def _hardware(device: torch.device) -> dict[str, str]:
     return found | ({"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu"})
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the caller asked for, as it was given."""
+
+    baseline: str
+    quantized: str
+    text: str
+    seq_len: int
+    kv_cache: str | None
+    command: str
+
+
 def provenance(
     models: list[Model],
-    names: tuple[str, str],
+    held: Sequence[Contents],
+    record: dict[str, Any],
     data: EvalSet,
-    text: str,
-    seq_len: int,
-    kv: str | None,
-    command: str,
+    seen: Overlap,
+    said: Said,
     scored: int,
 ) -> Provenance:
-    """names: of baseline and quantised model, as they were given."""
-    base, quant = models
-    record = run_record(quant.folder)
+    """models, held: of baseline and quantised model. record: `run_record`. scored: tokens."""
+    base = models[0]
     versions = {"quantkit": quantkit.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if record:
         versions["quantized by quantkit"] = f"{record['quantkit']} (code {record['job'].get('quantkit', '')[:12]})"
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        baseline=names[0],
-        baseline_digest=_digest(base.folder),
-        quantized=names[1],
-        quantized_digest=_digest(quant.folder),
+        command=said.command,
+        baseline=said.baseline,
+        baseline_digest=held[0].digest,
+        quantized=said.quantized,
+        quantized_digest=held[1].digest,
         architecture=base.spec.architecture,
         parameters=base.spec.parameters,
         recipe=record.get("recipe"),
         calibration_tokens=record.get("calibration_tokens"),
         calibration_digest=record["job"].get("tokens") or None if record else None,
-        text=text,
-        text_digest=tokens.digest(data.ids),
-        seq_len=seq_len,
+        text=said.text,
+        text_digest=data.digest(),
+        seq_len=said.seq_len,
         windows=len(data.ids),
         tokens=scored,
         unit=data.unit_name,
         units=len(data.unit.unique()),
-        kv_cache=kv,
-        overlap=overlap(record, base.folder, data),
+        kv_cache=said.kv_cache,
+        overlap=seen,
         versions=versions,
         hardware=_hardware(base.device),
     )

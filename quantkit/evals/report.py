@@ -9,17 +9,22 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from quantkit.errors import ConfigError
-from quantkit.evals.compare import against
+from quantkit.evals.compare import against, differences
 from quantkit.evals.gates import EXIT_CODES, Gate, decide, junit
 from quantkit.evals.html import html
 from quantkit.evals.markdown import markdown
+from quantkit.evals.provenance import contents
 from quantkit.evals.schema import SCHEMA_VERSION, Comparison, Report, Run
 from quantkit.formats.atomic import disk_errors, write_bytes
 
-__all__ = ["FOLDER", "assemble", "exit_code", "find_report", "read_report", "write", "write_junit"]
+__all__ = [
+    *("FOLDER", "ITEMS", "assemble", "exit_code", "find_report", "incomparable", "read_report", "set_aside"),
+    *("write", "write_junit"),
+]
 
 FOLDER = "eval"  # of a checkpoint's folder, where its evaluation lies
 NAME = "report.json"
+ITEMS = "items.jsonl"  # both answers to every item of a benchmark
 
 
 def find_report(run: Path) -> Path:
@@ -28,6 +33,39 @@ def find_report(run: Path) -> Path:
         if path.is_file():
             return path
     raise ConfigError(f"{run} holds no evaluation", f"run 'quantkit eval {run} --baseline MODEL', or give a report.json")
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a new evaluation: what fails on the way must leave nothing that looks finished. An older report.json
+    becomes report.previous.json; the pages and answers that belong to it go."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / NAME).is_file():
+            (folder / NAME).replace(folder / "report.previous.json")
+        for name in ("report.html", "report.md", ITEMS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _of_run(run: Path) -> Report:
+    """A RUN's report. Raises ConfigError where the checkpoint that it lies in is no longer what was evaluated."""
+    path = find_report(run)
+    report = read_report(path)
+    if path == run / FOLDER / NAME and (run / "config.json").is_file():
+        now, then = contents(run).digest, report.provenance.quantized_digest
+        if now != then:
+            seen = f"{path} was measured on other contents of {run}: {then} then, {now} now"
+            raise ConfigError(seen, f"evaluate it again: quantkit eval {run} --baseline {report.provenance.baseline}")
+    return report
+
+
+def incomparable(runs: Sequence[Run]) -> list[str]:
+    """What speaks against reading several runs side by side, a line for each run that is unlike the first."""
+    lines = []
+    for run in runs[1:]:
+        if found := differences(runs[0].report, run.report):
+            what = "; ".join(f"{name} {ours} and {theirs}" for name, ours, theirs in found)
+            lines.append(f"{runs[0].name} and {run.name} cannot be compared: {what}")
+    return lines
 
 
 def read_report(path: Path) -> Report:
@@ -52,10 +90,10 @@ def read_report(path: Path) -> Report:
 
 def assemble(paths: Sequence[Path], gates: Sequence[Gate] | None, previous: Path | None) -> list[Run]:
     """Each run's report, compared with `previous` if given, with the gates decided anew (None: the default ones)."""
-    old = read_report(find_report(previous)) if previous else None
+    old = _of_run(previous) if previous else None
     runs = []
     for path in paths:
-        report = read_report(find_report(path))
+        report = _of_run(path)
         if old is not None:
             report = against(report, old, str(previous))
         runs.append(Run(name=str(path), report=decide(report, gates)))

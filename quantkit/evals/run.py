@@ -80,7 +80,8 @@ class Evaluation:
     scores: of all scored tokens whose logits are finite. probes: of probed tokens, "free" for the quantised model, "forced"
     for it with the baseline's routing, "floor" for the baseline with BF16 products, "float_kv" for the quantised model with
     a float32 cache; all in one order, tokens left out where any is not finite. broken: tokens with logits that are not
-    finite; broken_at: the first layer that gave a hidden state that is not.
+    finite; broken_at: the first layer that gave a hidden state that is not. varied: tokens that the variants scored, each
+    variant's counted; varied_broken: of these, not finite although the quantised model's own are.
     """
 
     def __init__(self, models: list[Model], data: EvalSet, store: BaselineCache | None, kv: KVFormat | None) -> None:
@@ -95,6 +96,7 @@ class Evaluation:
         self.layers, self.worst = _Layers(len(self.spec.layers), widest), Worst()
         self.broken = 0
         self.broken_at: int | None = None
+        self.varied = self.varied_broken = 0
         self._parts: list[TokenScores] = []
         self._probed: dict[str, list[TokenScores]] = {}
 
@@ -130,7 +132,8 @@ class Evaluation:
             if after.routing is not None:
                 sent = after.routing.experts[: batch.scored.numel()][batch.scored.flatten()]
                 agreements.append(self._agreement(index, base.experts[index], sent))
-            if self.broken_at is None and not torch.isfinite(quant[: len(batch.ids)][batch.scored]).all():
+            earlier = self.broken_at is None or index < self.broken_at  # than in the batches before
+            if earlier and not torch.isfinite(quant[: len(batch.ids)][batch.scored]).all():
                 self.broken_at = index
         if self.store and stored is None:
             self.store.put(batch.first, base)
@@ -185,7 +188,10 @@ class Evaluation:
             parts["forced"] = self._scores(probe, known.hidden, forced[probe.scored], self.quant.weights, [])
         if self.kv:
             parts["float_kv"] = self._variant(probe, known, self.quant.weights)
-        finite = np.asarray(np.isfinite(np.stack([part.kl for part in parts.values()])).all(axis=0))
+        each = np.isfinite(np.stack([part.kl for part in parts.values()]))  # [variants, tokens], free first
+        finite = np.asarray(each.all(axis=0))
+        self.varied += each[1:].size
+        self.varied_broken += int((each[0] & ~each[1:]).sum())
         for name, part in parts.items():
             self._probed.setdefault(name, []).append(part.where(finite))
 

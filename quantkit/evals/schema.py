@@ -46,7 +46,7 @@ __all__ = [
     *("SizeRow", "SpeedRow", "Task", "UnitSums", "Verdict", "WorstToken"),
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METRICS_VERSION = 1  # raised when a metric is computed in another way, so that old figures are not compared with new ones
 Status = Literal["pass", "fail", "undecided"]
 
@@ -122,7 +122,7 @@ class Provenance(_Part):
 
 class Finite(_Part):
     """Scored tokens whose logits are not finite, and the first layer after which the quantised hidden state was not.
-    layer is null when only the head's output is not."""
+    layer is null when only the head's output is not. Long windows count, and each variant that the probe runs."""
 
     tokens: int
     of: int
@@ -320,14 +320,21 @@ class Needle(_Part):
 
 class Context(_Part):
     """Long windows, read in pieces through the cache. kv_cache: how the quantised model keeps K and V (the baseline keeps
-    float32)."""
+    float32). tokens: scored; not_finite: of them, those whose logits are not, which all else leaves out; not_finite_layer:
+    the first layer after which. last_ratio: of perplexities in the second half, null where nothing is finite there.
+    needle_recall: of the needles that the baseline recalls whole, the share that the quantised model does; null where it
+    recalls none."""
 
     length: int
     windows: int
     kv_cache: str
+    tokens: int
+    not_finite: int
+    not_finite_layer: int | None
     positions: list[ContextBucket]
-    last_ratio: Figure
+    last_ratio: Figure | None
     needles: list[Needle]
+    needle_recall: Figure | None
 
 
 class KVCache(_Part):
@@ -353,7 +360,7 @@ class Change(_Part):
 class Report(_Part):
     """The whole of report.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     metrics_version: int = METRICS_VERSION
     verdict: Verdict
     gates: list[GateResult]
@@ -386,7 +393,7 @@ class Run(_Part):
 class Comparison(_Part):
     """Several reports: what `quantkit report A B -o x.html` writes as x.json."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     runs: list[Run]
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quantkit.evals.divergence import Floats
 
-__all__ = ["compare", "mcnemar", "paired_ratio"]
+__all__ = ["compare", "mcnemar", "paired_ratio", "wilson"]
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -65,13 +65,13 @@ def paired_ratio(both: int, lost: int, gained: int) -> list[float]:
     whole = math.sqrt((lost + gained + 2) / ((base + 1) * (quant + 1)))
     parts = math.sqrt((1 - p_base) / (base + 1)) + math.sqrt((1 - p_quant) / (quant + 1))
     z = _Z * whole / parts
-    low_base, high_base = _wilson(base, trials, z)
-    low_quant, high_quant = _wilson(quant, trials, z)
+    low_base, high_base = wilson(base, trials, z)
+    low_quant, high_quant = wilson(quant, trials, z)
     return [low_quant / high_base, high_quant / low_base]
 
 
-def _wilson(right: int, trials: int, z: float) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion."""
+def wilson(right: int, trials: int, z: float = _Z) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a proportion; by default 95 %."""
     centre = right + z * z / 2
     spread = z * math.sqrt(right * (1 - right / trials) + z * z / 4)
     return max(0.0, centre - spread) / (trials + z * z), (centre + spread) / (trials + z * z)

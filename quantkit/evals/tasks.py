@@ -11,7 +11,8 @@ import logging
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from quantkit.evals.task_data import LocalData, local_files, read_local
 from quantkit.evals.task_stats import compare
 from quantkit.formats.atomic import write_bytes
 
-__all__ = ["Chosen", "Options", "Plan", "evaluate_tasks", "plan_tasks"]
+__all__ = ["Chosen", "Options", "Plan", "evaluate_tasks", "plan_tasks", "prepared"]
 
 _SEED = 1234
 _PUNKT = "nltk's data punkt_tab, which is not on this machine"
@@ -100,17 +101,18 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
     if suite is not None and suite not in SUITES:
         raise ConfigError(f"no suite is called '{suite}'", f"give one of {', '.join(SUITES)}")
     rows = SUITES[suite] if suite else ()
-    asked = [name for name in dict.fromkeys(names) if name not in {row.name for row in rows}]
+    named = tuple(dict.fromkeys(names))
+    asked = [name for name in named if name not in {row.name for row in rows}]
     if not rows and not asked:
         raise ConfigError("no task is given", "name some: --tasks gsm8k,piqa")
-    for name in asked:
+    for name in named:
         _may_run(name, ALIASES.get(name), options)
-    left_out = {row.name: why for row in rows if (why := _left_out(row, options))}
+    left_out = {row.name: why for row in rows if row.name not in named and (why := _left_out(row, options))}
     kept = [row for row in rows if row.name not in left_out]
     index = _index({*asked, *(row.name for row in kept)})
     chosen = [_chosen(row.name, index, options, row.shots) for row in kept]
     chosen += [_chosen(name, index, options, None) for name in asked]
-    return Plan(tuple(asked), tuple(chosen), tuple(left_out.items()), suite, options, index)
+    return Plan(named, tuple(chosen), tuple(left_out.items()), suite, options, index)
 
 
 def _index(names: set[str]) -> dict[str, Any]:
@@ -207,20 +209,21 @@ def evaluate_tasks(
     plan: Plan,
     *,
     items: Path | None = None,
+    manager: Any = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Both models on the same items. {"tasks": [a row for each benchmark], "task_run": how it was done}.
 
-    items: a .jsonl file for every item's two answers. progress is called with a line. Raises QuantkitError.
+    items: a .jsonl file for every item's two answers. manager: of `prepared`, where other work came between. progress is
+    called with a line. Raises QuantkitError.
     """
     begun = time.monotonic()
     found: list[dict[str, list[Sample]]] = []
     truncated = {}
-    with tempfile.TemporaryDirectory(prefix="quantkit-tasks-") as scratch:
-        manager = _manager(Path(scratch), plan)
+    with nullcontext(manager) if manager else prepared(plan) as ready:
         for label, path in (("baseline", baseline), ("quantized", quantized)):
             kv = plan.options.kv_cache if label == "quantized" else "bf16"
-            samples, truncated[label] = _answers(path, manager, plan, kv, functools.partial(_say, progress, label))
+            samples, truncated[label] = _answers(path, ready, plan, kv, functools.partial(_say, progress, label))
             found.append(samples)
     rows, records, details = [], [], []
     for one in plan.chosen:
@@ -253,6 +256,13 @@ def evaluate_tasks(
 def _say(progress: Callable[[str], None] | None, label: str, done: int, total: int) -> None:
     if progress:
         progress(f"{label}, {done} of {total} requests")
+
+
+@contextmanager
+def prepared(plan: Plan) -> Iterator[Any]:
+    """The harness's manager of a plan's tasks, with all their data at hand. Raises ConfigError."""
+    with tempfile.TemporaryDirectory(prefix="quantkit-tasks-") as scratch:
+        yield _manager(Path(scratch), plan)
 
 
 def _manager(scratch: Path, plan: Plan) -> Any:

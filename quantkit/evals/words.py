@@ -6,7 +6,7 @@ from quantkit.evals.schema import Figure
 
 __all__ = ["interval", "number", "percent", "size", "value"]
 
-_SHARES = ("agreement", "flips", "recovery", "share")
+_SHARES = ("agreement", "flips", "recovery", "recall", "share")
 
 
 def size(count: float) -> str:

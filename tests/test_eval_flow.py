@@ -1,0 +1,455 @@
+"""What surrounds the figures of an evaluation: what is refused and when, digests, comparisons, and logits that are not
+finite wherever they come up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import quantkit
+from quantkit import cli_eval
+from quantkit.calib import tokens
+from quantkit.calib.tokens import EvalSet
+from quantkit.errors import CheckpointError, ConfigError
+from quantkit.evals import context, run_code
+from quantkit.evals.cache import BaselineCache
+from quantkit.evals.compare import against
+from quantkit.evals.evaluate import Extent, measure
+from quantkit.evals.gate_names import expected
+from quantkit.evals.gates import decide, parse_gate
+from quantkit.evals.html import html
+from quantkit.evals.markdown import markdown
+from quantkit.evals.metrics import metrics
+from quantkit.evals.provenance import contents
+from quantkit.evals.report import read_report
+from quantkit.evals.run import Evaluation
+from quantkit.evals.schema import Report, Run, Task
+from quantkit.evals.task_schema import TaskRun, TaskSource
+from quantkit.model.cache import KVFormat
+from quantkit.runtime import Model
+from quantkit.scheme import Recipe
+from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
+from tests.test_report import cli, rescaled
+
+SHORT = ("--seq-len", 48, "--windows", 8, "--samples", 0)
+EXTENT = Extent(seq_len=48, windows=8, samples=0)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A quantised model and its baseline, which reads 512 positions."""
+    root = tmp_path_factory.mktemp("flow")
+    base = write_checkpoint(root / "base", {**CONFIG, "max_position_embeddings": 512}, random_weights(CONFIG))
+    quantkit.quantize(base, root / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]
+    return root / "out", base
+
+
+@pytest.fixture(scope="module")
+def report(pair: tuple[Path, Path]) -> Report:
+    return measure(*pair, extent=EXTENT)
+
+
+@pytest.fixture
+def out(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(pair[0], tmp_path / "out")
+
+
+def windows(model: Path, length: int, count: int = 6) -> torch.Tensor:
+    texts = tokens.documents("stdlib-held-out", model)
+    return tokens.calibration_windows(tokens.load_tokenizer(model), texts, count, length, 0)
+
+
+def both(pair: tuple[Path, Path]) -> list[Model]:
+    return [Model(path, torch.device("cpu")) for path in (pair[1], pair[0])]
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, which: Path, beyond: int) -> None:
+    """In long windows, the hidden states of one model are NaN after so many positions."""
+    real = context._hidden
+    monkeypatch.setattr(context, "_PIECE_TOKENS", 32)
+
+    def hidden(model: Model, ids: torch.Tensor, cache: Any) -> Any:
+        found, layer = real(model, ids, cache)
+        broken = model.folder == which and cache.length > beyond
+        return (found * float("nan"), 1) if broken else (found, layer)
+
+    monkeypatch.setattr(context, "_hidden", hidden)
+
+
+# Long context
+
+
+def test_far_tokens_that_are_not_finite_are_counted_and_fail(
+    pair: tuple[Path, Path], report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, pair[0], 96)
+    found = measure(*pair, extent=dataclasses.replace(EXTENT, context=129))
+    assert found.context is not None and found.probe is not None
+    assert found.context.not_finite == 8 * 32 == found.finite.tokens and found.finite.layer == 1
+    assert found.finite.of >= report.provenance.tokens + 8 * 128
+    assert any("256 tokens of the long windows" in note for note in found.notes)
+    judged = decide(found, [parse_gate("context.perplexity_ratio < 9")])
+    assert judged.verdict.status == "fail" and [gate.status for gate in judged.gates] == ["fail", "fail"]
+    assert "begins in layer 1" in judged.gates[0].reason
+
+
+def test_no_ratio_where_the_whole_far_half_is_not_finite(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, pair[0], 64)
+    found = measure(*pair, extent=dataclasses.replace(EXTENT, context=129))
+    assert found.context is not None and found.context.last_ratio is None and found.context.not_finite == 8 * 64
+    assert "context.perplexity_ratio" not in metrics(found)
+    assert "no logits are finite" in html([Run(name="x", report=decide(found))])
+
+
+def test_a_baseline_that_is_not_finite_far_out_is_refused(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, pair[1], 64)
+    with pytest.raises(CheckpointError, match="logits of the baseline are not finite in windows of 129 tokens"):
+        context.long_context(both(pair), windows(pair[1], 129), KVFormat.FLOAT32)
+
+
+def test_one_window_at_a_time_in_pieces_gives_the_same(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = windows(pair[1], 150)
+    whole = context.long_context(both(pair), ids, KVFormat.FLOAT32)
+    real, rows = context._hidden, set()
+
+    def hidden(model: Model, ids: torch.Tensor, cache: Any) -> Any:
+        rows.add(tuple(ids.shape))
+        return real(model, ids, cache)
+
+    monkeypatch.setattr(context, "_hidden", hidden)
+    monkeypatch.setattr(context, "_PIECE_TOKENS", 40)
+    cut = context.long_context(both(pair), ids, KVFormat.FLOAT32)
+    assert {shape[0] for shape in rows} == {1} and max(shape[1] for shape in rows) == 40
+    for a, b in zip(whole.positions, cut.positions, strict=True):
+        assert a.perplexity_quantized == pytest.approx(b.perplexity_quantized, rel=1e-5)
+    assert whole.last_ratio and cut.last_ratio and cut.last_ratio.value == pytest.approx(whole.last_ratio.value, rel=1e-5)
+    assert [n.quantized for n in cut.needles] == pytest.approx([n.quantized for n in whole.needles], rel=1e-4)
+
+
+def test_needle_recall_is_a_share_of_what_the_baseline_recalls(
+    pair: tuple[Path, Path], report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, ids = both(pair), windows(pair[1], 80)
+    nothing = context.long_context(models, ids, KVFormat.FLOAT32)
+    assert nothing.needle_recall is None  # random weights recall nothing
+    assert "context.needle_recall" not in metrics(report.model_copy(update={"context": nothing}))
+
+    def recall(model: Model, ids: torch.Tensor, wanted: torch.Tensor, kv: KVFormat) -> Any:
+        hits = np.ones(wanted.shape, dtype=bool)
+        hits[0] = False  # neither recalls this one
+        if model is models[1]:
+            hits[1, 2] = False  # the quantised model forgets a token of this one
+        return hits.astype(float), hits
+
+    monkeypatch.setattr(context, "_recall", recall)
+    found = report.model_copy(update={"context": context.long_context(models, ids, KVFormat.FLOAT32)})
+    figure = metrics(found)["context.needle_recall"].figure
+    assert figure.value == 12 / 15 and figure.low is not None and figure.high is not None
+    assert 0.5 < figure.low < 0.8 < figure.high < 1
+    assert decide(found, [parse_gate("context.needle_recall > 0.99")]).verdict.status == "fail"
+    assert "context.needle\\_recall" in markdown([Run(name="x", report=decide(found))])
+    assert "the quantised model recalls <strong>80.00 %" in html([Run(name="x", report=decide(found))])
+    (change,) = [c for c in against(found, found, "old").changes if c.metric == "context.needle_recall"]
+    assert change.difference.value == 0 and not change.regression
+
+
+def test_windows_beyond_the_model_s_positions_are_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for option in ("--seq-len", "--context"):
+        found = cli("eval", pair[0], "--baseline", pair[1], *SHORT, option, 513, "--save", tmp_path)
+        assert found.exit_code == 2 and f"{option}: windows of 513 tokens" in found.stderr
+        assert "max_position_embeddings is 512" in found.stderr and f"Fix: give {option} 512 or less" in found.stderr
+
+
+# Digests, and reports that belong to what lies there
+
+
+def flip(folder: Path) -> Path:
+    """Change one bit of a weight; size, names, headers and modification time stay."""
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    stat = shard.stat()
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return shard
+
+
+def test_a_report_of_other_contents_is_refused(pair: tuple[Path, Path], out: Path) -> None:
+    assert cli("eval", out, "--baseline", pair[1], *SHORT).exit_code == 0
+    assert cli("report", out, "--gate", "kl.mean<9").exit_code == 0
+    shard = flip(out)
+    stale = cli("report", out, "--gate", "kl.mean<9")
+    assert stale.exit_code == 2 and "was measured on other contents" in stale.stderr and "evaluate it again" in stale.stderr
+    assert cli("report", out / "eval" / "report.json", "--gate", "kl.mean<9").exit_code == 0  # the file alone claims nothing
+    assert cli("eval", out, "--baseline", pair[1], *SHORT).exit_code == 0
+    notes = read_report(out / "eval" / "report.json").notes
+    assert f"{out}: {shard.name} does not have the hash that SHA256SUMS states" in notes
+    assert contents(out).changed == (shard.name,) and contents(pair[0]).changed == ()
+
+
+def test_an_eval_that_fails_leaves_nothing_that_looks_finished(pair: tuple[Path, Path], out: Path, tmp_path: Path) -> None:
+    junit = tmp_path / "gates.xml"
+    assert cli("eval", out, "--baseline", pair[1], *SHORT, "--junit", junit).exit_code == 0
+    before = (out / "eval" / "report.json").read_bytes()
+    assert cli("eval", out, "--baseline", tmp_path / "none", *SHORT, "--junit", junit).exit_code == 2
+    assert [path.name for path in (out / "eval").iterdir()] == ["report.previous.json"] and not junit.exists()
+    assert (out / "eval" / "report.previous.json").read_bytes() == before
+    assert "holds no evaluation" in cli("report", out).stderr
+
+
+def test_another_fine_tune_is_another_baseline(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Same names, sizes, headers and times: only the contents tell it."""
+    other = shutil.copytree(pair[1], tmp_path / "other")
+    flip(other)
+    for base in (pair[1], other):
+        measure(pair[0], base, extent=dataclasses.replace(EXTENT, cache=tmp_path / "cache"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert contents(other).digest != contents(pair[1]).digest
+
+
+def test_other_code_is_another_cached_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from quantkit.evals import cache
+
+    def key() -> Path:
+        return BaselineCache(tmp_path, "model", "text", 8, torch.device("cpu")).folder
+
+    first = key()
+    assert key() == first
+    monkeypatch.setattr(cache, "code_digest", lambda: "another version")
+    assert key() != first
+
+
+def test_the_text_s_digest_tells_padding_from_a_token() -> None:
+    ids = torch.tensor([[5, 7, 0, 0], [1, 2, 3, 4]])
+    digests = {EvalSet(ids, torch.tensor([n, 4]), torch.tensor([0, 1]), "document").digest() for n in (2, 3, 4)}
+    assert len(digests) == 3
+
+
+# Comparisons
+
+
+def test_another_baseline_is_refused(pair: tuple[Path, Path], report: Report, tmp_path: Path) -> None:
+    tuned = random_weights(CONFIG)
+    tuned["model.norm.weight"] = tuned["model.norm.weight"] * 1.2
+    base = write_checkpoint(tmp_path / "tuned", CONFIG, tuned)
+    other = measure(pair[0], base, extent=EXTENT)
+    with pytest.raises(ConfigError, match="its baseline is .*nats for document.*tuned"):
+        against(other, report, "old")
+    for name, found in (("a", report), ("b", other)):
+        (tmp_path / f"{name}.json").write_text(found.model_dump_json())
+    side = cli("report", tmp_path / "a.json", tmp_path / "b.json", "--gate", "kl.mean<99")
+    assert side.exit_code == 0 and "warning: " in side.stderr and "cannot be compared: baseline" in side.stderr
+    alike = cli("report", tmp_path / "a.json", tmp_path / "a.json", "--gate", "kl.mean<99")
+    assert "warning" not in alike.stderr
+
+
+def test_another_kv_cache_is_refused(report: Report) -> None:
+    origin = report.provenance.model_copy(update={"kv_cache": "fp8"})
+    with pytest.raises(ConfigError, match=r"its KV cache \(--kv-cache\) is not rounded, this report's is fp8"):
+        against(report.model_copy(update={"provenance": origin}), report, "old")
+
+
+def with_task(report: Report, limit: int | None = None, **changed: Any) -> Report:
+    figures = {"metric": "acc", "baseline": 0.5, "quantized": 0.4, "recovery": 0.8, "ci95": (0.7, 0.9)}
+    counts = {"right_to_wrong": 10, "wrong_to_right": 0, "mcnemar_p": 0.1, "n": 100}
+    how = {"name": "piqa", "task": "piqa", "shots": 0, "filter": "none", "data": "hub"}
+    task = {"name": "piqa", **figures, **counts}
+    task |= {key: value for key, value in changed.items() if key in task and key != "name"}
+    how |= {key: value for key, value in changed.items() if key in how}
+    run = TaskRun(
+        suite=None, benchmarks=[TaskSource(**how)], left_out=[], limit=limit, max_new_tokens=None, kernels="auto",
+        chat_template=changed.get("chat_template", False), kv_cache="bf16", truncated={}, harness="0", items=None, seconds=1,
+    )  # fmt: skip
+    return report.model_copy(update={"tasks": [Task.model_validate(task)], "task_run": run})
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"shots": 5}, {"filter": "strict"}, {"n": 50}, {"metric": "acc_norm"}, {"limit": 9}, {"chat_template": True}],
+)
+def test_a_task_asked_in_another_way_is_not_compared(report: Report, changed: dict[str, Any]) -> None:
+    same = against(with_task(report), with_task(report), "old")
+    assert "tasks.piqa.recovery" in {change.metric for change in same.changes}
+    found = against(with_task(report, **changed), with_task(report), "old")
+    assert "tasks.piqa.recovery" not in {change.metric for change in found.changes}
+    (note,) = [note for note in found.notes if "tasks.piqa" in note]
+    word = next(iter(changed)).replace("_", " ", 1) if changed != {"metric": "acc_norm"} else "metric"
+    assert "old is not compared by tasks.piqa" in note and word in note
+
+
+def test_kv_cache_context_and_weights_are_compared_too(pair: tuple[Path, Path]) -> None:
+    extent = dataclasses.replace(EXTENT, kv_cache=KVFormat.FP8, context=80)
+    found = measure(*pair, extent=extent)
+    names = {change.metric for change in against(found, found, "old").changes}
+    assert {"kv_cache.added_kl", "context.perplexity_ratio", "weights.error.max"} <= names
+    assert found.context is not None
+    longer = found.model_copy(update={"context": found.context.model_copy(update={"length": 160})})
+    unlike = against(longer, found, "old")
+    assert "context.perplexity_ratio" not in {change.metric for change in unlike.changes}
+    assert "old is not compared by context: length 80, now 160" in unlike.notes
+    names_of_gates = expected(True, True, ["piqa"])
+    assert metrics(with_task(found)).keys() <= names_of_gates and "context.needle_recall" in names_of_gates
+
+
+# What is refused before the work
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: Any) -> None:
+        raise AssertionError("the models ran")
+
+    monkeypatch.setattr(Evaluation, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        ("kl.meen<1", "did you mean kl.mean?"),
+        ("kl.max<1", "no interval"),
+        ("context.perplexity_ratio<1", "it needs quantkit eval --context"),
+        ("kv_cache.added_kl<1", "it needs quantkit eval --kv-cache fp8"),
+        ("tasks.piqa.recovery>0.9", "it needs quantkit eval --tasks"),
+        ("change.kl.mean<0", "it needs --against"),
+    ],
+)
+def test_a_gate_on_nothing_is_refused_at_once(
+    pair: tuple[Path, Path], tmp_path: Path, no_work: None, gate: str, message: str
+) -> None:
+    found = cli("eval", pair[0], "--baseline", pair[1], *SHORT, "--gate", gate, "--save", tmp_path)
+    assert found.exit_code == 2 and message in found.stderr
+
+
+def test_a_gate_that_only_the_model_refuses_costs_no_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    dense = {**CONFIG, "num_experts": 1, "use_mixed_mlp_moe": False}
+    base = write_checkpoint(tmp_path / "dense", dense, random_weights(dense))
+    quantkit.quantize(base, tmp_path / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]
+    found = cli("eval", tmp_path / "out", "--baseline", base, *SHORT, "--gate", "router_agreement>0.5")
+    assert found.exit_code == 2 and "router_agreement" in found.stderr
+    written = read_report(tmp_path / "out" / "eval" / "report.json")
+    assert written.divergence is not None and written.verdict.status == "undecided"
+
+
+def test_overlap_is_looked_at_before_the_work(pair: tuple[Path, Path], out: Path, no_work: None) -> None:
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "calibration_tokens": 9, "recipe": {"scheme": "NOPE"}}))
+    assert cli("eval", out, "--baseline", pair[1], *SHORT).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--limit", 5), ("--shots", 0), ("--unsafe-code",), ("--chat-template",), ("--max-new-tokens", 4),
+        ("--batch-size", 2), ("--task-kernels", "reference"), ("--items", "x.jsonl"),
+    ],
+)  # fmt: skip
+def test_options_of_tasks_without_tasks_are_refused(tmp_path: Path, option: tuple[object, ...]) -> None:
+    found = cli("eval", tmp_path / "none", "--baseline", tmp_path / "none", *option)
+    assert found.exit_code == 2 and f"{option[0]} without tasks to run" in found.stderr
+
+
+def test_a_command_says_all_that_was_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = cli_eval._command(*pair, "t.txt", Extent(samples=5, speed=True), "cpu", None)
+    assert "--samples 5" in command and "--speed" in command
+
+
+# quantize --held-out
+
+
+def test_quantize_says_the_verdict_on_held_out_text(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(9)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    how = ("--scheme", "W8A16", "--group-size", 32, "--samples", 8, "--held-out", tmp_path / "t.jsonl")
+    made = cli("quantize", pair[1], "-o", tmp_path / "made", *how)
+    status = read_report(tmp_path / "made" / "eval" / "report.json").verdict
+    assert made.exit_code == 0 and f"{status.status.upper()}: {status.reasons[0]}" in made.stderr
+
+
+@pytest.mark.parametrize("text", ["", "x"])
+def test_held_out_text_without_a_window_is_refused_before_quantising(
+    pair: tuple[Path, Path], tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "t.txt").write_text(text)
+    made = cli("quantize", pair[1], "-o", tmp_path / "made", "--held-out", tmp_path / "t.txt")
+    assert made.exit_code == 2 and "no document of two tokens" in made.stderr
+    assert not list(tmp_path.glob("made*"))
+
+
+def test_held_out_windows_are_no_longer_than_the_model_reads(make_model: Callable[..., Path]) -> None:
+    assert cli_eval.held_out_extent("stdlib-held-out", str(make_model(max_position_embeddings=64))).seq_len == 64
+    assert cli_eval.held_out_extent("stdlib-held-out", str(make_model("other"))).seq_len == 512
+
+
+# Logits that are not finite
+
+
+def test_the_first_broken_layer_is_that_of_all_batches(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    models = both(pair)
+    data = tokens.evaluation_set(
+        tokens.load_tokenizer(pair[1]), tokens.documents("stdlib-held-out", pair[1]), 32, 4
+    )  # fmt: skip
+    real = Evaluation._side_by_side
+
+    def broken(self: Evaluation, batch: Any, live: Any) -> Iterator[Any]:
+        for before, after in real(self, batch, live):
+            if after.index >= (3 if batch.first == 0 else 1):
+                after = dataclasses.replace(after, hidden=after.hidden * float("nan"))
+            yield before, after
+
+    monkeypatch.setattr(Evaluation, "_side_by_side", broken)
+    run = Evaluation(models, data, None, None)
+    run.run(2, None)
+    assert run.broken_at == 1
+
+
+def test_a_model_without_one_finite_logit_fails_in_words_and_in_json(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    bad = rescaled(pair[0], tmp_path / "bad", "model.layers.0.mlp", 1e30)
+    found = cli("eval", bad, "--baseline", pair[1], *SHORT, "--json")
+    said = json.loads(found.stdout)
+    assert found.exit_code == 1 and said["verdict"]["status"] == "fail" and said["finite"]["layer"] == 0
+    assert "kl" not in said and "FAIL" in found.stderr
+
+
+def test_probed_variants_that_are_not_finite_are_counted(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Evaluation._variant
+
+    def variant(self: Evaluation, *args: Any) -> Any:
+        found = real(self, *args)
+        found.kl[:3] = np.nan
+        return found
+
+    monkeypatch.setattr(Evaluation, "_variant", variant)
+    found = decide(measure(*pair, extent=EXTENT))
+    assert found.finite.tokens == 3 and found.verdict.status == "fail" and not found.finite.head
+    assert "only in a variant that the probe runs" in found.gates[0].reason
+    assert any("3 tokens of the probe's variants" in note for note in found.notes)
+
+
+# Code that a model wrote
+
+
+def test_only_code_that_reaches_its_end_passes() -> None:
+    assert run_code.passes("x = 1\nassert x == 1")
+    assert not run_code.passes("assert False")
+    for early in ("exit()", "import os\nos._exit(0)", "raise SystemExit"):
+        assert not run_code.passes(f"{early}\nassert False")
+    assert run_code.passes("def open(x):\n    return x\nimport os\nassert os.listdir() == []")
+    assert not run_code.passes("import sys\nsys.exit(0)")
+
+
+def test_what_code_prints_is_not_kept() -> None:
+    tracemalloc.start()
+    assert run_code.passes("for _ in range(50):\n    print('x' * 1_000_000)")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5_000_000
