@@ -156,8 +156,7 @@ def evaluate_and_write(
     """
     from quantkit.evals import report as reports
     from quantkit.evals.evaluate import Extent, measure
-    from quantkit.evals.gate_names import expected
-    from quantkit.evals.gates import check
+    from quantkit.evals.gate_names import check, expected
     from quantkit.host import pick_device
     from quantkit.progress import console
 

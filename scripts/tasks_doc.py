@@ -28,7 +28,7 @@ is right from 0.5 on), `mcnemar_p` (exact, two-sided), `n`. `task_run` says how:
 texts did not fit the model. The interval is Bonett and Price's for the ratio of paired proportions (Statistics in
 Medicine 25, 2006), which does not shrink to nothing where no item flipped; for scores that are not 0 or 1 it is a
 bootstrap over items. Both answers to every item go into a .jsonl file (`--items`), with the log-likelihood of each option
-or the text that was written.
+or the text that was written. A log-likelihood that is not finite ends the run: it is no answer.
 
 `--chat-template` asks through the model's own template. `--shots` sets the examples before each question; without it a
 suite has the published number and a single task its own. Prompts are the harness's, which the card's authors did not use:
@@ -63,7 +63,8 @@ network to score.
 """
 LEFT_OUT = """
 What needs a judge model cannot be run. What runs generated code is refused without `--unsafe-code`: a process with a time
-limit is no sandbox. In a suite such rows are listed with the reason. IFEval needs nltk's `punkt_tab`, which the harness
+limit is no sandbox. A program passes when it reaches its end; `exit()` before the tests does not count. In a suite such
+rows are listed with the reason, and refused where `--tasks` names them. IFEval needs nltk's `punkt_tab`, which the harness
 downloads. GPQA's data set is behind a form on the hub. C3 is asked for as CLUE ships it. The hub's copies of C3 and CMATH
 could not be tried; their fields are those of the published data.
 """

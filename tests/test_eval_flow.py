@@ -317,10 +317,10 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("kl.meen<1", "did you mean kl.mean?"),
         ("kl.max<1", "no interval"),
-        ("context.perplexity_ratio<1", "it needs quantkit eval --context"),
-        ("kv_cache.added_kl<1", "it needs quantkit eval --kv-cache fp8"),
-        ("tasks.piqa.recovery>0.9", "it needs quantkit eval --tasks"),
-        ("change.kl.mean<0", "it needs --against"),
+        ("context.perplexity_ratio<1", "it needs --context"),
+        ("kv_cache.added_kl<1", "it needs --kv-cache fp8"),
+        ("tasks.piqa.recovery>0.9", "it needs --tasks"),
+        ("change.kl.mean<0", "it needs quantkit report --against"),
     ],
 )
 def test_a_gate_on_nothing_is_refused_at_once(
@@ -380,7 +380,8 @@ def test_held_out_text_without_a_window_is_refused_before_quantising(
     pair: tuple[Path, Path], tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "t.txt").write_text(text)
-    made = cli("quantize", pair[1], "-o", tmp_path / "made", "--held-out", tmp_path / "t.txt")
+    how = ("--scheme", "W8A16", "--group-size", 32, "--samples", 8, "--held-out", tmp_path / "t.txt")
+    made = cli("quantize", pair[1], "-o", tmp_path / "made", *how)
     assert made.exit_code == 2 and "no document of two tokens" in made.stderr
     assert not list(tmp_path.glob("made*"))
 
@@ -430,7 +431,8 @@ def test_probed_variants_that_are_not_finite_are_counted(pair: tuple[Path, Path]
 
     monkeypatch.setattr(Evaluation, "_variant", variant)
     found = decide(measure(*pair, extent=EXTENT))
-    assert found.finite.tokens == 3 and found.verdict.status == "fail" and not found.finite.head
+    assert found.finite.tokens == 3 == found.finite.probe["floor"] and found.finite.probe["forced"] == 0
+    assert found.verdict.status == "fail" and not found.finite.head
     assert "only in a variant that the probe runs" in found.gates[0].reason
     assert any("3 tokens of the probe's variants" in note for note in found.notes)
 

@@ -162,13 +162,15 @@ def _finite(run: Evaluation, context: Context | None, scored: int) -> tuple[Fini
     """Tokens without finite logits, of all that were scored; and notes that say where, but for the windows of the text."""
     far = context.not_finite if context else 0
     layers = [layer for layer in (run.broken_at, context.not_finite_layer if context else None) if layer is not None]
-    places = ((far, "of the long windows"), (run.varied_broken, "of the probe's variants (floor, forced routing, KV cache)"))
+    varied = sum(run.varied_broken.values())
+    places = ((far, "of the long windows"), (varied, "of the probe's variants (floor, forced routing, KV cache)"))
     notes = [f"{count:,} tokens {where} have logits that are not finite" for count, where in places if count]
     return Finite(
-        tokens=run.broken + far + run.varied_broken,
+        tokens=run.broken + far + varied,
         of=scored + run.varied + (context.tokens if context else 0),
         layer=min(layers, default=None),
         head=run.broken + far > 0 and not layers,
+        probe=run.varied_broken,
     ), notes
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -23,7 +23,7 @@ from quantkit.evals.metrics import Metric, metrics
 from quantkit.evals.schema import Figure, GateResult, Report, Status, Verdict
 from quantkit.evals.words import interval, value
 
-__all__ = ["DEFAULT_GATES", "EXIT_CODES", "Gate", "check", "decide", "junit", "parse_gate", "read_gates"]
+__all__ = ["DEFAULT_GATES", "EXIT_CODES", "Gate", "decide", "junit", "parse_gate", "read_gates"]
 
 Operator = Literal["<", "<=", ">", ">="]
 # What a sound 4-bit model meets and a damaged one does not. The first three are about the whole; the last two find a single
@@ -109,7 +109,7 @@ def _decide(gate: Gate, known: dict[str, Metric], report: Report) -> GateResult:
     if metric.exact:
         return _result(gate, figure, "pass" if gate.holds(figure.value) else "fail", f"{measured}, exact{at}", where)
     if gate.metric == "kl.max":
-        raise _extreme()
+        raise ConfigError("kl.max is the extreme of a sample and has no interval to decide on", "gate kl.p999 instead")
     units = f"{report.provenance.unit}s"
     if figure.low is None or figure.high is None:
         reason = f"{measured} without an interval: fewer than 5 {units} were read{at}"
@@ -149,20 +149,7 @@ def _needed(gate: Gate, figure: Figure, units: int) -> int | None:
     return math.ceil(units * max(factor, 1.0)) + 1 if factor < 1e6 else None
 
 
-def check(gates: Sequence[Gate], expected: Collection[str]) -> None:
-    """Before anything is measured: raise ConfigError, as `decide` would, for a gate that names no metric of `expected`."""
-    for gate in gates:
-        if gate.metric not in expected:
-            raise _unknown(gate, expected)
-        if gate.metric == "kl.max":
-            raise _extreme()
-
-
-def _extreme() -> ConfigError:
-    return ConfigError("kl.max is the extreme of a sample and has no interval to decide on", "gate kl.p999 instead")
-
-
-def _unknown(gate: Gate, known: Collection[str]) -> ConfigError:
+def _unknown(gate: Gate, known: dict[str, Metric]) -> ConfigError:
     group = gate.metric.partition(".")[0]
     if group in _HOW and not any(name.startswith(f"{group}.") for name in known):
         return ConfigError(f"gate '{gate.text}': {gate.metric} was not measured", f"it needs {_HOW[group]}")

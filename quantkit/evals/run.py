@@ -81,7 +81,7 @@ class Evaluation:
     for it with the baseline's routing, "floor" for the baseline with BF16 products, "float_kv" for the quantised model with
     a float32 cache; all in one order, tokens left out where any is not finite. broken: tokens with logits that are not
     finite; broken_at: the first layer that gave a hidden state that is not. varied: tokens that the variants scored, each
-    variant's counted; varied_broken: of these, not finite although the quantised model's own are.
+    variant's counted; varied_broken: of these, by variant, those that are not finite although the quantised model's are.
     """
 
     def __init__(self, models: list[Model], data: EvalSet, store: BaselineCache | None, kv: KVFormat | None) -> None:
@@ -96,7 +96,8 @@ class Evaluation:
         self.layers, self.worst = _Layers(len(self.spec.layers), widest), Worst()
         self.broken = 0
         self.broken_at: int | None = None
-        self.varied = self.varied_broken = 0
+        self.varied = 0
+        self.varied_broken: dict[str, int] = {}
         self._parts: list[TokenScores] = []
         self._probed: dict[str, list[TokenScores]] = {}
 
@@ -191,7 +192,8 @@ class Evaluation:
         each = np.isfinite(np.stack([part.kl for part in parts.values()]))  # [variants, tokens], free first
         finite = np.asarray(each.all(axis=0))
         self.varied += each[1:].size
-        self.varied_broken += int((each[0] & ~each[1:]).sum())
+        for name, lost in zip(list(parts)[1:], (each[0] & ~each[1:]).sum(axis=1), strict=True):
+            self.varied_broken[name] = self.varied_broken.get(name, 0) + int(lost)
         for name, part in parts.items():
             self._probed.setdefault(name, []).append(part.where(finite))
 

@@ -14,36 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from quantkit.evals.task_schema import TaskRun
 
 __all__ = [
-    "Status",
-    *(
-        "METRICS_VERSION",
-        "SCHEMA_VERSION",
-        "Change",
-        "Comparison",
-        "Context",
-        "ContextBucket",
-        "Divergence",
-        "Figure",
-        "Finite",
-        "GateResult",
-        "Histogram",
-        "KVCache",
-    ),
-    *(
-        "LayerRow",
-        "LinearRow",
-        "Moe",
-        "MoeLayer",
-        "Needle",
-        "Overlap",
-        "Probe",
-        "Provenance",
-        "Report",
-        "Run",
-        "Sample",
-        "Size",
-    ),
-    *("SizeRow", "SpeedRow", "Task", "UnitSums", "Verdict", "WorstToken"),
+    *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Divergence"),
+    *("Figure", "Finite", "GateResult", "Histogram", "KVCache", "LayerRow", "LinearRow", "Moe", "MoeLayer", "Needle"),
+    *("Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size", "SizeRow", "SpeedRow", "Status", "Task"),
+    *("UnitSums", "Verdict", "WorstToken"),
 ]
 
 SCHEMA_VERSION = 2
@@ -122,12 +96,15 @@ class Provenance(_Part):
 
 class Finite(_Part):
     """Scored tokens whose logits are not finite, and the first layer after which the quantised hidden state was not.
-    layer is null when only the head's output is not. Long windows count, and each variant that the probe runs."""
+    layer is null when only the head's output is not. probe: by variant (floor, forced, float_kv), tokens whose logits are
+    finite in the quantised model but not in that variant; the probe's figures leave them out. tokens and of count the long
+    windows and these variants too."""
 
     tokens: int
     of: int
     layer: int | None = None
     head: bool = False
+    probe: dict[str, int] = {}
 
 
 class Histogram(_Part):
