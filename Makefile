@@ -50,9 +50,10 @@ bench: $(TOOLS)
 	$(BIN)/python bench/generate.py
 	$(BIN)/python -m bench.plan_scale
 
-# Benchmark tasks through lm-evaluation-harness, which `make test` skips: some 0.7 GB of packages beside torch.
+# Benchmark tasks through lm-evaluation-harness, which `make test` skips: some 0.7 GB of packages beside torch. Its own `hf`
+# model, which quantkit's is held against, needs accelerate.
 tasks-test: $(TOOLS)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[tasks]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[tasks]' accelerate
 	$(BIN)/python -m pytest -n 2 tests/test_task_harness.py tests/test_tasks.py tests/test_task_data.py tests/test_task_stats.py
 
 # On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
