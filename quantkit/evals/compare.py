@@ -100,6 +100,14 @@ def _unpaired(report: Report, previous: Report) -> list[Change]:
             bad = low.low > high.high
         else:
             bad = new[name].exact and low.value > high.value
-        difference = Figure(value=current.value - before.value)
+        difference = _apart(before, current)
         found.append(Change(metric=name, previous=before, current=current, difference=difference, regression=bad))
     return found
+
+
+def _apart(before: Figure, current: Figure) -> Figure:
+    """The difference, with the widest interval that the two allow; without one where either has none."""
+    difference = current.value - before.value
+    if before.low is None or before.high is None or current.low is None or current.high is None:
+        return Figure(value=difference)
+    return Figure(value=difference, low=current.low - before.high, high=current.high - before.low)
