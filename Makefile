@@ -32,7 +32,7 @@ check: $(TOOLS)
 setup: $(READY)
 
 $(TOOLS): $(READY)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[test]'
 	touch $(TOOLS)
 
 $(READY): pyproject.toml constraints.txt scripts/setup.sh
@@ -40,7 +40,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	touch $(READY)
 
 bench: $(TOOLS)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/accuracy.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/eval_speed.py
@@ -50,19 +50,22 @@ bench: $(TOOLS)
 	$(BIN)/python bench/generate.py
 	$(BIN)/python -m bench.plan_scale
 
-# Benchmark tasks through lm-evaluation-harness, which `make test` skips: some 0.7 GB of packages beside torch.
+# Benchmark tasks through lm-evaluation-harness, which `make test` skips: some 0.7 GB of packages beside torch. Its own `hf`
+# model, which quantkit's is held against, needs accelerate.
 tasks-test: $(TOOLS)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[tasks]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[tasks]' accelerate
 	$(BIN)/python -m pytest -n 2 tests/test_task_harness.py tests/test_tasks.py tests/test_task_data.py tests/test_task_stats.py
 
 # On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
+# GPU_PYTHON names an interpreter that has torch with CUDA and what quantkit needs: then nothing is installed.
 gpu-test gpu-bench: export QUANTKIT_CUDA = 1
+ON_GPU := $(if $(GPU_PYTHON),PYTHONPATH=.:$(PYTHONPATH) $(GPU_PYTHON),$(BIN)/python)
 
-gpu-test: $(TOOLS)
-	$(BIN)/python -m tests.gpu
+gpu-test: $(if $(GPU_PYTHON),,$(TOOLS))
+	$(ON_GPU) -m tests.gpu $(ARGS)
 
-gpu-bench: $(TOOLS)
-	$(BIN)/python bench/gpu_kernels.py $(ARGS)
+gpu-bench: $(if $(GPU_PYTHON),,$(TOOLS))
+	$(ON_GPU) bench/gpu_kernels.py $(ARGS)
 
 clean:
 	rm -rf .venv .vllm .demo

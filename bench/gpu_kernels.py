@@ -3,14 +3,17 @@
 For each model, linear or layer of experts, number of tokens and kernel: median, 20th and 80th percentile in microseconds
 (on the GPU, in a CUDA graph), eager_us (as Python calls it), GB/s of the weights of experts that get tokens and of x and
 out, TFLOP/s, the share of the measured bandwidth and of the roofline, and the speed-up over BF16 (F.linear, F.grouped_mm).
-Weights and routing are random. --tune sweeps the tiles instead and prints the table for quantkit/kernels/triton/tiles.py.
+Weights and routing are random. Each line is on the screen and in
+the file as soon as it is measured. --tune sweeps the tiles instead and prints the table for
+quantkit/kernels/triton/tiles.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +21,91 @@ import click
 import gpu_report
 import gpu_tune
 import torch
+import triton
 from gpu_runs import DEVICE, MODELS, layers, linears, measure, peaks
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from triton.errors import TritonError
 
 from quantkit.kernels.cuda import build
 from quantkit.kernels.triton.backend import lacks
 from quantkit.scheme import PRESETS
 
+FAILURES = RuntimeError, TritonError  # out of memory, of shared memory, an illegal access, a launch that is refused
 RESULTS = Path(__file__).parent / "results"
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 COLUMNS = ("model", "layer", "tokens", "kernel", "median_us", "eager_us", "gb_per_s", "tflop_per_s", "of_bandwidth")
 
 
 def rows_of(
-    models: tuple[str, ...], kinds: tuple[str, ...], tokens: tuple[int, ...], schemes: tuple[str, ...], rounds: int
-) -> tuple[gpu_report.Peaks, list[dict[str, Any]]]:
-    """The peaks of this GPU, and a row for each run."""
+    models: tuple[str, ...],
+    kinds: tuple[str, ...],
+    tokens: tuple[int, ...],
+    schemes: tuple[str, ...],
+    rounds: int,
+    most: gpu_report.Peaks,
+) -> Iterator[dict[str, Any]]:
+    """A row for each run; one that fails has `error` in place of figures."""
     library = build.library()
-    found, most = [], peaks(rounds)
     for name in models:
         for kind in kinds:
             make = linears if kind == "linear" else layers
             for run in make(MODELS[name], tokens, schemes, None if isinstance(library, str) else library):
-                seconds, eager = measure(run.call, rounds, run.waits)
                 place = {"model": name, "layer": kind, "tokens": run.tokens, "kernel": run.kernel}
+                try:
+                    seconds, eager = measure(run.call, rounds, run.waits)
+                except FAILURES as error:
+                    yield {**place, "error": f"{type(error).__name__}: {error}"}
+                    continue
                 figures = gpu_report.row(seconds, run.moved, run.operations, most, run.kind)
-                found.append({**place, **figures, "eager_us": round(eager * 1e6, 2)})
-    return most, gpu_report.compare(found)
+                yield {**place, **figures, "eager_us": round(eager * 1e6, 2)}
+
+
+@dataclass
+class Results:
+    """What has been measured so far, in a file at every moment: a run that is stopped keeps what it has."""
+
+    path: Path
+    gpu: str
+    peaks: gpu_report.Peaks
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        (self.failed if "error" in row else self.measured).append(row)
+        self.write(complete=False)
+
+    def write(self, complete: bool) -> None:
+        rows = gpu_report.compare(self.measured)
+        goals = [{"goal": v.goal.text, "met": v.met, "worst": v.worst, "tokens": v.tokens} for v in gpu_report.judge(rows)]
+        found = {"gpu": self.gpu, "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+        found |= {"complete": complete, "peaks": asdict(self.peaks), "goals": goals, "rows": rows, "failed": self.failed}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(found, indent=1) + "\n")
+
+    def show(self, console: Console) -> None:
+        rows = gpu_report.compare(self.measured)
+        table = Table(*COLUMNS, "of_roofline", "of_bf16", title=self.gpu)
+        for row in rows:
+            table.add_row(*(str(row[name]) for name in (*COLUMNS, "of_roofline", "of_bf16")))
+        console.print(table)
+        for verdict in gpu_report.judge(rows):
+            console.print(str(verdict), highlight=False)
+        console.print(f"wrote {self.path}")
 
 
 def tune(console: Console, kinds: tuple[str, ...], rounds: int) -> None:
-    found = []
-    for kind, limit, tile, seconds in track(gpu_tune.sweep(kinds, rounds), "tiles", total=None, console=console):
-        found.append((kind, limit, tile, seconds))
-        console.print(f"{kind:7} up to {limit:4} rows: {seconds * 1e6:9.1f} us  {tile}")
-    console.print(gpu_tune.source_of(found), highlight=False)
-    if "int4" in kinds:
-        for rows, fused, scratch in gpu_tune.crossover(rounds):
-            console.print(
-                f"{rows:5} rows a weight: fused {fused * 1e6:.0f} us, scratch {scratch * 1e6:.0f} us (SCRATCH_FROM)"
-            )
+    found: list[gpu_tune.Found] = []
+    for kind in kinds:
+        for one in gpu_tune.sweep(kind, rounds):
+            found.append(one)
+            time = f"{one.seconds * 1e6:9.1f} us" if one.problem is None else "   failed"
+            console.print(f"{kind:7} up to {one.limit:4} rows: {time}  {one.tile}  {one.problem or ''}")
+        console.print(gpu_tune.source_of(found), highlight=False)  # after each kind: a sweep that is stopped has its table
+        if kind == "int4":
+            for rows, fused, scratch in gpu_tune.crossover(rounds, gpu_tune.best(found, kind)):
+                times = f"fused {fused * 1e6:.0f} us, scratch {scratch * 1e6:.0f} us"
+                console.print(f"{rows:5} rows a weight: {times} (SCRATCH_FROM)")
 
 
 @click.command()
@@ -70,6 +116,7 @@ def tune(console: Console, kinds: tuple[str, ...], rounds: int) -> None:
 @click.option("--rounds", default=30, help="Rounds of each measurement.")
 @click.option("--quick", is_flag=True, help="Hunyuan-Large's experts in W4A16 and FP8_DYNAMIC only, for the goals.")
 @click.option("--tune", "tuning", is_flag=True, help="Sweep tiles; with --quick, of W4A16 and FP8 by rows only.")
+@click.option("--kind", "swept", multiple=True, type=click.Choice(list(gpu_tune.SCHEMES)), help="Kinds of weight to tune.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: results/<gpu>.json beside this file.")
 def main(
     models: tuple[str, ...],
@@ -79,6 +126,7 @@ def main(
     rounds: int,
     quick: bool,
     tuning: bool,
+    swept: tuple[str, ...],
     out: Path | None,
 ) -> None:
     """Time quantkit's GPU kernels on this machine's GPU."""
@@ -88,24 +136,20 @@ def main(
     if isinstance(missing, str):
         console.print(f"without the CUDA kernel: {missing}")
     if tuning:
-        return tune(console, ("int4", "row8") if quick else tuple(gpu_tune.SCHEMES), rounds)
+        return tune(console, swept or (("int4", "row8") if quick else tuple(gpu_tune.SCHEMES)), rounds)
     if quick:
         models, kinds, schemes, rounds = ("hunyuan-large",), ("moe",), ("W4A16", "FP8_DYNAMIC"), min(rounds, 15)
     gpu = torch.cuda.get_device_name()
-    most, rows = rows_of(models, kinds, tokens, schemes, rounds)
-    verdicts = gpu_report.judge(rows)
     path = out or RESULTS / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"gpu": gpu, "torch": torch.__version__, "cuda": torch.version.cuda}
-    goals = [{"goal": v.goal.text, "met": v.met, "worst": v.worst, "tokens": v.tokens} for v in verdicts]
-    path.write_text(json.dumps({**versions, "peaks": asdict(most), "goals": goals, "rows": rows}, indent=1) + "\n")
-    table = Table(*COLUMNS, "of_roofline", "of_bf16", title=gpu)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in (*COLUMNS, "of_roofline", "of_bf16")))
-    console.print(table)
-    for verdict in verdicts:
-        console.print(str(verdict), highlight=False)
-    console.print(f"wrote {path}")
+    results = Results(path, gpu, peaks(rounds))
+    for row in rows_of(models, kinds, tokens, schemes, rounds, results.peaks):
+        results.add(row)
+        seen = row.get("error") or f"{row['median_us']} us"
+        console.print(f"{row['model']} {row['layer']} {row['tokens']:5} tokens {row['kernel']}: {seen}", highlight=False)
+    results.write(complete=True)
+    results.show(console)
+    if results.failed:
+        raise click.ClickException(f"{len(results.failed)} runs failed: `failed` of {path} says how")
 
 
 if __name__ == "__main__":

@@ -168,13 +168,13 @@ def measure(call: Callable[[], object], rounds: int, waits: bool = False) -> tup
     """(seconds of each round on the GPU alone, median seconds as Python calls it).
 
     The first is the call captured in a CUDA graph, as engines decode; one that waits for the GPU cannot be captured, and is
-    timed as Python calls it. A buffer larger than the second-level cache is written before each round.
+    timed as Python calls it. A buffer larger than the second-level cache is read before each round.
     """
     for _ in range(3):
         call()  # compiles
     torch.cuda.synchronize()
-    flush = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    plain = sorted(_timed(call, flush) for _ in range(rounds))
+    flush = torch.zeros(2**26, dtype=torch.int32, device=DEVICE)
+    plain = sorted(_timed(call, flush, idle=True) for _ in range(rounds))
     if waits:
         return plain, plain[rounds // 2]
     graph = torch.cuda.CUDAGraph()
@@ -183,9 +183,13 @@ def measure(call: Callable[[], object], rounds: int, waits: bool = False) -> tup
     return [_timed(graph.replay, flush) for _ in range(rounds)], plain[rounds // 2]
 
 
-def _timed(call: Callable[[], object], flush: Tensor) -> float:
+def _timed(call: Callable[[], object], flush: Tensor, idle: bool = False) -> float:
+    """Seconds of a call that finds nothing of its own in the cache. Reading leaves no lines behind that must be written back
+    while it runs. idle: the GPU waits for Python, whose launches would otherwise hide behind the flush."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
+    flush.sum()
+    if idle:
+        torch.cuda.synchronize()
     start.record()
     call()
     end.record()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from gpu_runs import DEVICE, MODELS, measure, random_packed
 from torch import Tensor
+from triton.errors import TritonError
 
 from quantkit.kernels.triton import ops, tiles
 from quantkit.kernels.triton.compile import step_bytes
@@ -17,7 +19,7 @@ from quantkit.kernels.triton.layout import Packed
 from quantkit.kernels.triton.tiles import Tile
 from quantkit.scheme import PRESETS
 
-__all__ = ["CANDIDATES", "RANGES", "crossover", "misfit", "source_of", "sweep"]
+__all__ = ["CANDIDATES", "RANGES", "Found", "best", "crossover", "misfit", "source_of", "sweep"]
 
 SCHEMES = {"int4": "W4A16", "int8": "W8A16", "row8": "FP8_DYNAMIC", "block8": "FP8_BLOCK"}
 RANGES = ((12, 1), (32, 24), (96, 64), (float("inf"), 256))  # up to so many rows a weight, measured at so many
@@ -85,33 +87,53 @@ def _layer(name: str, rows: int) -> _Layer:
     )
 
 
-def sweep(kinds: tuple[str, ...], rounds: int) -> Iterator[tuple[str, float, Tile, float]]:
-    """(kind, range, tile, median seconds of Hunyuan-Large's layer) of each candidate that fits this GPU."""
+@dataclass(frozen=True)
+class Found:
+    """Median seconds of Hunyuan-Large's layer with a tile, up to `limit` rows a weight; problem: why there are none."""
+
+    kind: str
+    limit: float
+    tile: Tile
+    seconds: float
+    problem: str | None = None
+
+
+def sweep(kind: str, rounds: int) -> Iterator[Found]:
+    """Each candidate that fits this GPU on paper."""
     memory = machine(DEVICE)[1]
-    for kind in kinds:
-        for limit, rows in RANGES:
-            layer = _layer(SCHEMES[kind], rows)
-            for tile in CANDIDATES[limit]:
-                if misfit(kind, tile, memory) is None:
-                    yield kind, limit, tile, layer.seconds(rounds, partial(ops.moe, tile=tile))
+    for limit, rows in RANGES:
+        layer = _layer(SCHEMES[kind], rows)
+        for tile in CANDIDATES[limit]:
+            if misfit(kind, tile, memory) is None:
+                try:
+                    yield Found(kind, limit, tile, layer.seconds(rounds, partial(ops.moe, tile=tile)))
+                except (RuntimeError, TritonError) as error:  # the compiler may need more shared memory than counted
+                    yield Found(kind, limit, tile, math.inf, f"{type(error).__name__}: {error}")
 
 
-def crossover(rounds: int) -> Iterator[tuple[int, float, float]]:
-    """(rows a weight, seconds of the fused kernel, of the scratch) of Hunyuan-Large's W4A16 layer."""
+def best(found: Iterable[Found], kind: str) -> dict[float, Tile]:
+    """The fastest tile of a kind for each range in which one ran."""
+    least: dict[float, Found] = {}
+    for one in found:
+        if one.kind == kind and one.problem is None and (one.limit not in least or one.seconds < least[one.limit].seconds):
+            least[one.limit] = one
+    return {limit: one.tile for limit, one in sorted(least.items())}
+
+
+def crossover(rounds: int, tile_of: dict[float, Tile]) -> Iterator[tuple[int, float, float]]:
+    """(rows a weight, seconds of the fused kernel with the best tile for many rows, of the scratch) of the W4A16 layer."""
+    fused = partial(ops.moe, tile=tile_of.get(math.inf))
     for rows in (128, 256, 512, 1024, 2048):
         layer = _layer("W4A16", rows)
-        yield rows, layer.seconds(rounds, ops.moe), layer.seconds(rounds, ops.moe_by_scratch)
+        yield rows, layer.seconds(rounds, fused), layer.seconds(rounds, ops.moe_by_scratch)
 
 
-def source_of(found: list[tuple[str, float, Tile, float]]) -> str:
-    """The fastest tile of each kind and range as tiles.TABLE has them; what was not swept stays as it is."""
-    best: dict[tuple[str, float], tuple[float, Tile]] = {}
-    for kind, limit, tile, seconds in found:
-        if (kind, limit) not in best or seconds < best[kind, limit][0]:
-            best[kind, limit] = seconds, tile
+def source_of(found: Sequence[Found]) -> str:
+    """The fastest tile of each kind and range as tiles.TABLE has them; what was not swept whole stays as it is."""
     lines = ["TABLE: dict[str, tuple[tuple[float, Tile], ...]] = {"]
     for kind, rows in tiles.TABLE.items():
-        swept = [(limit, tile) for (name, limit), (_, tile) in sorted(best.items()) if name == kind]
+        swept = list(best(found, kind).items())
+        swept = swept if swept and swept[-1][0] == math.inf else []  # a table without a last range is none
         lines.append(f'    "{kind}": (')
         for limit, tile in swept or rows:
             fill = "" if tile.fill == Tile.fill else f", fill={tile.fill}"

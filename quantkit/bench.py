@@ -100,7 +100,7 @@ def _finish(device: torch.device, call: Callable[[], object], _: int) -> None:
 def roofline(rounds: int, device: torch.device) -> tuple[float, float]:
     """(bytes per second read from memory, BF16 operations per second) of this device now."""
     size = 2048 if device.type == "cpu" else 8192
-    buffer, square = torch.ones(2**26, dtype=torch.int64, device=device), torch.ones(size, size, device=device).bfloat16()
+    buffer, square = torch.ones(2**26, dtype=torch.int64, device=device), torch.randn(size, size, device=device).bfloat16()
     run: dict[str, Callable[[], object]] = {"read": buffer.sum, "multiply": lambda: square @ square}
     seconds = timed({name: partial(_finish, device, call) for name, call in run.items()}, rounds)
     return buffer.numel() * 8 / float(seconds["read"].min()), 2 * size**3 / float(seconds["multiply"].min())

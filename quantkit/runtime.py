@@ -296,7 +296,8 @@ class Model:
         if padding is not None and (padding.shape != input_ids.shape[:1] or bool((padding >= input_ids.shape[1]).any())):
             seen = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
             raise ConfigError(seen, "give a number for each row that leaves it at least one token")
-        cache, generator = Cache(kv_format, padding), torch.Generator().manual_seed(sampling.seed)
+        at = None if padding is None else padding.to(self.device)
+        cache, generator = Cache(kv_format, at), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
         while True:
             following = sample(self.logits(following, cache)[:, -1], sampling, generator)

@@ -157,6 +157,8 @@ def test_needle_recall_is_a_share_of_what_the_baseline_recalls(
     assert figure.value == 12 / 15 and figure.low is not None and figure.high is not None
     assert 0.5 < figure.low < 0.8 < figure.high < 1
     assert decide(found, [parse_gate("context.needle_recall > 0.99")]).verdict.status == "fail"
+    (_, gate) = decide(found, [parse_gate("context.needle_recall > 0.9")]).gates
+    assert gate.status == "undecided" and gate.unit == "needle" and "eval plants 18 of them" in gate.advice
     assert "context.needle\\_recall" in markdown([Run(name="x", report=decide(found))])
     assert "the quantised model recalls <strong>80.00 %" in html([Run(name="x", report=decide(found))])
     (change,) = [c for c in against(found, found, "old").changes if c.metric == "context.needle_recall"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -109,7 +110,10 @@ def test_todays_table_is_among_what_is_swept(tune: ModuleType) -> None:
 
 def test_the_sweep_prints_a_table_that_can_be_pasted(tune: ModuleType) -> None:
     slow, fast = Tile(16, 64, 4, 4), Tile(16, 128, 4, 3, fill=8)
-    found = [("int4", 12, slow, 2e-4), ("int4", 12, fast, 1e-4), ("int4", float("inf"), slow, 1e-4)]
+    none = tune.Found("int4", 12, Tile(16, 16, 4, 3), 0.0, "out of shared memory")
+    found = [tune.Found("int4", 12, slow, 2e-4), tune.Found("int4", 12, fast, 1e-4), none]
+    assert "fill=8" not in tune.source_of(found)  # of a sweep that was stopped, what was swept whole
+    found.append(tune.Found("int4", float("inf"), slow, 1e-4))
     names: dict[str, Any] = {"Tile": Tile, "inf": float("inf")}
     exec(re.sub(r"^TABLE: .*? = ", "TABLE = ", tune.source_of(found), count=1, flags=re.S), names)
     assert names["TABLE"]["int4"] == ((12, fast), (float("inf"), slow))
@@ -117,6 +121,21 @@ def test_the_sweep_prints_a_table_that_can_be_pasted(tune: ModuleType) -> None:
         kind: rows for kind, rows in tiles.TABLE.items() if kind != "int4"
     }
     assert replace(fast, fill=Tile.fill).fill == 4
+
+
+def test_a_bench_that_is_stopped_keeps_its_rows(tune: ModuleType, report: ModuleType, tmp_path: Path) -> None:
+    bench, path = importlib.import_module("gpu_kernels"), tmp_path / "new" / "gpu.json"
+    results = bench.Results(path, "a GPU", report.Peaks(4e12, {"bf16": 8e14}))
+    for row in table(report):
+        results.add({k: v for k, v in row.items() if k != "of_bf16"})
+    results.add({"model": "hunyuan-large", "layer": "moe", "tokens": 1, "kernel": "W8A16", "error": "out of memory"})
+    found = json.loads(path.read_text())
+    assert (
+        found["complete"] is False and found["rows"] == table(report) and [r["kernel"] for r in found["failed"]] == ["W8A16"]
+    )
+    assert all(goal["met"] for goal in found["goals"])
+    results.write(complete=True)
+    assert json.loads(path.read_text())["complete"] is True
 
 
 def test_without_a_gpu_it_says_so() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from quantkit.kernels.cuda import build
 from quantkit.kernels.triton import compile as compiler
@@ -126,6 +127,15 @@ def test_build_is_kept_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     library = build.load()
     with pytest.raises(RuntimeError, match=r"CUDA error \d+"):
         library.run(*[None] * 8, 1, 7, 1, 1, 1, 8, 256, 128, 0, 0, None)
+
+
+def test_a_library_that_no_driver_runs_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if build.missing() or torch.cuda.is_available():
+        pytest.skip(build.missing() or "there is a GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    assert re.search(r"does not run here: .*CUDA error \d+", str(build.library()))
+    build.library.cache_clear()
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def _unpaired(report: Report, previous: Report) -> tuple[list[Change], list[str]
             bad = low.low > high.high
         else:
             bad = new[name].exact and low.value > high.value
-        difference = Figure(value=current.value - before.value)
+        difference = _apart(before, current)
         found.append(Change(metric=name, previous=before, current=current, difference=difference, regression=bad))
     return found, [f"{group}: {why}" for group, why in unlike.items()]
 
@@ -161,3 +161,11 @@ def _how(report: Report) -> dict[str, dict[str, object]]:
             how |= {"chat template": report.task_run.chat_template, "max new tokens": report.task_run.max_new_tokens}
         found[f"tasks.{task.name}"] = how
     return found
+
+
+def _apart(before: Figure, current: Figure) -> Figure:
+    """The difference, with the widest interval that the two allow; without one where either has none."""
+    difference = current.value - before.value
+    if before.low is None or before.high is None or current.low is None or current.high is None:
+        return Figure(value=difference)
+    return Figure(value=difference, low=current.low - before.high, high=current.high - before.low)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantkit.errors import CheckpointError
-from quantkit.evals.divergence import Interval, Resampler, TokenScores, chunks, score
+from quantkit.evals.divergence import Interval, Resampler, TokenScores, chunks, score, wilson
 from quantkit.evals.schema import Context, ContextBucket, Figure, Needle
-from quantkit.evals.task_stats import wilson
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import forward
 from quantkit.runtime import Model

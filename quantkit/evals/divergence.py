@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,21 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "QUANTILES",
-    "Interval",
-    "Resampler",
-    "Scored",
-    "TokenScores",
-    "bootstrap",
-    "chunks",
-    "log_ratio_error",
-    "relative_error",
-    "same_choices",
-    "score",
-    "summary",
+    *("QUANTILES", "Z", "Interval", "Resampler", "Scored", "TokenScores", "at_least_wilson", "bootstrap"),
+    *("chunks", "log_ratio_error", "percentile_interval", "relative_error", "same_choices", "score", "student", "summary"),
+    *("tail_needs", "wilson"),
 ]
 
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99, "p999": 0.999}
+# Tokens that must lie beyond a quantile for it to have an interval. A resample holds no value above the sample's largest, so
+# with few the upper bound is too low too often.
+_TAIL_TOKENS = 20
+Z = NormalDist().inv_cdf(0.975)
 _LARGE = 80.0  # exp of it is finite in float32
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -116,11 +112,53 @@ def _exp(x: float) -> float:
     return math.exp(min(x, 700.0))
 
 
+def tail_needs(quantile: float) -> int:
+    """Tokens of which `_TAIL_TOKENS` lie beyond the quantile."""
+    return round(_TAIL_TOKENS / (1 - quantile))
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, from the normal one (Abramowitz and Stegun 1964, 26.7.5): 0.03 % low at 4
+    degrees of freedom, closer beyond."""
+    x = Z
+    terms = (
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return x + math.fsum(term / freedom**i for i, term in enumerate(terms, 1))
+
+
+def percentile_interval(point: float, resampled: Floats, units: int) -> Interval:
+    """95 % from a bootstrap over n units. Percentiles of a resampled mean spread by sqrt((n - 1) / n) too little and know
+    nothing of Student's t (Hesterberg 2015, The American Statistician 69, 371-386), for both of which this makes up."""
+    wider = math.sqrt(units / (units - 1)) * student(units - 1) / Z
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return float(point - wider * (point - low)), float(point + wider * (high - point))
+
+
+def wilson(hits: float, trials: int, z: float = Z) -> Interval:
+    """The score interval of a share (Wilson 1927, Journal of the American Statistical Association 22, 209-212)."""
+    centre = hits + z * z / 2
+    spread = z * math.sqrt(max(0.0, hits * (1 - hits / trials)) + z * z / 4)
+    return max(0.0, centre - spread) / (trials + z * z), min(1.0, (centre + spread) / (trials + z * z))
+
+
+def at_least_wilson(interval: Interval | None, values: Floats) -> Interval | None:
+    """The interval of a share, no narrower than were its tokens (0..1 each) independent: where no token flipped, no resample
+    has a flip either, and the bootstrap alone would be sure of none."""
+    if interval is None:
+        return None
+    low, high = wilson(float(values.sum()), len(values))
+    return max(0.0, min(low, interval[0])), min(1.0, max(high, interval[1]))
+
+
 class Resampler:
     """The paired bootstrap: units (documents) are drawn whole, with replacement, and jointly for every figure.
 
     Tokens of one document are not independent, so resampling tokens would promise too much. Fewer than `LEAST_UNITS`
-    units give no interval: their spread says nothing.
+    units give no interval: their spread says nothing. The first "resample" draws every unit once: it is the sample.
     """
 
     LEAST_UNITS = 5
@@ -129,18 +167,19 @@ class Resampler:
         units, self.member = np.unique(unit, return_inverse=True)
         self.units = len(units)
         draw = np.random.default_rng(seed).multinomial
-        self.drawn = draw(self.units, np.full(self.units, 1 / self.units), size=resamples)
+        drawn = draw(self.units, np.full(self.units, 1 / self.units), size=resamples)
+        self.drawn = np.concatenate([np.ones((1, self.units), dtype=drawn.dtype), drawn])
 
     def sums(self, values: Floats) -> Floats:
         return np.asarray(np.bincount(self.member, weights=values, minlength=self.units), dtype=np.float64)
 
     def means(self, values: Floats) -> Floats:
-        """[resamples]: the mean over tokens in each resample."""
+        """[1 + resamples]: the mean over tokens in each resample."""
         sizes = np.bincount(self.member, minlength=self.units)
         return np.asarray((self.drawn @ self.sums(values)) / (self.drawn @ sizes))
 
     def quantiles(self, values: Floats, wanted: Sequence[float]) -> list[Floats]:
-        """[resamples] for each: the value at which the drawn tokens' cumulative count passes that share."""
+        """[1 + resamples] for each: the value at which the drawn tokens' cumulative count passes that share."""
         order = np.argsort(values)
         members, found = self.member[order], np.empty((len(wanted), len(self.drawn)))
         for i, counts in enumerate(self.drawn):
@@ -149,29 +188,36 @@ class Resampler:
         return list(found)
 
     def interval(self, resampled: Floats) -> Interval | None:
+        """Of a figure [1 + resamples], about its first, the sample's."""
         if self.units < self.LEAST_UNITS:
             return None
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        return float(low), float(high)
+        return percentile_interval(float(resampled[0]), resampled[1:], self.units)
 
 
 def bootstrap(scores: TokenScores, resamples: int = 2000, seed: int = 0) -> dict[str, Interval]:
-    """95 % confidence intervals of `summary`'s figures but kl.max, of which a sample tells no interval."""
+    """95 % confidence intervals of `summary`'s figures and of flips. kl.max has none, as a sample tells nothing of what lies
+    beyond its largest, nor has a quantile that needs more tokens."""
     sample = Resampler(scores.unit, resamples, seed)
     base, quant = sample.means(scores.nll_baseline), sample.means(scores.nll_quantized)
-    resampled = {
-        "perplexity.baseline": np.exp(np.minimum(base, 700)),
-        "perplexity.quantized": np.exp(np.minimum(quant, 700)),
-        "perplexity.ratio": np.exp(np.minimum(quant - base, 700)),
-        "kl.mean": sample.means(scores.kl),
-        "top1_agreement": sample.means(scores.same_top1),
-        "router_agreement": sample.means(scores.same_router),
-        "flips.right_to_wrong": sample.means(scores.right_baseline * (1 - scores.right_quantized)),
-        "flips.wrong_to_right": sample.means(scores.right_quantized * (1 - scores.right_baseline)),
+    logs = {"perplexity.baseline": base, "perplexity.quantized": quant, "perplexity.ratio": quant - base}
+    shares = {
+        "top1_agreement": scores.same_top1,
+        "router_agreement": scores.same_router,
+        "flips.right_to_wrong": scores.right_baseline * (1 - scores.right_quantized),
+        "flips.wrong_to_right": scores.right_quantized * (1 - scores.right_baseline),
     }
-    quantiles = sample.quantiles(scores.kl, list(QUANTILES.values()))
-    resampled |= {f"kl.{name}": values for name, values in zip(QUANTILES, quantiles, strict=True)}
-    found = {name: sample.interval(values) for name, values in resampled.items()}
+    told = {name: q for name, q in QUANTILES.items() if len(scores) >= tail_needs(q)}
+    quantiles = sample.quantiles(scores.kl, list(told.values()))
+    kl = {"kl.mean": sample.means(scores.kl), **{f"kl.{name}": x for name, x in zip(told, quantiles, strict=True)}}
+    found: dict[str, Interval | None] = {}
+    for name, values in logs.items():
+        interval = sample.interval(values)
+        found[name] = (_exp(interval[0]), _exp(interval[1])) if interval else None
+    for name, values in shares.items():
+        found[name] = at_least_wilson(sample.interval(sample.means(values)), values)
+    for name, values in kl.items():
+        interval = sample.interval(values)
+        found[name] = (max(0.0, interval[0]), interval[1]) if interval else None
     return {name: interval for name, interval in found.items() if interval}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from xml.etree import ElementTree
 import yaml
 
 from quantkit.errors import ConfigError
-from quantkit.evals.metrics import Metric, metrics
-from quantkit.evals.schema import Figure, GateResult, Report, Status, Verdict
+from quantkit.evals.metrics import ON_PROBE, Metric, Sample, broken_where, metrics
+from quantkit.evals.schema import Decision, Figure, GateResult, Report, Status, Verdict
 from quantkit.evals.words import interval, value
 
 __all__ = ["DEFAULT_GATES", "EXIT_CODES", "Gate", "decide", "junit", "parse_gate", "read_gates"]
@@ -57,8 +58,9 @@ class Gate:
     threshold: float
 
     def holds(self, value: float) -> bool:
-        below, equal = value < self.threshold, value == self.threshold
-        return {"<": below, "<=": below or equal, ">": not below and not equal, ">=": not below}[self.operator]
+        """False for every operator when the value is not a number."""
+        compare = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+        return bool(compare[self.operator](value, self.threshold))
 
 
 def parse_gate(text: str) -> Gate:
@@ -82,61 +84,101 @@ def read_gates(path: Path) -> list[Gate]:
 
 
 def decide(report: Report, gates: Sequence[Gate] | None = None) -> Report:
-    """The report with these gates (None: the default ones that its model has metrics for) and the verdict. Raises
-    ConfigError for a gate whose metric is unknown, was not measured or has no interval."""
+    """The report with these gates (None: the default ones, of which those that its model has no metric for are shown as not
+    measured) and the verdict. Raises ConfigError for a gate whose metric is unknown, was not measured or has no interval."""
     known = metrics(report)
-    broken = report.finite.tokens > 0
+    absent: list[GateResult] = []
     if gates is None:
-        gates = [gate for gate in map(parse_gate, DEFAULT_GATES) if gate.metric in known or broken]
-    results = [_decide(gate, known, report) for gate in [parse_gate(_ALWAYS), *gates]]
+        defaults = [parse_gate(text) for text in DEFAULT_GATES]
+        gates = [gate for gate in defaults if gate.metric in known or _not_finite(gate, report, known.get(gate.metric))]
+        absent = [_result(gate, None, "not measured", _absent(gate)) for gate in defaults if gate not in gates]
+    results = [*(_decide(gate, known, report) for gate in [parse_gate(_ALWAYS), *gates]), *absent]
     failed, open_ = ([r for r in results if r.status == status] for status in ("fail", "undecided"))
-    reasons = [f"{r.gate}: {r.reason}" for r in (*failed, *open_)] or [f"all {len(results)} gates pass"]
+    passed = len(results) - len(absent)
+    reasons = [f"{r.gate}: {r.reason}" for r in (*failed, *open_)] or [
+        f"all {passed} {'measured ' if absent else ''}gates pass"
+    ]
+    reasons += [f"{r.gate}: {r.reason}" for r in absent]
     status: Status = "fail" if failed else "undecided" if open_ else "pass"
     return report.model_copy(update={"gates": results, "verdict": Verdict(status=status, reasons=reasons)})
 
 
+def _absent(gate: Gate) -> str:
+    why = {
+        "mlp.output_error.max": "no scored token of the probe reached an MLP",
+        "weights.error.max": "no linear is quantised",
+    }
+    return f"not measured: {why.get(gate.metric, 'this report has no such figure')}"
+
+
+def _not_finite(gate: Gate, report: Report, metric: Metric | None) -> tuple[str, str] | None:
+    """What is not finite, such that the gate fails whatever else was measured, and where."""
+    name, finite = gate.metric.removeprefix("change."), report.finite
+    if finite.tokens and (metric is None or metric.quality):
+        where = broken_where(report)
+        return f"{finite.tokens:,} of {finite.of:,} tokens have logits that are not finite: {where}", where
+    if name == "mlp.output_error.max" and report.moe.not_finite:
+        count, where = len(report.moe.not_finite), ", ".join(report.moe.not_finite[:5])
+        where += ", ..." if count > 5 else ""
+        return f"the output of {count} MLP{'s' if count > 1 else ''} is not finite: {where}", where
+    if name in ON_PROBE and any(finite.probe.values()):
+        where = ", ".join(f"{count:,} in '{variant}'" for variant, count in finite.probe.items() if count)
+        return f"logits of the probe are not finite for some tokens: {where}", where
+    return None
+
+
 def _decide(gate: Gate, known: dict[str, Metric], report: Report) -> GateResult:
     metric = known.get(gate.metric)
-    if report.finite.tokens and (metric is None or metric.quality):
-        where = known["not_finite.tokens"].where
-        reason = f"{report.finite.tokens:,} of {report.finite.of:,} tokens have logits that are not finite: {where}"
-        return _result(gate, metric.figure if metric else None, "fail", reason, where)
+    if broken := _not_finite(gate, report, metric):
+        return _result(gate, metric, "fail", *broken)
     if metric is None:
-        raise _unknown(gate, known)
-    figure, where = metric.figure, metric.where
-    at = f"; {where}" if where else ""
-    measured = value(gate.metric, figure.value)
-    if metric.exact:
-        return _result(gate, figure, "pass" if gate.holds(figure.value) else "fail", f"{measured}, exact{at}", where)
+        raise _unknown(gate, known, report)
     if gate.metric == "kl.max":
         raise ConfigError("kl.max is the extreme of a sample and has no interval to decide on", "gate kl.p999 instead")
-    units = f"{report.provenance.unit}s"
+    figure, where, sample = metric.figure, metric.where, metric.sample
+    at = f"; {where}" if where else ""
+    measured = value(gate.metric, figure.value)
+    if sample is None:
+        return _result(gate, metric, "pass" if gate.holds(figure.value) else "fail", f"{measured}, exact{at}", where)
     if figure.low is None or figure.high is None:
-        reason = f"{measured} without an interval: fewer than 5 {units} were read{at}"
-        return _result(gate, figure, "undecided", reason, where, max(5, report.provenance.units + 1))
+        needed = max(sample.least, sample.count + 1)
+        reason = f"{measured} without an interval, which takes {sample.least:,} {sample.unit}s{at}"
+        return _result(gate, metric, "undecided", f"{reason}; {_advice(sample, needed)}", where, needed)
     reason = f"{measured}, 95 % interval {interval(gate.metric, figure)}{at}"
     passed, missed = (gate.holds(bound) for bound in (figure.low, figure.high))
     if passed == missed:
-        return _result(gate, figure, "pass" if passed else "fail", reason, where)
-    needed = _needed(gate, figure, report.provenance.units)
-    more = f"about {needed:,} {units} instead of {report.provenance.units:,}" if needed else f"no number of {units}"
-    return _result(gate, figure, "undecided", f"{reason}; the threshold lies inside, {more} would decide", where, needed)
+        return _result(gate, metric, "pass" if passed else "fail", reason, where)
+    more = _needed(gate, figure, sample.count)
+    return _result(gate, metric, "undecided", f"{reason}; the threshold lies inside, {_advice(sample, more)}", where, more)
 
 
 def _result(
-    gate: Gate, measured: Figure | None, status: Status, reason: str, where: str = "", more: int | None = None
+    gate: Gate, metric: Metric | None, status: Decision, reason: str, where: str = "", needed: int | None = None
 ) -> GateResult:
+    sample = metric.sample if metric and status == "undecided" else None
     return GateResult(
         gate=gate.text,
         metric=gate.metric,
-        measured=measured,
+        measured=metric.figure if metric else None,
         operator=gate.operator,
         threshold=gate.threshold,
         status=status,
         reason=reason,
+        exact=metric is not None and metric.exact,
         where=where,
-        more_documents=more,
+        needed=needed,
+        unit=sample.unit if sample else "",
+        advice=_advice(sample, needed) if sample else "",
     )
+
+
+def _advice(sample: Sample, needed: int | None) -> str:
+    """How much would decide, and how to get it."""
+    if needed is None:
+        return f"no number of {sample.unit}s would decide"
+    said = f"about {needed:,} {sample.unit}s instead of {sample.count:,} would decide"
+    reached = sample.most is None or needed <= sample.most
+    return f"{said}: {sample.option}" if reached else f"{said}, but {sample.bounded}"
 
 
 def _needed(gate: Gate, figure: Figure, units: int) -> int | None:
@@ -149,7 +191,15 @@ def _needed(gate: Gate, figure: Figure, units: int) -> int | None:
     return math.ceil(units * max(factor, 1.0)) + 1 if factor < 1e6 else None
 
 
-def _unknown(gate: Gate, known: dict[str, Metric]) -> ConfigError:
+def _unknown(gate: Gate, known: dict[str, Metric], report: Report) -> ConfigError:
+    group, _, rest = gate.metric.removeprefix("change.").partition(".")
+    name, _, leaf = rest.rpartition(".")
+    if group == "tasks" and leaf == "mcnemar_p":
+        seen = "a p-value passes it the more easily the fewer items were run, and is no measure of the loss"
+        return ConfigError(f"gate '{gate.text}': {seen}", f"gate tasks.{name}.recovery, which is decided on its interval")
+    if group == "tasks" and leaf == "recovery" and any(t.name == name and t.recovery is None for t in report.tasks):
+        seen = f"the baseline got no item of {name} right, so there is nothing to recover"
+        return ConfigError(f"gate '{gate.text}': {seen}", "run more items (--limit), or gate another task")
     group = gate.metric.partition(".")[0]
     if group in _HOW and not any(name.startswith(f"{group}.") for name in known):
         return ConfigError(f"gate '{gate.text}': {gate.metric} was not measured", f"it needs {_HOW[group]}")
@@ -159,10 +209,11 @@ def _unknown(gate: Gate, known: dict[str, Metric]) -> ConfigError:
 
 
 def junit(reports: Sequence[tuple[str, Report]]) -> bytes:
-    """One suite for each named report, one case for each gate: failure when it failed, error when it is undecided."""
+    """One suite for each named report, one case for each gate: failure when it failed, error when it is undecided, skipped
+    when it was not measured."""
     root = ElementTree.Element("testsuites")
     for name, report in reports:
-        count = {s: str(sum(r.status == s for r in report.gates)) for s in ("fail", "undecided")}
+        count = {s: str(sum(r.status == s for r in report.gates)) for s in ("fail", "undecided", "not measured")}
         suite = ElementTree.SubElement(
             root,
             "testsuite",
@@ -171,11 +222,14 @@ def junit(reports: Sequence[tuple[str, Report]]) -> bytes:
                 "tests": str(len(report.gates)),
                 "failures": count["fail"],
                 "errors": count["undecided"],
+                "skipped": count["not measured"],
             },
         )
         for result in report.gates:
             case = ElementTree.SubElement(suite, "testcase", classname="quantkit.gates", name=_printable(result.gate))
-            if result.status != "pass":
+            if result.status == "not measured":
+                ElementTree.SubElement(case, "skipped", message=_printable(result.reason))
+            elif result.status != "pass":
                 kind = "failure" if result.status == "fail" else "error"
                 ElementTree.SubElement(case, kind, message=_printable(result.reason), type=result.status)
     return bytes(ElementTree.tostring(root, encoding="utf-8", xml_declaration=True))

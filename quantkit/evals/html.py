@@ -84,7 +84,7 @@ def html(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=words.number, percent=words.percent, size=words.size, visible=visible)
-    environment.globals.update(value=words.value, interval=words.interval, heat=heat)
+    environment.globals.update(value=words.value, interval=words.interval, bounds=words.bounds, heat=heat)
     views = [
         _View(f"r{i}", run.name, run.report, _plots(f"r{i}", run.report), metrics(run.report)) for i, run in enumerate(runs)
     ]

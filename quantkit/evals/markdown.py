@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from quantkit.evals.metrics import metrics, worst_expert, worst_weight
 from quantkit.evals.schema import Report, Run
-from quantkit.evals.words import interval, number, percent, size, value
+from quantkit.evals.words import bounds, interval, number, percent, size, value
 
 __all__ = ["markdown"]
 
@@ -45,17 +45,17 @@ def _comparison(runs: Sequence[Run]) -> list[str]:
         cells = [value(name, known[name].figure.value) if name in known else "–" for name in names]
         return [run.name, _TITLES[run.report.verdict.status], *cells]
 
-    return _table(("run", "verdict", "size", "mean KL", "p99 KL", "perplexity ratio", "top-1"), map(row, runs))
+    rows = _table(("run", "verdict", "size", "mean KL", "p99 KL", "perplexity ratio", "top-1"), map(row, runs))
+    if len({run.report.provenance.text_digest for run in runs}) > 1:
+        rows += ["**These runs were evaluated on different texts: their figures cannot be compared.**", ""]
+    return rows
 
 
 def _one(report: Report) -> list[str]:
     origin, known = report.provenance, metrics(report)
     lines = [f"# {_TITLES[report.verdict.status]}: {_safe(origin.quantized)}", ""]
     lines += [f"- {_safe(reason)}" for reason in report.verdict.reasons] + [""]
-    gates = (
-        (r.gate, value(r.metric, r.measured.value if r.measured else None), interval(r.metric, r.measured), r.status)
-        for r in report.gates
-    )
+    gates = ((r.gate, value(r.metric, r.measured.value if r.measured else None), bounds(r), r.status) for r in report.gates)
     lines += _table(("gate", "measured", "95 % interval", "decision"), gates)
     shown = [name for name in _FIGURES if name in known]
     figures = ((name, value(name, known[name].figure.value), interval(name, known[name].figure)) for name in shown)
@@ -98,6 +98,8 @@ def _facts(report: Report) -> list[str]:
         f"- Fallbacks: {len(fallbacks)} of {len(of)} quantised linears.",
         f"- Text: {origin.tokens:,} tokens, {origin.units} {_safe(origin.unit)}s of {_safe(origin.text)}.",
     ]
+    if report.moe.not_finite:
+        lines.append(f"- Output not finite: {'; '.join(report.moe.not_finite[:20])}.")
     if expert:
         lines.append(f"- Largest output error of an MLP: {percent(expert[1].value)} of its energy, {expert[0]}.")
     if weight:

@@ -14,15 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from quantkit.evals.task_schema import TaskRun
 
 __all__ = [
-    *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Divergence"),
+    *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Decision", "Divergence"),
     *("Figure", "Finite", "GateResult", "Histogram", "KVCache", "LayerRow", "LinearRow", "Moe", "MoeLayer", "Needle"),
     *("Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size", "SizeRow", "SpeedRow", "Status", "Task"),
     *("UnitSums", "Verdict", "WorstToken"),
 ]
 
 SCHEMA_VERSION = 2
-METRICS_VERSION = 1  # raised when a metric is computed in another way, so that old figures are not compared with new ones
+METRICS_VERSION = 2  # raised when a metric is computed in another way, so that old figures are not compared with new ones
 Status = Literal["pass", "fail", "undecided"]
+Decision = Literal["pass", "fail", "undecided", "not measured"]
 
 
 class _Part(BaseModel):
@@ -30,7 +31,8 @@ class _Part(BaseModel):
 
 
 class Figure(_Part):
-    """A value and its 95 % interval; without low and high it is exact (a count, a size) or too few documents were read."""
+    """A value and its 95 % interval. Without low and high it is exact (a count, a size, an error of stored weights) or too
+    little was read for an interval; a gate's `exact` says which."""
 
     value: float
     low: float | None = None
@@ -45,18 +47,22 @@ class Verdict(_Part):
 
 
 class GateResult(_Part):
-    """One gate. where: what in the model it speaks of. more_documents: about how many documents would decide it, where
-    that can be said."""
+    """One gate. exact: the metric is no sample's, so it needs no interval. where: what in the model it speaks of. needed:
+    about how many `unit`s would decide it, where that can be said; advice: the same in words, and how to get them. not
+    measured: a default gate whose metric this report lacks; the verdict does not count it."""
 
     gate: str
     metric: str
     measured: Figure | None
     operator: Literal["<", "<=", ">", ">="]
     threshold: float
-    status: Status
+    status: Decision
     reason: str
+    exact: bool = False
     where: str = ""
-    more_documents: int | None = None
+    needed: int | None = None
+    unit: str = ""
+    advice: str = ""
 
 
 class Overlap(_Part):
@@ -159,7 +165,7 @@ class Divergence(_Part):
 
 class Task(_Part):
     """One benchmark task. baseline and quantized: the metric, 0..1. recovery: their ratio; ci95: of the recovery, paired
-    over items. mcnemar_p: exact, of the flips."""
+    over items; null where it has none. mcnemar_p: exact, of the flips."""
 
     name: str
     metric: str
@@ -201,7 +207,8 @@ class LinearRow(_Part):
 
 class MoeLayer(_Part):
     """Routed experts of one layer, in order. output_error: of each expert's output when it reads what the baseline's reads,
-    on evaluated tokens, null where none was routed there. coverage: calibration tokens over in_features."""
+    on evaluated tokens, null where none was routed there or it is not finite, without an interval where fewer than 5 blocks
+    of documents sent some. coverage: calibration tokens over in_features, the least of the expert's linears."""
 
     layer: int
     evaluated_tokens: list[int]
@@ -211,10 +218,12 @@ class MoeLayer(_Part):
 
 
 class Moe(_Part):
-    """layers without experts have none; dense: their MLPs' output error, by layer."""
+    """layers without experts have none; dense: their MLPs' output error, by layer. not_finite: MLPs whose output is not
+    finite where the baseline's is, such as "layer 2, expert 5"."""
 
     layers: list[MoeLayer]
     dense: dict[int, Figure]
+    not_finite: list[str] = []
 
 
 class SizeRow(_Part):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantkit.evals.context import buckets, figure
-from quantkit.evals.divergence import Floats, Resampler, TokenScores, bootstrap, log_ratio_error, summary
+from quantkit.evals.divergence import Floats, Resampler, TokenScores, at_least_wilson, bootstrap, log_ratio_error, summary
+from quantkit.evals.metrics import mlp_name
 from quantkit.evals.run import Evaluation
 from quantkit.evals.schema import Divergence, Figure, Histogram, KVCache, LayerRow, LinearRow, Moe, MoeLayer, Probe, UnitSums
-from quantkit.model.spec import MoE
+from quantkit.model.spec import MLP, Layer, MoE
 
 __all__ = ["divergence", "kv_cache", "layer_rows", "moe", "probe"]
 
@@ -77,14 +78,17 @@ def probe(run: Evaluation) -> Probe | None:
     def mean(values: Floats) -> Figure:
         return figure(float(values.mean()), sample.interval(sample.means(values)))
 
+    def share(values: Floats) -> Figure:
+        return figure(float(values.mean()), at_least_wilson(sample.interval(sample.means(values)), values))
+
     forced = run.probes.get("forced")
     return Probe(
         windows=int(run.probe.sum()),
         tokens=len(free),
         kl=mean(free.kl),
         floor=mean(floor.kl),
-        floor_top1_agreement=mean(floor.same_top1),
-        floor_router_agreement=mean(floor.same_router) if run.spec.moes() else None,
+        floor_top1_agreement=share(floor.same_top1),
+        floor_router_agreement=share(floor.same_router) if run.spec.moes() else None,
         excess=mean(free.kl - floor.kl),
         forced_routing=mean(forced.kl) if forced else None,
         routing_term=mean(free.kl - forced.kl) if forced else None,
@@ -120,9 +124,11 @@ def layer_rows(run: Evaluation, linears: Sequence[LinearRow]) -> list[LayerRow]:
 
 
 def moe(run: Evaluation, linears: Sequence[LinearRow]) -> Moe:
-    found, coverage = run.errors.figures(), {row.key: row.coverage for row in linears}
-    layers, dense = [], {}
+    found, broken = run.errors.figures(), run.errors.not_finite()
+    coverage = {row.key: row.coverage for row in linears if row.coverage is not None}
+    layers, dense, not_finite = [], {}, []
     for layer in run.spec.layers:
+        not_finite += [name for name, mlp in _mlps(layer) if mlp.gate.key in broken]
         if not isinstance(layer.mlp, MoE):
             if layer.mlp.gate.key in found:
                 dense[layer.index] = found[layer.mlp.gate.key]
@@ -134,7 +140,20 @@ def moe(run: Evaluation, linears: Sequence[LinearRow]) -> Moe:
                 evaluated_tokens=run.layers.sent[layer.index][: len(keys)].tolist(),
                 output_error=[found.get(key) for key in keys],
                 shared_output_error=found.get(layer.mlp.shared.gate.key) if layer.mlp.shared else None,
-                coverage=[coverage[key] for key in keys],
+                coverage=[_least(coverage, expert) for expert in layer.mlp.experts],
             )
         )
-    return Moe(layers=layers, dense=dense)
+    return Moe(layers=layers, dense=dense, not_finite=not_finite)
+
+
+def _mlps(layer: Layer) -> list[tuple[str, MLP]]:
+    """The MLPs of a layer, by the names that a report gives them."""
+    if not isinstance(layer.mlp, MoE):
+        return [(mlp_name(layer.index), layer.mlp)]
+    shared = [(mlp_name(layer.index, "shared"), layer.mlp.shared)] if layer.mlp.shared else []
+    return [*((mlp_name(layer.index, i), expert) for i, expert in enumerate(layer.mlp.experts)), *shared]
+
+
+def _least(coverage: dict[str, float], expert: MLP) -> float | None:
+    """Of the expert's linears, that with the fewest tokens for its inputs decides."""
+    return min((coverage[linear.key] for linear in expert.linears() if linear.key in coverage), default=None)

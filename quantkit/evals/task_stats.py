@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantkit.evals.divergence import Floats
+from quantkit.evals.divergence import Floats, Z, percentile_interval, wilson
 
-__all__ = ["compare", "mcnemar", "paired_ratio", "wilson"]
+__all__ = ["LEAST_ITEMS", "compare", "mcnemar", "paired_ratio"]
 
-_Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
+# Scores between 0 and 1 of fewer items give no interval: their spread says too little.
+LEAST_ITEMS = 20
 
 
 def compare(baseline: Floats, quantized: Floats, seed: int = 0) -> dict[str, Any]:
     """Scores of the same items, float64 [n] each in 0..1, item by item -> the figures that a report shows.
 
     An item is right from 0.5 on. recovery and ci95 are None where the baseline has no right item: there is nothing to
-    recover.
+    recover. ci95 is None too for fewer than `LEAST_ITEMS` items with scores between 0 and 1.
     """
     if baseline.shape != quantized.shape or baseline.ndim != 1 or not len(baseline):
         raise ValueError(f"scores are {baseline.shape} and {quantized.shape}: give [n] twice, n at least 1")
@@ -64,22 +65,20 @@ def paired_ratio(both: int, lost: int, gained: int) -> list[float]:
     p_base, p_quant = (base + 1) / (trials + 2), (quant + 1) / (trials + 2)
     whole = math.sqrt((lost + gained + 2) / ((base + 1) * (quant + 1)))
     parts = math.sqrt((1 - p_base) / (base + 1)) + math.sqrt((1 - p_quant) / (quant + 1))
-    z = _Z * whole / parts
+    z = Z * whole / parts
     low_base, high_base = wilson(base, trials, z)
     low_quant, high_quant = wilson(quant, trials, z)
     return [low_quant / high_base, high_quant / low_base]
 
 
-def wilson(right: int, trials: int, z: float = _Z) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a proportion; by default 95 %."""
-    centre = right + z * z / 2
-    spread = z * math.sqrt(right * (1 - right / trials) + z * z / 4)
-    return max(0.0, centre - spread) / (trials + z * z), (centre + spread) / (trials + z * z)
-
-
-def _bootstrap_ratio(baseline: Floats, quantized: Floats, seed: int, resamples: int = 2000) -> list[float]:
-    """The same for scores between 0 and 1: items are resampled, jointly for both models."""
-    drawn: NDArray[np.int64] = np.random.default_rng(seed).integers(len(baseline), size=(resamples, len(baseline)))
+def _bootstrap_ratio(baseline: Floats, quantized: Floats, seed: int, resamples: int = 2000) -> list[float] | None:
+    """The same for scores between 0 and 1: items are resampled, jointly for both models. No narrower than as many right
+    answers give of which none flipped; None for fewer than `LEAST_ITEMS` items."""
+    items, point = len(baseline), float(quantized.sum() / baseline.sum())
+    if items < LEAST_ITEMS:
+        return None
+    drawn: NDArray[np.int64] = np.random.default_rng(seed).integers(items, size=(resamples, items))
     base, quant = baseline[drawn].sum(1), quantized[drawn].sum(1)
-    kept = base > 0
-    return [float(v) for v in np.quantile(quant[kept] / base[kept], (0.025, 0.975))]
+    low, high = percentile_interval(point, quant[base > 0] / base[base > 0], items)
+    least = paired_ratio(max(1, round(float(baseline.sum()))), 0, 0)
+    return [max(0.0, min(low, point * least[0])), max(high, point * least[1])]

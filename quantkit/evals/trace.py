@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.evals.divergence import relative_error
+from quantkit.evals.divergence import Resampler, percentile_interval, relative_error
 from quantkit.evals.schema import Figure
 from quantkit.model.blocks import Routing
 from quantkit.model.forward import Weights
@@ -100,20 +100,26 @@ class OutputErrors:
         return int(self._sums[key][2].sum()) if key in self._sums else 0
 
     def figures(self, resamples: int = 500, seed: int = 0) -> dict[str, Figure]:
-        """Relative error of each MLP's output, with an interval over blocks of documents where there are at least 5."""
+        """Relative error of each MLP's output where it is finite, with an interval over the blocks of documents in which the
+        MLP had tokens, if they are at least `Resampler.LEAST_UNITS`."""
         draw = np.random.default_rng(seed).multinomial
         drawn = draw(self.blocks, np.full(self.blocks, 1 / self.blocks), size=resamples).astype(np.float64)
-        found = {}
-        for key, (lost, total, _) in self._sums.items():
-            if not np.isfinite(lost.sum()) or not total.sum() > 0:
+        found, broken = {}, self.not_finite()
+        for key, (lost, total, tokens) in self._sums.items():
+            if key in broken or total.sum() == 0:
                 continue
-            figure = Figure(value=float(lost.sum() / total.sum()))
-            if self.blocks >= 5:
+            value, held = float(lost.sum() / total.sum()), int((tokens > 0).sum())
+            found[key] = Figure(value=value)
+            if held >= Resampler.LEAST_UNITS:
                 below = drawn @ total
-                low, high = np.quantile((drawn @ lost)[below > 0] / below[below > 0], (0.025, 0.975))
-                figure = Figure(value=figure.value, low=float(low), high=float(high))
-            found[key] = figure
+                low, high = percentile_interval(value, (drawn @ lost)[below > 0] / below[below > 0], held)
+                found[key] = Figure(value=value, low=max(0.0, low), high=high)
         return found
+
+    def not_finite(self) -> set[str]:
+        """MLPs whose output is not finite on some token, or has an error where the baseline gives nothing but zeros."""
+        sums = {key: (lost.sum(), total.sum()) for key, (lost, total, _) in self._sums.items()}
+        return {key for key, (lost, total) in sums.items() if not np.isfinite(lost) or (lost > 0 and total == 0)}
 
 
 class QuantizedTrace(_Wrapped):

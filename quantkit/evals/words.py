@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from quantkit.evals.schema import Figure
+from quantkit.evals.schema import Figure, GateResult
 
-__all__ = ["interval", "number", "percent", "size", "value"]
+__all__ = ["bounds", "interval", "number", "percent", "size", "value"]
 
 _SHARES = ("agreement", "flips", "recovery", "recall", "share")
 
@@ -43,6 +43,13 @@ def value(metric: str, x: float | None) -> str:
     if any(word in metric for word in _SHARES):
         return percent(x)
     return f"{number(x)} nats" if metric.startswith(("kl.", "change.kl.")) or metric.endswith("kl") else number(x)
+
+
+def bounds(gate: GateResult) -> str:
+    """The interval that a gate was decided on, `exact`, or `none`."""
+    if gate.measured is None:
+        return ""
+    return "exact" if gate.exact else interval(gate.metric, gate.measured) or "none"
 
 
 def interval(metric: str, figure: Figure | None) -> str:

@@ -25,7 +25,8 @@ def quantize_activation(x: Tensor, activation: Activation, input_scale: Tensor |
         x = x.unflatten(-1, (-1, activation.group_size))
     reach = 448.0 if activation.kind is Kind.FLOAT else 127.0
     if activation.dynamic:
-        scale = x.abs().amax(-1, keepdim=True) / reach
+        # A GPU multiplies by the reciprocal of a Python number; by a tensor it divides, as the kernels do.
+        scale = x.abs().amax(-1, keepdim=True) / torch.full((), reach, device=x.device)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     else:
         if input_scale is None:

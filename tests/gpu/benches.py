@@ -38,6 +38,6 @@ def test_the_sweep_runs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(runs.MODELS, "hunyuan-large", runs.Model(128, 128, 1, 1))
     monkeypatch.setattr(tune, "RANGES", ((12, 1),))
     monkeypatch.setattr(tune, "measure", lambda call, rounds, waits=False: ([float(call().shape[0])] * rounds, 0.0))
-    found = list(tune.sweep(("int4",), 2))
-    assert [tile for _, _, tile, _ in found] == list(tune.CANDIDATES[12]) and {s for *_, s in found} == {1.0}
+    found = list(tune.sweep("int4", 2))
+    assert [one.tile for one in found] == list(tune.CANDIDATES[12]) and {one.seconds for one in found} == {1.0}
     assert "TABLE" in tune.source_of(found) and len(tiles.TABLE) == 4

@@ -39,11 +39,18 @@ class Library:
         call = self.functions.quantkit_w4a16_decode
         call.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
         call.restype = ctypes.c_int
-        code = call(*arguments)
-        if code:
-            name = self.functions.quantkit_cuda_error
-            name.argtypes, name.restype = [ctypes.c_int], ctypes.c_char_p
-            raise RuntimeError(f"w4a16_decode was not launched: {name(code).decode()} (CUDA error {code})")
+        if code := call(*arguments):
+            raise RuntimeError(f"w4a16_decode was not launched: {self._name(code)}")
+
+    def problem(self) -> str | None:
+        """Why this driver and GPU cannot run the kernels (a driver older than nvcc, say), or None."""
+        code = self.functions.quantkit_cuda_probe()
+        return self._name(code) if code else None
+
+    def _name(self, code: int) -> str:
+        name = self.functions.quantkit_cuda_error
+        name.argtypes, name.restype = [ctypes.c_int], ctypes.c_char_p
+        return f"{name(code).decode()} (CUDA error {code})"
 
 
 def compiler() -> str | None:
@@ -123,8 +130,10 @@ def load() -> Library:
 
 @lru_cache(maxsize=1)
 def library() -> Library | str:
-    """The kernels, built once a process if need be, or the reason why there are none."""
+    """The kernels, built once a process if need be, or the reason why there are none that run here."""
     try:
-        return load()
+        found = load()
     except (RuntimeError, OSError) as error:
         return str(error)
+    problem = found.problem()
+    return f"what nvcc built does not run here: {problem}" if problem else found

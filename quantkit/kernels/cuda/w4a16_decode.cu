@@ -200,4 +200,10 @@ extern "C" int quantkit_w4a16_decode(const void *x, const void *words, const voi
     return cudaGetLastError();
 }
 
+// Whether this driver and GPU can run the kernels: 0, or why not.
+extern "C" int quantkit_cuda_probe() {
+    cudaFuncAttributes found;
+    return cudaFuncGetAttributes(&found, pick<false>(16, 0));
+}
+
 extern "C" const char *quantkit_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

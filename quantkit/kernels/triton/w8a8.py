@@ -27,7 +27,7 @@ def tile8(base: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: 
     return tile.to(tl.float32) if SIM else tile
 
 
-@kernel_of("SLOTS", "PER_PART")
+@kernel_of("SLOTS", "STEPS", "PER_PART")
 def kernel(
     x: tl.tensor,
     codes: tl.tensor,

@@ -69,7 +69,7 @@ def x_tile(x: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: tl
     return tile.to(tl.float32) if SIM else tile
 
 
-@kernel_of("SLOTS", "PER_PART")
+@kernel_of("SLOTS", "SPANS", "PER_PART", "GROUPS")
 def kernel(
     x: tl.tensor,
     words: tl.tensor,
