@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import quantkit
-from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError
+from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
@@ -90,7 +90,7 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
         write_json(partial / "run.json", record)
         publish(partial, target)
         shutil.rmtree(target / ".work")
-    except (CheckpointError, ConfigError, VerificationError):
+    except (ConfigError, VerificationError):
         shutil.rmtree(partial)  # resuming would only meet the same again
         raise
     finally:

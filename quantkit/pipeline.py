@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from quantkit.calib import tokens
 from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.coverage import reconcile
-from quantkit.errors import ConfigError, OutputError, VerificationError
+from quantkit.errors import CalibrationError, ConfigError, OutputError, VerificationError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
@@ -221,9 +222,11 @@ class _Job:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
         except VerificationError:
-            shutil.rmtree(self.partial)  # resuming would only meet the same bytes again
+            shutil.rmtree(self.partial)  # resuming would only meet the same bytes again; what cannot be read may be, later
             raise
         record = self._record(coverage)
+        for tape in self.work.glob("tape-*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
+            tape.unlink()
         write_json(self.partial / "run.json", record)
         publish(self.partial, self.target)
         shutil.rmtree(self.target / ".work")
@@ -313,6 +316,9 @@ class _UnitRun:
     def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
         """Quantise linears that read one input, write them, and return how to apply each as an engine would."""
         scheme = self.plan.schemes[refs[0].key]
+        if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
+            seen = f"the input of '{refs[0].key}' is not finite on the calibration text"
+            raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
         stored = [self.job.reader.tensor(ref.weight) for ref in refs]
         weights = [weight.to(self.job.device).float() for weight in stored]
         if scheme is None:

@@ -127,7 +127,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         coverage=_covered(reader, spec, schemes, units),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
-        notes=tuple(_engine_notes(spec, schemes)) if isinstance(spec, ModelSpec) else (),
+        notes=(*_unused(recipe, schemes), *(_engine_notes(spec, schemes) if isinstance(spec, ModelSpec) else ())),
     )
     if isinstance(spec, NamedSpec):
         _check_by_name(plan)
@@ -246,6 +246,7 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
     for rule in recipe.rules:
         if not any(fnmatchcase(ref.key, rule.match) for ref in spec.linears()):
             raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
+    _nothing_idle(recipe, spec)
     _no_accident(recipe, spec, schemes)
     if not any(schemes.values()):
         raise ConfigError("every linear is kept in BF16: there is nothing to quantise", "choose a scheme")
@@ -255,6 +256,26 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
     for moe in spec.moes():
         _same_scheme([ref for e in moe.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
     return schemes
+
+
+def _nothing_idle(recipe: Recipe, spec: ModelSpec | NamedSpec) -> None:
+    """An option for what the model does not have would leave its user believing that it was done."""
+    roles = {ref.role for ref in spec.linears()}
+    asked = {"experts": Role.EXPERTS, "shared_experts": Role.SHARED_EXPERTS, "attention": Role.ATTENTION}
+    for field, role in asked.items():
+        if getattr(recipe, field) is not None and role not in roles:
+            raise ConfigError(
+                f"{field} is {getattr(recipe, field)}, and {spec.architecture} has no linear with the role {role.value}",
+                f"leave {field} out; the roles here are {', '.join(sorted(r.value for r in roles))}",
+            )
+
+
+def _unused(recipe: Recipe, schemes: dict[str, Scheme | None]) -> list[str]:
+    """A group size that changes nothing is no mistake where one command line serves several schemes; it is said."""
+    if recipe.group_size == Recipe().group_size or any(scheme and scheme.weight.group_size for scheme in schemes.values()):
+        return []
+    names = ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
+    return [f"group size {recipe.group_size} changes nothing: {names} has no groups"]
 
 
 def _no_accident(recipe: Recipe, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,9 @@ __all__ = ["LinearStats"]
 class LinearStats:
     """Sums over calibration tokens at one linear's input x [in].
 
-    hessian: float32 [in, in], sum of weight * x x^T; None when no algorithm asks for it. amax: largest |x| of the
-    tokens that the layer really sends here; lent_amax: of those lent to it, because the real ones were too few (see
-    calib/walk.py). tokens and lent count them; mass is the sum of their weights.
+    hessian: float32 [in, in], sum of weight * x x^T; None when no algorithm asks for it. amax: largest |x|, infinite if
+    one is not finite, of the tokens that the layer really sends here; lent_amax: of those lent to it, because the real
+    ones were too few (see calib/walk.py). tokens and lent count them; mass is the sum of their weights.
     """
 
     in_features: int
@@ -35,14 +36,14 @@ class LinearStats:
         """Take in x [n, in], tokens that the layer really sends here."""
         if len(x):
             self._accumulate(x, 1.0)
-            self.amax = max(self.amax, x.abs().max().item())
+            self.amax = max(self.amax, _largest(x))
             self.tokens += len(x)
 
     def lend(self, x: Tensor, weight: float) -> None:
         """Take in x [n, in], tokens from elsewhere, each counting `weight` of a real one."""
         if len(x):
             self._accumulate(x, weight)
-            self.lent_amax = max(self.lent_amax, x.abs().max().item())
+            self.lent_amax = max(self.lent_amax, _largest(x))
             self.lent += len(x)
 
     def _accumulate(self, x: Tensor, weight: float) -> None:
@@ -58,3 +59,9 @@ class LinearStats:
     def mean_hessian(self) -> Tensor | None:
         """Weighted mean of x x^T, [in, in]; None without a Hessian or without a token."""
         return self.hessian / self.mass if self.hessian is not None and self.mass > 0 else None
+
+
+def _largest(x: Tensor) -> float:
+    """The largest |x|, infinite where one is not finite: max() would lose a NaN."""
+    largest = x.abs().max().item()
+    return largest if math.isfinite(largest) else math.inf

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.coverage import bystanders
-from quantkit.errors import QuantkitError, VerificationError
+from quantkit.errors import CheckpointError, QuantkitError, VerificationError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
@@ -54,9 +54,11 @@ class VerifyReport:
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values, and with `source` the error of each.
 
-    Raises VerificationError listing what is wrong.
+    Raises VerificationError listing what is wrong, or CheckpointError when nothing was seen to be wrong but something could
+    not be read.
     """
     problems: list[str] = []
+    unread: list[str] = []
     files = check_hashes(folder, problems)
     reader = CheckpointReader(folder)
     spec = spec_of(reader)
@@ -74,16 +76,19 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         for ref in spec.linears():
             try:
                 error = _check_linear(reader, original, ref, schemes[ref.key])
+            except CheckpointError as broken:
+                unread.append(broken.problem)
+                continue
             except QuantkitError as broken:
                 problems.append(broken.problem)
                 continue
             if error is not None:
                 errors.setdefault(ref.role.value, []).append(error)
         quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
-        _check_kept(reader, original, spec.tensors().keys() - quantized, problems)
-    if problems:
-        shown = "\n  ".join(problems[:10])
-        raise VerificationError(f"{folder}: {len(problems)} problems:\n  {shown}", "quantise again, or copy the files again")
+        _check_kept(reader, original, spec.tensors().keys() - quantized, problems, unread)
+    if found := problems + unread:
+        shown = f"{folder}: {len(found)} problems:\n  " + "\n  ".join(found[:10])
+        raise (VerificationError if problems else CheckpointError)(shown, "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
     return VerifyReport(files, len(reader.entries), len(schemes), summary)
 
@@ -126,6 +131,8 @@ def _check_linear(
     q = format_of(reader).decode(ref, scheme, reader.tensors())
     if not (q.scale.float() > 0).all():
         raise VerificationError(f"'{ref.key}' has scales that are not positive")
+    if q.input_scale is not None and not (q.input_scale.float() > 0).all():
+        raise VerificationError(f"'{ref.key}' has an input scale that is not positive")
     stored = reader.entries.get(f"{ref.key}.weight_shape")
     if stored and reader.tensor(f"{ref.key}.weight_shape").tolist() != [ref.out_features, ref.in_features]:
         raise VerificationError(f"'{ref.key}.weight_shape' is not {[ref.out_features, ref.in_features]}")
@@ -138,21 +145,27 @@ def _check_linear(
     return error
 
 
-def _check_kept(reader: CheckpointReader, original: CheckpointReader | None, keys: set[str], problems: list[str]) -> None:
+def _check_kept(
+    reader: CheckpointReader, original: CheckpointReader | None, keys: set[str], problems: list[str], unread: list[str]
+) -> None:
     """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
     for key in sorted(keys & reader.entries.keys()):
         try:
             kept = reader.tensor(key)
             same = original is None or _identical(kept, original.tensor(key))
-        except QuantkitError as broken:
-            problems.append(broken.problem)
+        except CheckpointError as broken:
+            unread.append(broken.problem)
             continue
         if not same:
             problems.append(f"tensor '{key}' should be unchanged but differs from the source")
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # a scalar has no axis to view otherwise
 
 
 def inspect(folder: Path) -> dict[str, Any]:

@@ -210,6 +210,11 @@ def _candidates(size: int | None, block: list[int] | None) -> Iterator[Scheme]:
 def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     """The scheme (with its group size) that a config group describes. Raises ConfigError."""
     weights, inputs = _filled(group.get("weights") or {}), group.get("input_activations")
+    if outputs := group.get("output_activations"):
+        raise ConfigError(
+            f"quantization_config group '{name}' rounds outputs ({str(outputs)[:80]}), which quantkit does not",
+            "use another",
+        )
     size, block = weights.get("group_size"), weights.get("block_structure")
     if size == -1:
         size = weights["group_size"] = None
@@ -291,6 +296,11 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> Schem
         raise ConfigError(
             f"quantization_config has quant_method {quantization_config.get('quant_method')!r}", "it is another format"
         )
+    for key in ("transform_config", "sparsity_config"):
+        if found := quantization_config.get(key):
+            raise ConfigError(
+                f"quantization_config has {key} {str(found)[:80]}, which quantkit does not compute", "use another"
+            )
     raw = quantization_config.get("config_groups", {})
     by_name = [(scheme, raw[name]["targets"]) for name, scheme in groups(quantization_config).items()]
     ignore = quantization_config.get("ignore") or []

@@ -73,7 +73,8 @@ class NamedSpec:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") in ARCHITECTURES
+    name = config.get("model_type")
+    return isinstance(name, str) and name in ARCHITECTURES
 
 
 def spec_by_name(reader: CheckpointReader) -> NamedSpec:

@@ -94,6 +94,12 @@ class DecoderConfig(BaseModel):
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
     pretraining_tp: Literal[1] = 1
+    # Switches of relatives of these models, which would change what a layer computes.
+    qkv_bias: Literal[False] = False
+    sliding_window: None = None
+    attn_logit_softcapping: None = None
+    final_logit_softcapping: None = None
+    clip_qkv: None = None
 
     @model_validator(mode="before")
     @classmethod

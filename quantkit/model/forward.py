@@ -94,10 +94,12 @@ def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache |
         positions = (positions - cache.padding.to(positions.device)[:, None, None]).clamp(min=0)  # [batch, 1, time]
     tables = rope_tables(spec.rope, positions)
     h = F.embedding(input_ids, weights.tensor(spec.embedding)).float()
-    shared: dict[int, KV] = {}
+    kv: KV | None = None
+    owner = -1
     for layer in spec.layers:
-        owner = layer.attention.kv_from
-        h, shared[owner], routing = _layer(layer, h, shared.get(owner), cache, tables, weights, spec.eps)
+        if layer.attention.kv_from != owner:  # decoded K/V of one group of layers at a time
+            kv, owner = None, layer.attention.kv_from
+        h, kv, routing = _layer(layer, h, kv, cache, tables, weights, spec.eps)
         yield LayerTrace(layer.index, h, routing)
 
 

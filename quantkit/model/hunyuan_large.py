@@ -48,6 +48,15 @@ class HunyuanConfig(DecoderConfig):
     moe_layer_num_skipped: Literal[0] = 0
     norm_topk_prob: Literal[True] = True  # of the weights of more than one expert
     routed_scaling_factor: float = Field(default=1.0, ge=1.0, le=1.0)
+    group_limited_greedy: Literal[False] = False
+    norm_type: Literal["rms", "hf_rms"] = "rms"
+    use_rotary_pos_emb: Literal[True] = True
+    position_embedding_xdrope: Literal[False] = False
+
+    @field_validator("routed_scaling_factor", mode="before")
+    @classmethod
+    def _none_is_one(cls, value: object) -> object:
+        return 1.0 if value is None or value is False else value
 
     @field_validator("moe_topk", "num_shared_expert", "moe_intermediate_size", mode="before")
     @classmethod

@@ -19,7 +19,6 @@ __all__ = ["build"]
 class MixtralConfig(DecoderConfig):
     rope_theta: float = Field(gt=1)
     rope_scaling: None = None
-    sliding_window: None = None
     num_local_experts: int = Field(gt=1, le=1000)
     num_experts_per_tok: int = Field(gt=0)
 

@@ -55,7 +55,8 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Solved:
     Raises NotPositive when no damping makes H invertible.
     """
     importance = hessian.diagonal()
-    scale, zero = search_scale(weight, grid, importance)
+    # Without some importance a feature that was never seen would be free to lose, and its group's range the first tried.
+    scale, zero = search_scale(weight, grid, torch.where(importance > 0, importance, DAMPING[0] * importance.mean()))
     shape = (weight.shape[0], weight.shape[1])
     order = importance.argsort(descending=True, stable=True)
     U, damping = _inverse_factor(hessian[order][:, order])

@@ -43,7 +43,7 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
 
 def _relative_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor | None) -> float:
     difference = weight - quantized.dequantize()
-    if hessian is None:
+    if hessian is None or not hessian.isfinite().all():
         return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
     lost = (difference @ hessian * difference).sum()
     return float(lost / (weight @ hessian * weight).sum().clamp(min=1e-30))
