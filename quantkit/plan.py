@@ -232,6 +232,7 @@ def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
 
 
 def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | None]:
+    _nothing_idle(recipe, spec)
     schemes: dict[str, Scheme | None] = {}
     for ref in spec.linears():
         scheme = recipe.scheme_of(ref)
@@ -246,7 +247,6 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
     for rule in recipe.rules:
         if not any(fnmatchcase(ref.key, rule.match) for ref in spec.linears()):
             raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
-    _nothing_idle(recipe, spec)
     _no_accident(recipe, spec, schemes)
     if not any(schemes.values()):
         raise ConfigError("every linear is kept in BF16: there is nothing to quantise", "choose a scheme")

@@ -291,6 +291,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama, RoPE on a part": ("llama", {"rope_scaling": {**TINY["llama"]["rope_scaling"], "partial": 0.5}}, "partial"),
     "llama, two RoPEs": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.0}}, "rope_parameters"),
     "mixtral, window": ("mixtral", {"sliding_window": 4096}, "sliding_window.*4096"),
+    "llama, soft cap": ("llama", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*50"),
+    "llama, biases": ("llama", {"qkv_bias": True}, "qkv_bias"),
     "mixtral, more than all": ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5"),
     "mixtral, YaRN": ("mixtral", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling"),
     "qwen3, window": ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),

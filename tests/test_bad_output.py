@@ -13,9 +13,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import quantkit
+from quantkit import pipeline
+from quantkit.errors import CheckpointError, ConfigError, QuantkitError
+from quantkit.formats.reader import CheckpointReader
 from quantkit.scheme import Recipe
+from tests.architectures import TINY
 from tests.conftest import CONFIG, random_weights, write_checkpoint
 from tests.test_bad_input import QUICK, SHORT, Break, accepted, edit, not_quantized, refused, replace
 
@@ -80,6 +87,52 @@ class Full(io.BufferedWriter):
         return super().write(data)
 
 
+def test_what_cannot_be_read_at_the_end_costs_no_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that fails while the result is verified: the same command goes on from there."""
+    recipe, out = Recipe(method="rtn", group_size=32), tmp_path / "out"
+    real, verifying = CheckpointReader.tensor, pipeline.verify
+
+    def fails(folder: Path, source: Path) -> object:
+        def tensor(reader: CheckpointReader, key: str) -> Tensor:
+            if reader.folder == source:
+                raise CheckpointError("the disk does not answer", "try again")
+            return real(reader, key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CheckpointReader, "tensor", tensor)
+            return verifying(folder, source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "verify", fails)
+        with pytest.raises(CheckpointError, match="does not answer"):
+            quantkit.quantize(model, out, recipe)
+    assert not out.exists() and (tmp_path / "out.partial").exists()
+    assert quantkit.quantize(model, out, recipe)["resumed_at_unit"] > 0
+    assert not [*out.glob(".work")]
+
+
+def test_an_option_for_what_is_not_there(tmp_path: Path) -> None:
+    made = write_checkpoint(tmp_path / "llama", TINY["llama"], random_weights(TINY["llama"]))
+    for options in (Recipe(experts="W4A16", method="rtn"), Recipe(scheme="W8A8", shared_experts="W8A16")):
+        with pytest.raises(ConfigError, match="no linear with the role"):
+            quantkit.quantize(made, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_states_that_overflow_in_calibration(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model()
+    shard = next(path for path in sorted(folder.glob("*.safetensors")) if NORM in load_file(path))
+    tensors = load_file(shard)
+    tensors[NORM] = torch.full_like(tensors[NORM], 3e38)  # finite, but not what it multiplies
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(QuantkitError, match="not finite"):
+        quantkit.quantize(folder, tmp_path / "out", Recipe(scheme="FP8", samples=2, seq_len=64))
+    assert not (tmp_path / "out").exists()
+
+
 def test_disk_fills_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the work it is refused; in the middle of it, the same command resumes once there is room."""
     command = ("quantize", model, "-o", tmp_path / "out", "--quiet", *QUICK)
@@ -140,6 +193,9 @@ SCHEMES: dict[str, tuple[Break, str]] = {
     "no targets": (group(lambda g: g.pop("targets")), "'targets'"),
     "target no pattern": (group(lambda g: g.update(targets=["re:("])), "malformed"),
     "groups of 0": (group(lambda g: g["weights"].update(group_size=0)), "group_size 0"),
+    "transforms": (scheme(lambda q: q.update(transform_config={"config_groups": {"u": {}}})), "transform_config"),
+    "sparse": (scheme(lambda q: q.update(sparsity_config={"format": "sparse-24-bitmask"})), "sparsity_config"),
+    "rounded outputs": (group(lambda g: g.update(output_activations={"num_bits": 8})), "rounds outputs"),
     "groups of 64": (group(lambda g: g["weights"].update(group_size=64)), "weight_scale"),
 }
 

@@ -32,7 +32,7 @@ def weights() -> dict[str, Tensor]:
         return torch.randn(shape, generator=generator).bfloat16()
 
     tensors = {"wte.weight": random(50, 64), "norm.weight": random(64), "conv.weight": random(4, 4, 3)}
-    tensors["steps"] = torch.arange(3)
+    tensors["steps"], tensors["logit_scale"] = torch.arange(3), torch.tensor(2.5)
     for i in range(3):
         tensors[f"h.{i}.mixer.in_proj.weight"] = random(96, 64)
         tensors[f"h.{i}.mixer.in_proj.bias"] = random(96)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import quantkit
 from quantkit.calib.tokens import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError
-from quantkit.model.cache import Cache, KVFormat
+from quantkit.model.cache import KV, Cache, KVFormat
 from quantkit.runtime import Kernels
 from quantkit.sampling import Sampling, sample
 from quantkit.scheme import Recipe
@@ -37,6 +39,34 @@ def test_sampling_follows_the_distribution() -> None:
     torch.testing.assert_close(draws(0.5, 1.0), PROBABILITIES**2 / (PROBABILITIES**2).sum(), atol=0.03, rtol=0)
     torch.testing.assert_close(draws(1.0, 0.8), torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
     assert draws(1.0, 1e-6).tolist() == [1, 0, 0, 0]
+    assert draws(1e-40, 1.0).tolist() == [1, 0, 0, 0]
+    for bad in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ConfigError, match="temperature"):
+            Sampling(bad)
+
+
+def test_without_top_p_no_token_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum over a large vocabulary reaches 1 in float32 long before its last token."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: seen.append(p) or p.argmax(-1, keepdim=True))
+    sample(torch.randn(1, 129024) * 3, Sampling(1.0), torch.Generator())
+    assert bool((seen[0] > 0).all())
+
+
+def test_one_group_of_layers_holds_its_keys(make_model: Callable[..., Path]) -> None:
+    """Decoded keys and values of earlier layers are let go."""
+    model = quantkit.load(make_model(), kernels="reference")
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Watched(Cache):
+        def append(self, layer: int, kv: KV) -> KV:
+            found = super().append(layer, kv)
+            alive.append(weakref.ref(found[0]))
+            return found
+
+    for _ in model.layers(torch.arange(1, 13).view(2, 6), Watched(KVFormat.FP8)):
+        assert sum(ref() is not None for ref in alive) == 1
+    assert len(alive) > 1
 
 
 def test_generation_with_the_cache_is_greedy_decoding_without(model: Path, tmp_path: Path) -> None:

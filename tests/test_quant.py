@@ -92,6 +92,9 @@ def test_gptq_dead_features_and_hopeless_hessians() -> None:
     x, w, grid = correlated(256, 64), weight(16, 64), small("W4A16").weight
     x[:, 5] = 0
     assert torch.isfinite(gptq(w, x.T @ x / len(x), grid).quantized.dequantize()).all()
+    x[:, 32:] = 0  # a group of which nothing is seen keeps its range
+    solved = gptq(w, x.T @ x / len(x), grid).quantized
+    assert (solved.dequantize() - w)[:, 32:].norm() <= 1.02 * (rtn(w, small("W4A16")).dequantize() - w)[:, 32:].norm()
     rank_one = torch.ones(64, 64)
     assert gptq(w, rank_one, grid).damping == DAMPING[0]
     for hopeless in (torch.zeros(64, 64), torch.full((64, 64), torch.nan), -torch.eye(64)):

@@ -26,7 +26,8 @@ __all__ = ["Apply", "Walk", "embed", "walk_layer"]
 Apply = Callable[[Tensor], Tensor]
 _BATCH_TOKENS = 4096
 # An expert with fewer tokens than input features has a singular Hessian. It is lent the tokens that came nearest to being
-# routed to it, until it has that many; a lent token counts a quarter, so that real ones decide where there are any.
+# routed to it, until it has as many as gate and up have inputs; down, which may have more, gets the same. A lent token
+# counts a quarter, so that real ones decide where there are any.
 LENT_WEIGHT = 0.25
 
 
