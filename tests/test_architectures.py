@@ -279,7 +279,14 @@ def test_hunyuan_a13b_under_both_names() -> None:
     for other in ({**released, "model_type": "hunyuan"}, {**released, "model_type": "hunyuan", "architectures": None}):
         assert build_spec(other, "a13b") == spec and spec.architecture == "hunyuan_a13b"
     assert build_spec(RELEASED["hunyuan-large"], "large").architecture == "hunyuan_large"
-    for changes in ({"use_cla": True}, {"use_mla": True}, {"norm_topk_prob": False}, {"moe_layer_num_skipped": 1}):
+    for changes in (
+        {"use_cla": True},
+        {"use_mla": True},
+        {"norm_topk_prob": False},
+        {"moe_layer_num_skipped": 1},
+        {"norm_type": "fused"},
+        {"group_limited_greedy": True},
+    ):
         with pytest.raises(ConfigError, match=next(iter(changes))):
             build_spec({**released, "model_type": "hunyuan", **changes}, "config.json")
 
