@@ -115,7 +115,8 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     from quantkit.plan import make_plan, summary
     from quantkit.progress import plan_table
 
-    devices, chosen = deployment(options), engine_named(engine) if engine else None
+    chosen = engine_named(engine) if engine else None
+    devices = deployment(options, needed_by=None if chosen else "--engine")
     recipe = read_recipe(recipe_file, options)
     if chosen and recipe.linears:
         raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
@@ -166,7 +167,7 @@ main.add_command(cli_eval.report)
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice(["float32", "bf16", "fp8"]))
 @kernels_option
 @click.option("--device", default="cpu", show_default=True)
@@ -187,6 +188,7 @@ def generate(
     Several prompts are continued together and printed when all are done.
     """
     import quantkit
+    from quantkit.errors import ConfigError
     from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
     from quantkit.progress import console
@@ -201,6 +203,8 @@ def generate(
             progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
         )
     how = Sampling(temperature, top_p, seed), KVFormat(kv_cache)
+    if any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt):  # could not be decoded
+        raise ConfigError("the prompt is not valid UTF-8", "check the terminal's encoding")
     if len(prompts) > 1:
         for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):
             click.echo(f"{prompt}{text}\n")
@@ -308,6 +312,7 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
         show(found, engine_table, as_json)
         sys.exit(0 if found["loads"] else 1)
 
+    deployment(options, needed_by="--engine")
     report = run(out, source)
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))

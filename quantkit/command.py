@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,15 +33,15 @@ def command(function: F) -> F:
         except QuantkitError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(error.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+            sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
-            if error.filename is None:
-                raise
-            click.echo(
-                f"error: {error.filename}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True
-            )
+            where = error.filename or "output"
+            click.echo(f"error: {where}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True)
             sys.exit(QuantkitError.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command resumes a quantization", err=True)
+            click.echo("interrupted; the same command resumes a quantization or a conversion", err=True)
             sys.exit(130)
 
     return wrapped  # type: ignore[return-value]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import quantkit
-from quantkit.errors import ConfigError, OutputError, VerificationError
+from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError
 from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
@@ -32,7 +32,7 @@ from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme
-from quantkit.verify import check_hashes
+from quantkit.verify import check_hashes, damaged
 
 __all__ = ["TARGETS", "convert"]
 
@@ -78,6 +78,9 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     start, target = time.monotonic(), Path(out)
     source = find_model(model)
     refuse_present(target)
+    shards = [problem for problem in damaged(source) if ".safetensors" in problem.partition(" ")[0]]
+    if shards:  # new hashes over damage would call it sound; a config edited by hand is read and checked
+        raise CheckpointError(f"{source}: {shards[0]}", "copy the files again, or quantise again")
     plan = _plan(CheckpointReader(source), to)
     partial = target.with_name(target.name + ".partial")
     _check_space(plan, partial)

@@ -75,11 +75,14 @@ def engine_options(function: F) -> F:
     )
 
 
-def deployment(options: dict[str, Any]) -> Deployment:
-    """Take `engine_options` but the engine out of a command's options."""
+def deployment(options: dict[str, Any], needed_by: str | None = None) -> Deployment:
+    """Take `engine_options` but the engine out of a command's options. needed_by: what none may be given without."""
     from quantkit.engines.held import Deployment
 
-    return Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware")})
+    found = Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware")})
+    if needed_by and found != Deployment():
+        raise ConfigError(f"--tp, --ep, --pp and --hardware say how an engine would run: {found}", f"give {needed_by} too")
+    return found
 
 
 def task_options(function: F) -> F:

@@ -190,8 +190,13 @@ def eval_table(result: dict[str, Any]) -> Table:
     return table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # the library would exit with 1, which is a verdict of some commands
+
+
 def console(stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)  # a path may hold brackets
+    return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)  # a path may hold brackets
 
 
 def verdict_tables(data: dict[str, Any]) -> Group:

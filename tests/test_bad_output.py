@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +213,31 @@ def test_verify_tampered(case: str, finished: Path, tmp_path: Path) -> None:
     out = spoilt(finished, tmp_path, TAMPERED[case][0])
     message = refused("verify", out)
     assert str(out) in message and TAMPERED[case][1] in message, message
+
+
+def test_damage_is_not_given_new_hashes(finished: Path, tmp_path: Path) -> None:
+    out = spoilt(finished, tmp_path, flip)
+    assert "does not have the hash" in refused("convert", out, "-o", tmp_path / "b", "--to", "bf16")
+    assert not (tmp_path / "b").exists() and not (tmp_path / "b.partial").exists()
+
+
+def test_devices_without_an_engine(finished: Path) -> None:
+    for command in (("verify", finished / "out"), ("plan", finished / "model")):
+        assert "--engine too" in refused(*command, "--tp", 8)
+
+
+def test_a_prompt_that_is_no_text(finished: Path) -> None:
+    assert "UTF-8" in refused("generate", finished / "out", "--prompt", "a\udcff")
+
+
+def test_a_closed_pipe_is_no_verdict(finished: Path) -> None:
+    """Exit code 1 means that a gate failed or an engine would not load it."""
+    command = [sys.executable, "-m", "quantkit.cli", "inspect", str(finished / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait() == 128 + 13 and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("case", SCHEMES)

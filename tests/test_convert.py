@@ -214,6 +214,7 @@ def rescaled(folder: Path, value: float, to: Path) -> Path:
     weights = load_file(shard)
     weights[key][0, 0] = value
     save_file(weights, shard)
+    (to / "SHA256SUMS").unlink()  # as another tool would leave it
     return to
 
 
