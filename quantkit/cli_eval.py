@@ -89,6 +89,7 @@ def evaluate(
     quantkit eval OUT --baseline MODEL --tasks gsm8k,piqa --limit 200
     quantkit eval OUT --baseline MODEL --suite hunyuan-large --data-dir ITEMS
     """
+    from quantkit.errors import ConfigError
     from quantkit.evals.evaluate import Extent, figures
     from quantkit.evals.gates import EXIT_CODES
     from quantkit.host import pick_device
@@ -100,6 +101,8 @@ def evaluate(
     kv = measured.pop("kv_cache")
     plan = read_tasks(measured, items, str(pick_device(device)), kv)
     extent = Extent(kv_cache=KVFormat(kv) if kv else None, **measured)
+    if 0 < extent.context < 64:  # positions are compared in buckets, the first of which are shorter than that
+        raise ConfigError(f"--context {extent.context} is no long window", "give 64 or more, or 0 for none")
     found = evaluate_and_write(quantized, baseline, text, device, extent, save, wanted, junit, plan, items)
     parts = {"verdict", "finite", *(("tasks", "task_run") if plan else ())}
     data = found.model_dump(include=parts, mode="json")

@@ -345,6 +345,8 @@ def load(
     multiplies in float32. progress is called with (layers packed, layers in all). Raises QuantkitError when the
     checkpoint is not sound.
     """
+    if kernels not in ("reference", *dispatch.OPTIONS):
+        raise ConfigError(f"kernels is {kernels!r}", f"choose reference, {', '.join(dispatch.OPTIONS)}")
     model = Model(Path(path), torch.device(device), kernels=kernels)
     if isinstance(model.weights, KernelWeights):
         model.weights.pack(model.spec, progress)

@@ -226,6 +226,15 @@ def test_devices_without_an_engine(finished: Path) -> None:
         assert "--engine too" in refused(*command, "--tp", 8)
 
 
+def test_a_long_window_that_is_none(finished: Path) -> None:
+    assert "--context 1" in refused("eval", finished / "out", "--baseline", finished / "model", "--context", 1)
+
+
+def test_kernels_that_are_none(finished: Path) -> None:
+    with pytest.raises(ConfigError, match="choose reference, auto, w4a8"):
+        quantkit.load(finished / "out", kernels="x")  # type: ignore[arg-type]
+
+
 def test_a_prompt_that_is_no_text(finished: Path) -> None:
     assert "UTF-8" in refused("generate", finished / "out", "--prompt", "a\udcff")
 
