@@ -78,9 +78,9 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     start, target = time.monotonic(), Path(out)
     source = find_model(model)
     refuse_present(target)
-    shards = [problem for problem in damaged(source) if ".safetensors" in problem.partition(" ")[0]]
-    if shards:  # new hashes over damage would call it sound; a config edited by hand is read and checked
-        raise CheckpointError(f"{source}: {shards[0]}", "copy the files again, or quantise again")
+    for name, problem in damaged(source).items():
+        if name.endswith(".safetensors"):  # new hashes over damage would call it sound; an edited config is read and checked
+            raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantise again")
     plan = _plan(CheckpointReader(source), to)
     partial = target.with_name(target.name + ".partial")
     _check_space(plan, partial)

@@ -24,7 +24,7 @@ from quantkit.model.spec import Linear, ModelSpec
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Kind, Scheme
 
-__all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "inspect", "verify"]
+__all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "inspect", "stated", "verify"]
 
 SUMS = "SHA256SUMS"
 _UNSUMMED = {SUMS, "run.json"}
@@ -104,32 +104,31 @@ def _stored(
     return {ref.key: None if plain(ref.weight) else schemes[ref.key] for ref in spec.linears()}
 
 
-def _listed(path: Path) -> dict[str, str]:
-    lines = path.read_text("utf-8", errors="replace").splitlines()
+def stated(folder: Path) -> dict[str, str]:
+    """The hash of each file that SHA256SUMS lists, by name; empty without one."""
+    path = folder / SUMS
+    lines = path.read_text("utf-8", errors="replace").splitlines() if os.path.isfile(path) else []
     return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
 
 
-def damaged(folder: Path) -> list[str]:
-    """Files of a checkpoint that are missing or not what its SHA256SUMS states, in words; none without SHA256SUMS."""
-    if not os.path.isfile(folder / SUMS):
-        return []
-    problems = []
-    for name, digest in _listed(folder / SUMS).items():
+def damaged(folder: Path) -> dict[str, str]:
+    """What is wrong with each file that is missing or not what SHA256SUMS states, by name; empty without SHA256SUMS."""
+    problems = {}
+    for name, digest in stated(folder).items():
         if Path(name).name != name or not os.path.isfile(folder / name):
-            problems.append(f"{name} is listed in {SUMS} but missing")
+            problems[name] = f"{name} is listed in {SUMS} but missing"
         elif sha256(folder / name) != digest:
-            problems.append(f"{name} does not have the hash that {SUMS} states")
+            problems[name] = f"{name} does not have the hash that {SUMS} states"
     return problems
 
 
 def check_hashes(folder: Path, problems: list[str]) -> int:
     """How many files SHA256SUMS lists; what does not agree with it is added to `problems`."""
-    path = folder / SUMS
-    if not os.path.isfile(path):
+    if not os.path.isfile(folder / SUMS):
         problems.append(f"no {SUMS}: this is not a finished quantkit output")
         return 0
-    listed = _listed(path)
-    problems += damaged(folder)
+    listed = stated(folder)
+    problems += damaged(folder).values()
     present = {p.name for p in folder.iterdir() if p.is_file()} - _UNSUMMED
     problems += [f"{name} is not listed in {SUMS}" for name in sorted(present - listed.keys())]
     return len(listed)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+import quantkit
 from quantkit.model.registry import build_spec
+from quantkit.scheme import Recipe
 
 CONFIG: dict[str, Any] = {
     "architectures": ["HunYuanForCausalLM"],
@@ -88,3 +91,17 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def model(make_model: Callable[..., Path]) -> Path:
     return make_model()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A quantised model and its baseline, which reads 512 positions."""
+    root = tmp_path_factory.mktemp("flow")
+    base = write_checkpoint(root / "base", {**CONFIG, "max_position_embeddings": 512}, random_weights(CONFIG))
+    quantkit.quantize(base, root / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]
+    return root / "out", base
+
+
+@pytest.fixture
+def out(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    return shutil.copytree(pair[0], tmp_path / "out")

@@ -4,11 +4,8 @@ finite wherever they come up."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
-import tracemalloc
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-import quantkit
-from quantkit import cli_eval
 from quantkit.calib import tokens
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.evals import context, run_code
+from quantkit.evals import context
 from quantkit.evals.cache import BaselineCache
 from quantkit.evals.compare import against
 from quantkit.evals.evaluate import Extent, measure
@@ -32,36 +27,20 @@ from quantkit.evals.markdown import markdown
 from quantkit.evals.metrics import metrics
 from quantkit.evals.provenance import contents
 from quantkit.evals.report import read_report
-from quantkit.evals.run import Evaluation
 from quantkit.evals.schema import Report, Run, Task
 from quantkit.evals.task_schema import TaskRun, TaskSource
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
-from quantkit.scheme import Recipe
-from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
-from tests.test_report import cli, rescaled
+from tests.conftest import CONFIG, random_weights, write_checkpoint
+from tests.test_report import cli
 
 SHORT = ("--seq-len", 48, "--windows", 8, "--samples", 0)
 EXTENT = Extent(seq_len=48, windows=8, samples=0)
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A quantised model and its baseline, which reads 512 positions."""
-    root = tmp_path_factory.mktemp("flow")
-    base = write_checkpoint(root / "base", {**CONFIG, "max_position_embeddings": 512}, random_weights(CONFIG))
-    quantkit.quantize(base, root / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]
-    return root / "out", base
-
-
-@pytest.fixture(scope="module")
 def report(pair: tuple[Path, Path]) -> Report:
     return measure(*pair, extent=EXTENT)
-
-
-@pytest.fixture
-def out(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    return shutil.copytree(pair[0], tmp_path / "out")
 
 
 def windows(model: Path, length: int, count: int = 6) -> torch.Tensor:
@@ -304,156 +283,3 @@ def test_kv_cache_context_and_weights_are_compared_too(pair: tuple[Path, Path]) 
 
 
 # What is refused before the work
-
-
-@pytest.fixture
-def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*args: Any) -> None:
-        raise AssertionError("the models ran")
-
-    monkeypatch.setattr(Evaluation, "run", run)
-
-
-@pytest.mark.parametrize(
-    ("gate", "message"),
-    [
-        ("kl.meen<1", "did you mean kl.mean?"),
-        ("kl.max<1", "no interval"),
-        ("context.perplexity_ratio<1", "it needs --context"),
-        ("kv_cache.added_kl<1", "it needs --kv-cache fp8"),
-        ("tasks.piqa.recovery>0.9", "it needs --tasks"),
-        ("change.kl.mean<0", "it needs quantkit report --against"),
-    ],
-)
-def test_a_gate_on_nothing_is_refused_at_once(
-    pair: tuple[Path, Path], tmp_path: Path, no_work: None, gate: str, message: str
-) -> None:
-    found = cli("eval", pair[0], "--baseline", pair[1], *SHORT, "--gate", gate, "--save", tmp_path)
-    assert found.exit_code == 2 and message in found.stderr
-
-
-def test_a_gate_that_only_the_model_refuses_costs_no_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    dense = {**CONFIG, "num_experts": 1, "use_mixed_mlp_moe": False}
-    base = write_checkpoint(tmp_path / "dense", dense, random_weights(dense))
-    quantkit.quantize(base, tmp_path / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]
-    found = cli("eval", tmp_path / "out", "--baseline", base, *SHORT, "--gate", "router_agreement>0.5")
-    assert found.exit_code == 2 and "router_agreement" in found.stderr
-    written = read_report(tmp_path / "out" / "eval" / "report.json")
-    assert written.divergence is not None and written.verdict.status == "undecided"
-
-
-def test_overlap_is_looked_at_before_the_work(pair: tuple[Path, Path], out: Path, no_work: None) -> None:
-    record = json.loads((out / "run.json").read_text())
-    (out / "run.json").write_text(json.dumps({**record, "calibration_tokens": 9, "recipe": {"scheme": "NOPE"}}))
-    assert cli("eval", out, "--baseline", pair[1], *SHORT).exit_code == 2
-
-
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--limit", 5), ("--shots", 0), ("--unsafe-code",), ("--chat-template",), ("--max-new-tokens", 4),
-        ("--batch-size", 2), ("--task-kernels", "reference"), ("--items", "x.jsonl"),
-    ],
-)  # fmt: skip
-def test_options_of_tasks_without_tasks_are_refused(tmp_path: Path, option: tuple[object, ...]) -> None:
-    found = cli("eval", tmp_path / "none", "--baseline", tmp_path / "none", *option)
-    assert found.exit_code == 2 and f"{option[0]} without tasks to run" in found.stderr
-
-
-def test_a_command_says_all_that_was_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    command = cli_eval._command(*pair, "t.txt", Extent(samples=5, speed=True), "cpu", None)
-    assert "--samples 5" in command and "--speed" in command
-
-
-# quantize --held-out
-
-
-def test_quantize_says_the_verdict_on_held_out_text(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    rows = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * 4}) for i in range(9)]
-    (tmp_path / "t.jsonl").write_text("\n".join(rows))
-    how = ("--scheme", "W8A16", "--group-size", 32, "--samples", 8, "--held-out", tmp_path / "t.jsonl")
-    made = cli("quantize", pair[1], "-o", tmp_path / "made", *how)
-    status = read_report(tmp_path / "made" / "eval" / "report.json").verdict
-    assert made.exit_code == 0 and f"{status.status.upper()}: {status.reasons[0]}" in made.stderr
-
-
-@pytest.mark.parametrize("text", ["", "x"])
-def test_held_out_text_without_a_window_is_refused_before_quantising(
-    pair: tuple[Path, Path], tmp_path: Path, text: str
-) -> None:
-    (tmp_path / "t.txt").write_text(text)
-    how = ("--scheme", "W8A16", "--group-size", 32, "--samples", 8, "--held-out", tmp_path / "t.txt")
-    made = cli("quantize", pair[1], "-o", tmp_path / "made", *how)
-    assert made.exit_code == 2 and "no document of two tokens" in made.stderr
-    assert not list(tmp_path.glob("made*"))
-
-
-def test_held_out_windows_are_no_longer_than_the_model_reads(make_model: Callable[..., Path]) -> None:
-    assert cli_eval.held_out_extent("stdlib-held-out", str(make_model(max_position_embeddings=64))).seq_len == 64
-    assert cli_eval.held_out_extent("stdlib-held-out", str(make_model("other"))).seq_len == 512
-
-
-# Logits that are not finite
-
-
-def test_the_first_broken_layer_is_that_of_all_batches(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    models = both(pair)
-    data = tokens.evaluation_set(
-        tokens.load_tokenizer(pair[1]), tokens.documents("stdlib-held-out", pair[1]), 32, 4
-    )  # fmt: skip
-    real = Evaluation._side_by_side
-
-    def broken(self: Evaluation, batch: Any, live: Any) -> Iterator[Any]:
-        for before, after in real(self, batch, live):
-            if after.index >= (3 if batch.first == 0 else 1):
-                after = dataclasses.replace(after, hidden=after.hidden * float("nan"))
-            yield before, after
-
-    monkeypatch.setattr(Evaluation, "_side_by_side", broken)
-    run = Evaluation(models, data, None, None)
-    run.run(2, None)
-    assert run.broken_at == 1
-
-
-def test_a_model_without_one_finite_logit_fails_in_words_and_in_json(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    bad = rescaled(pair[0], tmp_path / "bad", "model.layers.0.mlp", 1e30)
-    found = cli("eval", bad, "--baseline", pair[1], *SHORT, "--json")
-    said = json.loads(found.stdout)
-    assert found.exit_code == 1 and said["verdict"]["status"] == "fail" and said["finite"]["layer"] == 0
-    assert "kl" not in said and "FAIL" in found.stderr
-
-
-def test_probed_variants_that_are_not_finite_are_counted(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Evaluation._variant
-
-    def variant(self: Evaluation, *args: Any) -> Any:
-        found = real(self, *args)
-        found.kl[:3] = np.nan
-        return found
-
-    monkeypatch.setattr(Evaluation, "_variant", variant)
-    found = decide(measure(*pair, extent=EXTENT))
-    assert found.finite.tokens == 3 == found.finite.probe["floor"] and found.finite.probe["forced"] == 0
-    assert found.verdict.status == "fail" and not found.finite.head
-    assert "only in a variant that the probe runs" in found.gates[0].reason
-    assert any("3 tokens of the probe's variants" in note for note in found.notes)
-
-
-# Code that a model wrote
-
-
-def test_only_code_that_reaches_its_end_passes() -> None:
-    assert run_code.passes("x = 1\nassert x == 1")
-    assert not run_code.passes("assert False")
-    for early in ("exit()", "import os\nos._exit(0)", "raise SystemExit"):
-        assert not run_code.passes(f"{early}\nassert False")
-    assert run_code.passes("def open(x):\n    return x\nimport os\nassert os.listdir() == []")
-    assert not run_code.passes("import sys\nsys.exit(0)")
-
-
-def test_what_code_prints_is_not_kept() -> None:
-    tracemalloc.start()
-    assert run_code.passes("for _ in range(50):\n    print('x' * 1_000_000)")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5_000_000

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,6 +31,7 @@ from quantkit.model.forward import forward
 from quantkit.scheme import Recipe
 from scripts.report_schema import TARGET, text
 from tests.conftest import CONFIG, random_weights, write_checkpoint
+from tests.pages import parsed
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"
 EXTENT = Extent(seq_len=96, windows=16, samples=1)
@@ -239,41 +239,6 @@ def test_logits_that_are_not_finite_fail_and_say_where(folder: Path) -> None:
     assert report.finite.layer == 2 and 0 < report.finite.tokens < report.finite.of
     assert {row.status for row in report.gates} == {"fail"}
     assert "begins in layer 2" in (broken / "eval" / "report.html").read_text()
-
-
-class _Page(HTMLParser):
-    """Counts tags, ids and everything that would be loaded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: dict[str, int] = {}
-        self.ids: list[str] = []
-        self.loads: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] = self.tags.get(tag, 0) + 1
-        given = dict(attrs)
-        self.ids += [given["id"]] if given.get("id") else []  # type: ignore[list-item]
-        self.loads += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data", "action") and v]
-        assert not any(k.startswith("on") for k in given)
-        if tag not in ("meta", "link", "br", "input", "img", "use", "path"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-
-def parsed(page: str) -> _Page:
-    found = _Page()
-    found.feed(page)
-    return found
 
 
 HOSTILE = "<script>alert('x')</script>\"'><img src=http://evil.example/x onerror=alert(1)>${{ 7*7 }} | `a`"

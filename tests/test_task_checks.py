@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 
-import quantkit
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.evals.run import Evaluation
-from quantkit.scheme import Recipe
-from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 from tests.test_report import cli
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: make tasks-test")
@@ -28,14 +25,6 @@ def data(tmp_path: Path) -> Path:
     rows = [{"goal": f"goal {i}", "sol1": f"do {i}", "sol2": f"leave {i}", "label": i % 2} for i in range(6)]
     (folder / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    root = tmp_path_factory.mktemp("tasks")
-    base = write_checkpoint(root / "base", {**CONFIG, "max_position_embeddings": 512}, random_weights(CONFIG))
-    quantkit.quantize(base, root / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]
-    return root / "out", base
 
 
 def test_a_likelihood_that_is_not_a_number_is_no_answer(pair: tuple[Path, Path]) -> None:

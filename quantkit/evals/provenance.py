@@ -25,7 +25,7 @@ from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader, load_json
 from quantkit.runtime import Model
 from quantkit.scheme import Recipe
-from quantkit.verify import SUMS, inspect
+from quantkit.verify import inspect, stated
 
 __all__ = ["Contents", "Said", "contents", "linear_rows", "overlap", "provenance", "run_record", "size"]
 
@@ -53,9 +53,8 @@ def contents(folder: Path) -> Contents:
     names = ["config.json", *CheckpointReader(folder).shards]
     with ThreadPoolExecutor(2) as pool:
         hashes = dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
-    lines = (folder / SUMS).read_text("utf-8", errors="replace").splitlines() if (folder / SUMS).is_file() else []
-    stated = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    changed = tuple(name for name in names if lines and stated.get(name) != hashes[name])
+    sums = stated(folder)
+    changed = tuple(name for name in names if sums and sums.get(name) != hashes[name])
     said = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
     return Contents(f"sha256:{hashlib.sha256(said.encode()).hexdigest()}", changed)
 
