@@ -156,7 +156,7 @@ def show(results: dict[int, dict[str, dict[str, float | list[str]]]], title: str
 @click.option("--rows", default=14336)
 @click.option("--inputs", default=4096, help="A multiple of 128.")
 @click.option("--tokens", default="1,4,16,64,256", help="Comma-separated.")
-@click.option("--rounds", default=15, help="Timed rounds; a third of it from 64 tokens on.")
+@click.option("--rounds", default=45, help="Timed rounds; a third of it for 16 tokens, a ninth from 64 on.")
 @click.option("--threads", default=0, help="0: torch's default.")
 @click.option("--cache-mb", default=32, help="Last-level cache, in MB.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "cpu_kernels.json")
@@ -177,7 +177,7 @@ def main(rows: int, inputs: int, tokens: str, rounds: int, threads: int, cache_m
         x = torch.randn(count, inputs)
         given = {name: x.numpy() if name == "onnxruntime" else x.bfloat16() for name in run}
         turns = {name: partial(call, given[name]) for name, call in run.items()}
-        found = timed(turns, rounds if count < 64 else max(3, rounds // 3), clock)
+        found = timed(turns, max(3, rounds // (1 if count < 16 else 3 if count < 64 else 9)), clock)
         results[count] = judge(count, found, read)
     show(results, f"{rows} x {inputs}, {threads} thread(s), medians")
     out.parent.mkdir(parents=True, exist_ok=True)
