@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 def command(function: F) -> F:
     """Print a QuantkitError as one message and exit with its code, and what the system says of a path likewise.
 
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug: it keeps its traceback, and has a code of its own, since 1 and 3 are verdicts.
     """
 
     @functools.wraps(function)
@@ -43,6 +44,10 @@ def command(function: F) -> F:
         except KeyboardInterrupt:
             click.echo("interrupted; the same command resumes a quantization or a conversion", err=True)
             sys.exit(130)
+        except Exception:
+            traceback.print_exc()
+            click.echo("error: this is a bug in quantkit; please report it with the lines above", err=True)
+            sys.exit(os.EX_SOFTWARE)
 
     return wrapped  # type: ignore[return-value]
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
 from quantkit import pipeline
+from quantkit.cli import main
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError
 from quantkit.formats.reader import CheckpointReader
 from quantkit.scheme import Recipe
@@ -247,6 +249,13 @@ def test_a_closed_pipe_is_no_verdict(finished: Path) -> None:
         process.stdout.close()
         said = process.stderr.read().decode()
         assert process.wait() == 128 + 13 and "Traceback" not in said, said
+
+
+def test_a_bug_is_no_verdict(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantkit.verify.inspect", lambda folder: {}["no such key"])
+    found = CliRunner().invoke(main, ["inspect", str(finished / "out")])
+    assert found.exit_code == 70 and "KeyError: 'no such key'" in found.stderr and found.stdout == ""
+    assert found.stderr.splitlines()[-1].startswith("error: this is a bug in quantkit")
 
 
 @pytest.mark.parametrize("case", SCHEMES)
