@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from quantkit.errors import ConfigError
+from quantkit.host import pick_device
 from quantkit.kernels import dispatch
 from quantkit.kernels.reference import linear
 from quantkit.qtensor import QuantizedTensor
@@ -113,7 +114,7 @@ def bench(
 
     kernels: as for `runtime.load`. Raises ConfigError when there is nothing to measure or a matrix does not fit its scheme.
     """
-    place = torch.device(device)
+    place = pick_device(device)
     bandwidth, arithmetic = roofline(rounds, place)
     rows = []
     for matrix in matrices:

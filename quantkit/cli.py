@@ -189,7 +189,6 @@ def generate(
     """
     import quantkit
     from quantkit.errors import ConfigError
-    from quantkit.host import pick_device
     from quantkit.model.cache import KVFormat
     from quantkit.progress import console
     from quantkit.sampling import Sampling
@@ -198,7 +197,7 @@ def generate(
     with console(stderr=True).status("loading") as status:
         model = quantkit.load(
             path,
-            str(pick_device(device)),
+            device,
             kernels,
             progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
         )
@@ -263,7 +262,6 @@ def bench(
     from quantkit.bench import SHAPES, Matrix, matrices_of
     from quantkit.bench import bench as run
     from quantkit.errors import ConfigError
-    from quantkit.host import pick_device
     from quantkit.progress import bench_table
     from quantkit.runtime import Model
     from quantkit.scheme import scheme_named
@@ -281,7 +279,7 @@ def bench(
     else:
         matrices = [Matrix(name, out, inputs, chosen) for name, out, inputs in SHAPES[str(shape)]]
     show(
-        {"title": str(path or shape), "rows": run(matrices, counts, rounds, str(pick_device(device)), kernels)},
+        {"title": str(path or shape), "rows": run(matrices, counts, rounds, device, kernels)},
         bench_table,
         as_json,
     )

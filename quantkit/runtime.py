@@ -17,6 +17,7 @@ from quantkit.formats import compressed_tensors, table
 from quantkit.formats.base import KV_SCALE, Format
 from quantkit.formats.dtypes import DTYPES, FLOATS
 from quantkit.formats.reader import CheckpointReader
+from quantkit.host import pick_device
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
@@ -324,6 +325,8 @@ class Model:
         return dispatch.explain(linears, self.device, asked)
 
     def _check(self, input_ids: Tensor) -> None:
+        if not isinstance(input_ids, Tensor):
+            raise ConfigError(f"input_ids are a {type(input_ids).__name__}", "give a tensor, int64 [batch, time]")
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
             seen = f"{input_ids.dtype} {tuple(input_ids.shape)}"
             raise ConfigError(f"input_ids are {seen}", "give int64 [batch, time] with at least one token")
@@ -340,14 +343,14 @@ def load(
 ) -> Model:
     """A quantised or unquantised checkpoint folder, ready for `logits`, `stream` and `generate`.
 
-    kernels: "auto" packs quantised linears for this machine's kernels (`Model.explain` says which; the first use may build
-    them); "w4a8" does so too and rounds the inputs of INT4 weights to INT8, faster on a CPU; "reference" dequantises and
-    multiplies in float32. progress is called with (layers packed, layers in all). Raises QuantkitError when the
-    checkpoint is not sound.
+    device: auto, cpu, cuda or cuda:N. kernels: "auto" packs quantised linears for this machine's kernels (`Model.explain`
+    says which; the first use may build them); "w4a8" does so too and rounds the inputs of INT4 weights to INT8, faster on a
+    CPU; "reference" dequantises and multiplies in float32. progress is called with (layers packed, layers in all). Raises
+    QuantkitError when the checkpoint is not sound.
     """
     if kernels not in ("reference", *dispatch.OPTIONS):
         raise ConfigError(f"kernels is {kernels!r}", f"choose reference, {', '.join(dispatch.OPTIONS)}")
-    model = Model(Path(path), torch.device(device), kernels=kernels)
+    model = Model(Path(path), pick_device(device), kernels=kernels)
     if isinstance(model.weights, KernelWeights):
         model.weights.pack(model.spec, progress)
     return model

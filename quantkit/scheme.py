@@ -11,10 +11,19 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear, Role
@@ -208,7 +217,10 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """All that decides the numbers of a run. The command line's options and a YAML file both end here."""
+    """All that decides the numbers of a run. The command line's options and a YAML file both end here.
+
+    Raises one ConfigError that names the first field that is wrong.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     scheme: str = "W4A16"
@@ -230,6 +242,18 @@ class Recipe(BaseModel):
         if value is not None:
             scheme_named(value)
         return value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _one_message(cls, fields: Any, build: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        try:
+            return build(fields)
+        except ValidationError as error:
+            first, where = error.errors()[0], (info.context or {}).get("where", "recipe")
+            name = ".".join(str(part) for part in first["loc"])
+            known = f"fields are {', '.join(cls.model_fields)}"
+            fix = known if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
+            raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
 
     def scheme_of(self, ref: Linear) -> Scheme | None:
         """The scheme of one linear: first matching rule, else its role's, else the general one. None keeps it.
@@ -267,12 +291,5 @@ class Recipe(BaseModel):
 
     @classmethod
     def of(cls, fields: dict[str, object], where: str = "recipe") -> Recipe:
-        """A recipe from plain fields, with one ConfigError that names the first field that is wrong."""
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            known = f"fields are {', '.join(cls.model_fields)}"
-            fix = known if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
-            raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
+        """A recipe from plain fields; `where` they come from, for the message. Raises ConfigError."""
+        return cls.model_validate(fields, context={"where": where})

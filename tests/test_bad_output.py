@@ -237,6 +237,22 @@ def test_kernels_that_are_none(finished: Path) -> None:
         quantkit.load(finished / "out", kernels="x")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda out: quantkit.Recipe(samples=-1), "'samples' is -1"),
+        (lambda out: quantkit.Recipe(expert="W4A16"), "'expert' .*\nFix: fields are scheme, experts"),
+        (lambda out: quantkit.load(out, device="tpu"), "'tpu'"),
+        (lambda out: quantkit.evaluate(out, out, device="tpu"), "'tpu'"),
+        (lambda out: quantkit.load(out, kernels="reference").logits([[1, 2]]), "input_ids are a list"),
+    ],
+    ids=["range", "field", "device", "device of an evaluation", "list"],
+)
+def test_errors_of_the_library_are_its_own(call: Callable[[Path], object], words: str, finished: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        call(finished / "out")
+
+
 def test_a_prompt_that_is_no_text(finished: Path) -> None:
     assert "UTF-8" in refused("generate", finished / "out", "--prompt", "a\udcff")
 

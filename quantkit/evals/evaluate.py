@@ -24,6 +24,7 @@ from quantkit.evals.samples import generations, worst_tokens
 from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.evals.sections import divergence, kv_cache, layer_rows, moe, probe
 from quantkit.formats.folder import find_model
+from quantkit.host import pick_device
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
 from quantkit.verify import SUMS
@@ -64,7 +65,7 @@ def measure(
     most `windows` of them. progress is called with (windows done, windows in all). Raises QuantkitError.
     """
     begun = time.monotonic()
-    job = _prepare(quantized, baseline, text, extent, torch.device(device))
+    job = _prepare(quantized, baseline, text, extent, pick_device(device))
     models, data, record, kv = job.models, job.data, job.record, extent.kv_cache
     step = max(1, BATCH_TOKENS // data.ids.shape[1])
     store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None

@@ -74,7 +74,7 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
         ends = config.get("eos_token_id")
         self.ends: set[int] = set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
         self._bos = self._special("bos_token", config.get("bos_token_id"))
-        self._device = torch.device(device)
+        self._device = self.model.device
 
     def _special(self, key: str, otherwise: int | None) -> int | None:
         """A special token's id: tokenizer_config.json's, as transformers has it, else config.json's."""
