@@ -194,6 +194,8 @@ def generate(
     from quantkit.sampling import Sampling
     from quantkit.text import complete, stream_text
 
+    if any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt):  # could not be decoded
+        raise ConfigError("the prompt is not valid UTF-8", "check the terminal's encoding")
     with console(stderr=True).status("loading") as status:
         model = quantkit.load(
             path,
@@ -202,14 +204,13 @@ def generate(
             progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
         )
     how = Sampling(temperature, top_p, seed), KVFormat(kv_cache)
-    if any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt):  # could not be decoded
-        raise ConfigError("the prompt is not valid UTF-8", "check the terminal's encoding")
     if len(prompts) > 1:
         for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):
             click.echo(f"{prompt}{text}\n")
         return
+    pieces = stream_text(model, prompts[0], max_tokens, *how)  # which refuses before the prompt is shown
     click.echo(prompts[0], nl=False)
-    for piece in stream_text(model, prompts[0], max_tokens, *how):
+    for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
 

@@ -38,14 +38,16 @@ def recipe_options(function: F) -> F:
             click.option(
                 "--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches."
             ),
-            click.option("--group-size", type=int, help="Weights per scale in schemes with groups. [default: 128]"),
+            click.option(
+                "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
+            ),
             click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]"),
             click.option(
                 "--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]"
             ),
-            click.option("--samples", type=int, help="Calibration windows. [default: 128]"),
-            click.option("--seq-len", type=int, help="Tokens in a window. [default: 512]"),
-            click.option("--seed", type=int, help="Which windows are drawn. [default: 0]"),
+            click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
+            click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),
+            click.option("--seed", type=int, help="Which windows are drawn, 0 or more. [default: 0]"),
             click.option(
                 "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win."
             ),

@@ -131,6 +131,9 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     )
     if isinstance(spec, NamedSpec):
         _check_by_name(plan)
+    elif plan.calibrated and spec.positions and recipe.seq_len > spec.positions:
+        seen = f"seq_len {recipe.seq_len} is longer than the model reads: max_position_embeddings in {where}"
+        raise ConfigError(f"{seen} is {spec.positions}", f"give --seq-len {spec.positions} or less")
     if problems := compressed_tensors.inexact(plan.written, schemes, *bystanders(spec)):
         raise ConfigError(
             f"the config for engines would not be exact: {problems[0]}", "choose patterns that keep them apart"

@@ -312,6 +312,8 @@ class Model:
         kv_format: KVFormat = KVFormat.BF16,
     ) -> Tensor:
         """int64 [batch, time] -> int64 [batch, time + new_tokens], as `stream` gives them."""
+        self._check(input_ids)
+        self.check_room(input_ids.shape[1], new_tokens)
         new = islice(self.stream(input_ids, sampling, kv_format), new_tokens)
         return torch.cat([input_ids.to(self.device), *new], dim=1)
 
@@ -323,6 +325,15 @@ class Model:
         )
         asked = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
         return dispatch.explain(linears, self.device, asked)
+
+    def check_room(self, prompt: int, new_tokens: int) -> None:
+        """Raises ConfigError where a prompt of that many tokens and the new ones are more than the config's positions."""
+        limit = self.spec.positions
+        if limit and prompt + new_tokens > limit:
+            seen = f"{prompt} tokens of prompt and {new_tokens} new ones are more than {self.folder} reads"
+            left = limit - prompt
+            fix = f"ask for {left} new tokens or fewer" if left > 0 else f"give a prompt of fewer than {limit} tokens"
+            raise ConfigError(f"{seen}: its max_position_embeddings is {limit}", fix)
 
     def _check(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor):

@@ -25,14 +25,20 @@ def stream_text(
     sampling: Sampling = GREEDY,
     kv_format: KVFormat = KVFormat.BF16,
 ) -> Iterator[str]:
-    """Continue a prompt, yielding pieces of text that are whole characters, until max_tokens or an end token.
+    """Continue a prompt: pieces of text that are whole characters, until max_tokens or an end token.
 
-    End tokens are config.json's eos_token_id. Raises ConfigError for a prompt without a token.
+    End tokens are config.json's eos_token_id. Raises ConfigError for a prompt without a token, and where it and max_tokens
+    are more than the model's positions, before the first piece is asked for.
     """
-    tokenizer, ends = load_tokenizer(model.folder), _ends(model)
+    tokenizer = load_tokenizer(model.folder)
+    ids = torch.tensor([_encode(tokenizer, prompt)])
+    model.check_room(ids.shape[1], max_tokens)
+    return _pieces(tokenizer, islice(model.stream(ids, sampling, kv_format), max_tokens), _ends(model))
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor], ends: set[object]) -> Iterator[str]:
     decoder = DecodeStream(ids=[], skip_special_tokens=True)
-    stream = model.stream(torch.tensor([_encode(tokenizer, prompt)]), sampling, kv_format)
-    for token in islice(stream, max_tokens):
+    for token in tokens:
         if token.item() in ends:
             return
         piece = decoder.step(tokenizer, int(token.item()))
@@ -47,10 +53,14 @@ def complete(
     sampling: Sampling = GREEDY,
     kv_format: KVFormat = KVFormat.BF16,
 ) -> list[str]:
-    """Continue several prompts at once, as one batch: what follows each, until max_tokens or an end token."""
+    """Continue several prompts at once, as one batch: what follows each, until max_tokens or an end token.
+
+    Raises as `stream_text` does.
+    """
     tokenizer, ends = load_tokenizer(model.folder), _ends(model)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, encoded))
+    model.check_room(width, max_tokens)
     ids = torch.tensor([[0] * (width - len(row)) + row for row in encoded])
     padding = torch.tensor([width - len(row) for row in encoded])
     done = [False] * len(encoded)

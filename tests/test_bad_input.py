@@ -158,6 +158,13 @@ UNREADABLE: dict[str, tuple[Break, tuple[str, ...]]] = {
     ),
     "layers differ": (fields(moe_topk=[1, 2, 1, 1]), ("config.json", "'moe_topk'", "[1, 2, 1, 1]", "layers differ")),
     "list of lists": (fields(moe_topk=[[1], {}]), ("config.json", "'moe_topk'", "layers differ")),
+    "positions in words": (
+        fields(max_position_embeddings="x"),
+        ("config.json", "'max_position_embeddings'", "'x'", "integer"),
+    ),
+    "size as text": (fields(hidden_size="128"), ("config.json", "'hidden_size'", "'128'", "integer")),
+    "dtype that is none": (fields(torch_dtype="foo"), ("config.json", "'torch_dtype'", "'foo'", "'bfloat16'")),
+    "dtype by its newer name": (fields(dtype=16), ("config.json", "'dtype'", "16", "'bfloat16'")),
     "negative size": (fields(hidden_size=-4), ("config.json", "'hidden_size'", "-4", "greater than 0")),
     "a million layers": (fields(num_hidden_layers=10**6), ("config.json", "'num_hidden_layers'", "1000")),
     "infinite epsilon": (fields(rms_norm_eps=float("inf")), ("config.json", "'rms_norm_eps'", "finite")),
@@ -258,6 +265,15 @@ def test_options(options: tuple[str, ...], model: Path) -> None:
     message = not_quantized(model, *options)
     assert all(word in message for word in OPTIONS[options]), message
     refused("quantize", model, "-o", model.parent / "out", "--dry-run", *options)
+
+
+def test_windows_are_no_longer_than_the_model_reads(make_model: Callable[..., Path]) -> None:
+    model = make_model(max_position_embeddings=64)
+    for options in ((), ("--dry-run",)):
+        message = not_quantized(model, "--group-size", "32", "--seq-len", "65", *options)
+        assert "seq_len 65" in message and "is 64" in message and "Fix: give --seq-len 64" in message
+    accepted("quantize", model, "-o", "out", "--group-size", "32", "--samples", "2", "--seq-len", "64", "--dry-run")
+    accepted("quantize", model, "-o", "out", "--seq-len", "65", "--dry-run", *QUICK)  # nothing is calibrated
 
 
 @pytest.mark.parametrize("text", RECIPES, ids=lambda text: text[:40] or "empty")

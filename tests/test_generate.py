@@ -128,6 +128,24 @@ def test_generate_command(model: Path) -> None:
     assert empty.exit_code == 2 and "no token" in empty.stderr
 
 
+def test_generate_refuses_before_it_prints(make_model: Callable[..., Path]) -> None:
+    model = make_model(max_position_embeddings=16)
+    for prompts, words in (
+        (["abcdef"], "Fix: ask for 10 new tokens or fewer"),
+        (["a", "abcdef"], "Fix: ask for 10 new tokens or fewer"),
+        (["a" * 16], "Fix: give a prompt of fewer than 16 tokens"),
+    ):
+        given = [part for prompt in prompts for part in ("--prompt", prompt)]
+        result = CliRunner().invoke(main, ["generate", str(model), "--max-tokens", "11", *given])
+        assert result.exit_code == 2 and result.stdout == "" and words in result.stderr
+    assert CliRunner().invoke(main, ["generate", str(model), "--max-tokens", "10", "--prompt", "abcdef"]).exit_code == 0
+    with pytest.raises(ConfigError, match="max_position_embeddings is 16"):
+        quantkit.load(model).generate(torch.ones(1, 6, dtype=torch.int64), 11)
+    (model / "tokenizer.json").unlink()
+    result = CliRunner().invoke(main, ["generate", str(model), "--prompt", "a"])
+    assert result.exit_code == 2 and result.stdout == "" and "tokenizer.json" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("scheme", "bounds"), [("W4A16", {"auto": 5e-4, "w4a8": 5e-3}), ("FP8_DYNAMIC", {"auto": 5e-4})], ids=["INT4", "FP8"]
 )

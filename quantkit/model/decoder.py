@@ -18,7 +18,7 @@ KIND = AliasChoices("rope_type", "type")  # its newer and its older name
 class Scaling(BaseModel):
     """How positions are stretched. A key that is not written here is refused: it would change the frequencies."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Llama3Scaling(Scaling):
@@ -76,9 +76,12 @@ def _one_spelling(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class DecoderConfig(BaseModel):
-    """The fields of a config.json that change the mathematics. A value outside what is written is refused, not guessed."""
+    """The fields of a config.json that change the mathematics. A value outside what is written is refused, not guessed.
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    So is one of another type: OUT's config.json repeats it, and engines would not read it.
+    """
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
     hidden_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0, le=1000)
     vocab_size: int = Field(gt=0)
@@ -89,6 +92,9 @@ class DecoderConfig(BaseModel):
     rms_norm_eps: float = Field(gt=0)
     rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: Scaling | None = None
+    max_position_embeddings: int | None = Field(default=None, gt=0)
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None  # its newer name
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
@@ -186,4 +192,5 @@ def decoder(
         embedding="model.embed_tokens.weight",
         final_norm="model.norm.weight",
         head=None if c.tie_word_embeddings else "lm_head.weight",
+        positions=c.max_position_embeddings,
     )

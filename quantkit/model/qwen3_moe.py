@@ -26,7 +26,7 @@ class Qwen3MoeConfig(DecoderConfig):
     moe_intermediate_size: int = Field(gt=0)
     norm_topk_prob: bool
     decoder_sparse_step: int = Field(default=1, gt=0)
-    mlp_only_layers: tuple[int, ...] | None = None
+    mlp_only_layers: list[int] | None = None
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 __all__ = [
@@ -256,7 +256,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole model. `head` is None when the output head is tied to the embedding."""
+    """A whole model. `head` is None when the output head is tied to the embedding.
+
+    positions: how many the config allows, if it says; two models that differ in that alone are the same.
+    """
 
     architecture: str
     hidden: int
@@ -267,6 +270,7 @@ class ModelSpec:
     embedding: str
     final_norm: str
     head: str | None
+    positions: int | None = field(default=None, compare=False)
 
     def linears(self) -> Iterator[Linear]:
         for layer in self.layers:
