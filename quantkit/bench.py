@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from quantkit.kernels import dispatch
 from quantkit.kernels.reference import linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import Model
-from quantkit.scheme import Kind, Scheme
+from quantkit.scheme import Kind, Scheme, scheme_named
 
-__all__ = ["SHAPES", "Matrix", "bench", "matrices_of", "random_weight", "roofline", "timed"]
+__all__ = ["SHAPES", "Matrix", "bench", "chosen", "matrices_of", "random_weight", "roofline", "timed"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,23 @@ def roofline(rounds: int, device: torch.device) -> tuple[float, float]:
     run: dict[str, Callable[[], object]] = {"read": buffer.sum, "multiply": lambda: square @ square}
     seconds = timed({name: partial(_finish, device, call) for name, call in run.items()}, rounds)
     return buffer.numel() * 8 / float(seconds["read"].min()), 2 * size**3 / float(seconds["multiply"].min())
+
+
+def chosen(path: Path | None, shape: str | None, scheme: str | None) -> list[Matrix]:
+    """The matrices of a checkpoint, or of a known model in a scheme (W4A16 unless told). Raises ConfigError."""
+    if path is not None:
+        if shape is not None or scheme is not None:
+            raise ConfigError(
+                f"{path} has shapes and schemes of its own", "leave out --shape and --scheme, or the checkpoint"
+            )
+        return matrices_of(Model(path, torch.device("cpu")))
+    if shape not in SHAPES:
+        seen = "nothing to measure is given" if shape is None else f"unknown --shape '{shape}'"
+        raise ConfigError(seen, f"give a checkpoint, or --shape with one of {', '.join(SHAPES)}")
+    found = scheme_named(scheme or "W4A16")
+    if found is None:
+        raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
+    return [Matrix(name, out, inputs, found) for name, out, inputs in SHAPES[shape]]
 
 
 def bench(

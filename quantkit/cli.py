@@ -67,7 +67,7 @@ def quantize(
     quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
     from quantkit import pipeline
-    from quantkit.errors import ConfigError
+    from quantkit.errors import ConfigError, counted
     from quantkit.progress import console, layer_line, plan_table, size
 
     recipe = read_recipe(recipe_file, options)
@@ -88,7 +88,7 @@ def quantize(
         saved = record["source_bytes"] / record["output_bytes"]
         console().print(
             f"{out}: {size(record['source_bytes'])} -> {size(record['output_bytes'])} ({saved:.2f}x smaller), verified; "
-            f"{len(record['fallbacks'])} fallbacks, {record['lent_tokens']} linears with lent tokens",
+            f"{counted(len(record['fallbacks']), 'fallback')}, {counted(record['lent_tokens'], 'linear')} with lent tokens",
             soft_wrap=True,
         )
 
@@ -240,7 +240,7 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
 @main.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @click.option("--shape", help="Instead of a checkpoint: hunyuan-large, hunyuan-a13b, mixtral-8x22b or deepseek-v2.")
-@click.option("--scheme", default="W4A16", show_default=True, help="With --shape.")
+@click.option("--scheme", help="With --shape. [default: W4A16]")
 @click.option("--tokens", default="1,4,16,64,256", show_default=True, help="Token counts, with commas.")
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=1))
 @kernels_option
@@ -250,7 +250,7 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
 def bench(
     path: Path | None,
     shape: str | None,
-    scheme: str,
+    scheme: str | None,
     tokens: str,
     rounds: int,
     kernels: Kernels,
@@ -258,32 +258,16 @@ def bench(
     as_json: bool,
 ) -> None:
     """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
-    import torch
-
-    from quantkit.bench import SHAPES, Matrix, matrices_of
     from quantkit.bench import bench as run
+    from quantkit.bench import chosen
     from quantkit.errors import ConfigError
     from quantkit.progress import bench_table
-    from quantkit.runtime import Model
-    from quantkit.scheme import scheme_named
 
-    if (path is None) == (shape is None) or (shape is not None and shape not in SHAPES):
-        raise ConfigError(f"path {path}, --shape {shape}", f"give a checkpoint, or --shape with one of {', '.join(SHAPES)}")
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit() and int(part) > 0]
     if len(counts) != tokens.count(",") + 1:
         raise ConfigError(f"--tokens {tokens!r}", "give positive numbers with commas between, such as 1,16,256")
-    chosen = scheme_named(scheme)
-    if path is not None:
-        matrices = matrices_of(Model(path, torch.device("cpu")))
-    elif chosen is None:
-        raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
-    else:
-        matrices = [Matrix(name, out, inputs, chosen) for name, out, inputs in SHAPES[str(shape)]]
-    show(
-        {"title": str(path or shape), "rows": run(matrices, counts, rounds, device, kernels)},
-        bench_table,
-        as_json,
-    )
+    rows = run(chosen(path, shape, scheme), counts, rounds, device, kernels)
+    show({"title": str(path or shape), "rows": rows}, bench_table, as_json)
 
 
 @main.command()
@@ -297,7 +281,7 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
 
     With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: something of it does not.
     """
-    from quantkit.errors import ConfigError
+    from quantkit.errors import ConfigError, counted
     from quantkit.verify import verify as run
 
     if engine:
@@ -316,8 +300,10 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return
+    held = {"file": report.files, "tensor": report.tensors, "linear": report.linears}
+    counts = ", ".join(counted(number, thing) for thing, number in held.items())
     errors = "".join(f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items())
-    click.echo(f"{out}: sound. {report.files} files, {report.tensors} tensors, {report.linears} linears.{errors}")
+    click.echo(f"{out}: sound. {counts}.{errors}")
 
 
 if __name__ == "__main__":

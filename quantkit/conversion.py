@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import quantkit
-from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError
+from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError, counted
 from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
@@ -110,11 +110,12 @@ def _plan(reader: CheckpointReader, to: str) -> _Plan:
         raise ConfigError(f"{where} says the model is not quantised", "use 'quantkit quantize'")
     if problems := misfits(reader, spec, before):
         raise ConfigError(
-            f"{reader.folder}: {len(problems)} tensors do not match config.json: {problems[0]}", "fetch both again"
+            f"{reader.folder}: {counted(len(problems), 'tensor')} not as config.json says: {problems[0]}", "fetch both again"
         )
     target = FORMATS.get(to)
     if source is target:
-        raise ConfigError(f"{reader.folder} is {to} already", f"use {', '.join(name for name in TARGETS if name != to)}")
+        others = ", ".join(name for name in TARGETS if name != to)
+        raise ConfigError(f"{reader.folder} is {to} already", f"keep it, or give --to another of {others}")
     after: Schemes = {key: target.target(scheme) if target and scheme else None for key, scheme in before.items()}
     config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     routers = [moe.router.key for moe in spec.moes()]
@@ -266,7 +267,7 @@ def _prove(plan: _Plan, partial: Path) -> None:
                 problems.append(f"'{piece.key}' is not what it was in {plan.reader.folder}")
     if problems:
         raise VerificationError(
-            f"{partial}: {len(problems)} problems: {problems[0]}", "report this: it is a bug of quantkit"
+            f"{partial}: {counted(len(problems), 'problem')}: {problems[0]}", "report this: it is a bug of quantkit"
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from quantkit.errors import VerificationError
+from quantkit.errors import VerificationError, counted
 from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.reader import CheckpointReader, Entry
@@ -116,7 +116,8 @@ def reconcile(coverage: Coverage, reader: CheckpointReader) -> dict[str, Any]:
     problems += _file_sizes(reader, found.items())
     if problems:
         shown = "\n  ".join(problems[:10])
-        raise VerificationError(f"{reader.folder}: {len(problems)} differences from the plan:\n  {shown}", "quantise again")
+        seen = f"{reader.folder}: {counted(len(problems), 'difference')} from the plan"
+        raise VerificationError(f"{seen}:\n  {shown}", "quantise again")
     return {**coverage.as_dict(), "bytes_on_disk": sum(found.values()), "reconciled": True}
 
 

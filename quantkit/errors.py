@@ -17,6 +17,7 @@ __all__ = [
     "OutputError",
     "QuantkitError",
     "VerificationError",
+    "counted",
 ]
 
 
@@ -49,3 +50,8 @@ class OutputError(QuantkitError):
 
 class VerificationError(QuantkitError):
     """What lies on disk is not what it claims to be."""
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

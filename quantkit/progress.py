@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from quantkit.errors import counted
 from quantkit.evals.words import size
 from quantkit.pipeline import Step
 
@@ -41,14 +42,14 @@ def layer_line(step: Step) -> str:
     if step.least_coverage is not None:
         parts.append(f"coverage {step.least_coverage:.1f}")
     if step.fallbacks:
-        parts.append(f"{step.fallbacks} fallbacks")
+        parts.append(counted(step.fallbacks, "fallback"))
     parts += [clock(step.seconds), f"ETA {clock(step.eta_seconds)}", f"peak {size(step.peak_memory_bytes)}"]
     return "  ".join(parts)
 
 
 def plan_table(plan: dict[str, Any]) -> Table | Group:
     """What a run would do: by role the scheme and bits per weight, then sizes; then an engine's answer, if one was asked."""
-    table = Table(title=f"{plan['architecture']}, {plan['layers']} layers, {plan['parameters']:,} parameters")
+    table = Table(title=f"{plan['architecture']}, {counted(plan['layers'], 'layer')}, {plan['parameters']:,} parameters")
     for name in ("role", "scheme", "linears", "weights", "bits/weight"):
         table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
     for role, row in plan["roles"].items():
@@ -60,7 +61,7 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
         ]
         table.add_row(role, *cells)
     table.caption = (
-        f"{size(plan['source_bytes'])} -> {size(plan['output_bytes'])} in {plan['shards']} shards; "
+        f"{size(plan['source_bytes'])} -> {size(plan['output_bytes'])} in {counted(plan['shards'], 'shard')}; "
         f"scratch disk {size(plan['tape_bytes'])}"
         + ("" if plan["calibrated"] else "; no calibration needed")
         + "".join(f"\n{note}" for note in plan["notes"])
@@ -82,7 +83,7 @@ def engine_table(found: dict[str, Any]) -> Group:
     lines += [f"{role} would load with {', or '.join(words)}" for role, words in instead.items()]
     lines += [f"{problem['kind']}: {problem['problem']}" for problem in found.get("problems", [])]
     more = sum(found.get("counts", {}).values()) - len(found.get("problems", []))
-    lines += [f"and {more} problems more"] if more > 0 else []
+    lines += [f"and {counted(more, 'more problem')}"] if more > 0 else []
     return Group(table, *lines, f"{found['name']} {found['version']}: {'loads' if found['loads'] else 'does not load'}")
 
 
@@ -120,7 +121,8 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def inspect_table(found: dict[str, Any]) -> Table:
-    table = Table(title=f"{found['path']}: {found['architecture']}, {found['layers']} layers, {found['shards']} shards")
+    held = f"{counted(found['layers'], 'layer')}, {counted(found['shards'], 'shard')}"
+    table = Table(title=f"{found['path']}: {found['architecture']}, {held}")
     for name in ("role", "scheme", "tensors", "weights", "bytes", "bits/weight"):
         table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
     for role, row in [*found["roles"].items(), ("total", found["total"])]:

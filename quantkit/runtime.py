@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.errors import CheckpointError, ConfigError
+from quantkit.errors import CheckpointError, ConfigError, counted
 from quantkit.formats import compressed_tensors, table
 from quantkit.formats.base import KV_SCALE, Format
 from quantkit.formats.dtypes import DTYPES, FLOATS
@@ -258,7 +258,7 @@ class Model:
         )
         if problems := misfits(reader, self.spec, self.weights.schemes):
             raise CheckpointError(
-                f"{folder}: {len(problems)} tensors do not match config.json: {problems[0]}",
+                f"{folder}: {counted(len(problems), 'tensor')} not as config.json says: {problems[0]}",
                 "check config.json, or fetch both again",
             )
 

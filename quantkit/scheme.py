@@ -6,6 +6,7 @@ Scheme names and their meaning are those of compressed-tensors' presets; a test 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -208,6 +209,18 @@ def fp8_block(rows: int, columns: int) -> Scheme:
 FP8_TENSOR = Scheme("FP8_TENSOR", _fp8(Strategy.TENSOR), Activation(Kind.FLOAT, Strategy.TOKEN, dynamic=True))
 
 
+class _EachKeyOnce(yaml.SafeLoader):
+    """Of equal keys PyYAML takes the last, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: list[object] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
 class Rule(BaseModel):
     """An exception to the roles: linears whose name matches the glob `match` get `scheme`. The first match wins."""
 
@@ -280,7 +293,7 @@ class Recipe(BaseModel):
     def read(cls, path: Path, overrides: dict[str, object]) -> Recipe:
         """A recipe from a YAML file; `overrides` (options given on the command line) win. Raises ConfigError."""
         try:
-            data = yaml.safe_load(path.read_text("utf-8"))
+            data = yaml.load(path.read_text("utf-8"), Loader=_EachKeyOnce)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise ConfigError(f"recipe {path} cannot be read: {error}", "give a YAML file of recipe fields") from error
         if not isinstance(data, dict):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.coverage import bystanders
-from quantkit.errors import CheckpointError, QuantkitError, VerificationError
+from quantkit.errors import CheckpointError, QuantkitError, VerificationError, counted
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
@@ -87,7 +87,7 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
         _check_kept(reader, original, spec.tensors().keys() - quantized, problems, unread)
     if found := problems + unread:
-        shown = f"{folder}: {len(found)} problems:\n  " + "\n  ".join(found[:10])
+        shown = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
         raise (VerificationError if problems else CheckpointError)(shown, "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
     return VerifyReport(files, len(reader.entries), len(schemes), summary)

@@ -215,6 +215,7 @@ def test_verify_tampered(case: str, finished: Path, tmp_path: Path) -> None:
     out = spoilt(finished, tmp_path, TAMPERED[case][0])
     message = refused("verify", out)
     assert str(out) in message and TAMPERED[case][1] in message, message
+    assert "1 problems" not in message
 
 
 def test_damage_is_not_given_new_hashes(finished: Path, tmp_path: Path) -> None:

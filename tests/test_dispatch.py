@@ -153,7 +153,9 @@ def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "give a checkpoint, or --shape"),
+        ([], "nothing to measure is given\nFix: give a checkpoint, or --shape"),
+        (["some", "--scheme", "FP8"], "some has shapes and schemes of its own"),
+        (["some", "--shape", "hunyuan-a13b"], "some has shapes and schemes of its own"),
         (["--shape", "gpt"], "hunyuan-large"),
         (["--shape", "hunyuan-a13b", "--scheme", "BF16"], "no kernel to measure"),
         (["--shape", "hunyuan-a13b", "--tokens", "1,x"], "positive numbers"),

@@ -256,7 +256,8 @@ def test_mixtral_experts_under_names_that_transformers_does_not_read() -> None:
 
 BAD: dict[str, tuple[tuple[object, ...], str]] = {
     "engine": (("--engine", "llama.cpp"), "unknown engine 'llama.cpp'"),
-    "version": (("--engine", "vllm==0.31"), "no rules for vllm 0.31"),
+    "version": (("--engine", "vllm==0.31"), "no rules for vllm==0.31"),
+    "no version": (("--engine", "vllm=="), "no rules for vllm=="),
     "devices": (("--engine", "vllm", "--tp", 0), "--tp 0"),
     "stages": (("--engine", "vllm", "--pp", 9), "--pp 9, and the model has 2 layers"),
     "hardware": (("--engine", "vllm", "--hardware", "tpu"), "unknown hardware 'tpu'"),

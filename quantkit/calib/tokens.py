@@ -76,12 +76,20 @@ def _jsonl(path: Path, folder: Path) -> list[str]:
         elif isinstance(row, dict) and isinstance(row.get("messages"), list):
             texts.append(_chat(row["messages"], folder, f"{path} line {number}"))
         else:
-            raise CalibrationError(f"{path} line {number} has neither 'text' nor 'messages'", "add one of them")
+            raise CalibrationError(f"{path} line {number} {_misfit(row)}", "give {'text': string} or {'messages': list}")
         try:
             texts[-1].encode()
         except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
             raise CalibrationError(f"{path} line {number} is not Unicode text: {error}", "repair or drop it") from error
     return texts
+
+
+def _misfit(row: object) -> str:
+    """What a line of JSON has in place of a string 'text' or a list 'messages'."""
+    if not isinstance(row, dict):
+        return f"is of type {type(row).__name__}, not an object"
+    seen = [f"'{key}' of type {type(row[key]).__name__}" for key in ("text", "messages") if key in row]
+    return f"has {' and '.join(seen)}" if seen else "has neither 'text' nor 'messages'"
 
 
 def chat_tokenizer(folder: Path, where: str) -> Any:
@@ -95,7 +103,8 @@ def chat_tokenizer(folder: Path, where: str) -> Any:
     template = folder / "chat_template.jinja"
     source = template.read_text("utf-8") if template.exists() else config.get("chat_template")
     if not isinstance(source, str):
-        raise CalibrationError(f"{where} has 'messages', but {folder} has no chat template", "give 'text' instead")
+        fix = "give plain 'text' instead, or add the chat_template.jinja of the model's chat version to the folder"
+        raise CalibrationError(f"{where} has 'messages', but {folder} has no chat template", fix)
     special = {k: v for k, v in config.items() if k in ("bos_token", "eos_token", "pad_token") and isinstance(v, str)}
     return PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder), chat_template=source, **special)
 

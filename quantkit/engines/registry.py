@@ -15,12 +15,12 @@ ENGINES: dict[str, Engine] = {engine.name: engine for engine in (VLLM, SGLANG, T
 
 def engine_named(text: str) -> Engine:
     """`vllm`, or `vllm==0.32`, where a patch release counts as its release. Raises ConfigError for any other."""
-    name, _, version = text.partition("==")
+    name, given, version = text.partition("==")
     if name not in ENGINES:
         raise ConfigError(f"unknown engine '{name}'", f"there are rules for {', '.join(ENGINES)}")
     engine = ENGINES[name]
-    if version and version != engine.version and not version.startswith(f"{engine.version}."):
+    if given and version != engine.version and not version.startswith(f"{engine.version}."):
         raise ConfigError(
-            f"there are no rules for {name} {version}", f"use --engine {name}, whose rules are of version {engine.version}"
+            f"there are no rules for {text}", f"use --engine {name}, whose rules are of version {engine.version}"
         )
     return engine

@@ -15,7 +15,7 @@ from pydantic import BaseModel, field_validator
 from torch import Tensor
 
 from quantkit.errors import ConfigError
-from quantkit.formats.base import Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
+from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
 from quantkit.formats.dtypes import TensorPlan
 from quantkit.formats.gptq import integer_scheme
 from quantkit.formats.packing import pack_rows, unpack_rows
@@ -84,7 +84,7 @@ def _target(scheme: Scheme) -> Scheme:
     if grid.bits != 4 or scheme.activation is not None:
         raise ConfigError(
             f"{scheme.name} cannot be AWQ: it holds 4-bit integers and leaves inputs as they are",
-            "use --to compressed-tensors or --to bf16",
+            ELSEWHERE,
         )
     return weight_only(4, False, grid.group_size).stored("F16")
 
@@ -93,7 +93,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor
     if ref.out_features % 8:
         raise ConfigError(
             f"'{ref.key}' has {ref.out_features} outputs: AWQ packs eight outputs to a word",
-            "use --to compressed-tensors or --to bf16",
+            ELSEWHERE,
         )
     zero = torch.zeros_like(q.scale, dtype=torch.int8) if q.zero is None else q.zero
     return {

@@ -18,6 +18,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
 __all__ = [
+    "ELSEWHERE",
     "KV_SCALE",
     "Entries",
     "Format",
@@ -34,6 +35,8 @@ Entries = Mapping[str, Entry]
 Tensors = Mapping[str, Tensor]
 Config = TypeVar("Config", bound=BaseModel)
 
+# What to do with a checkpoint that another format cannot hold; it may be compressed-tensors already.
+ELSEWHERE = "compressed-tensors can hold it: keep it so, or use --to compressed-tensors; or --to bf16"
 # Scales of an FP8 K/V cache, in every spelling that engines load. They stand beside the weights in any format.
 KV_SCALE = re.compile(r".*\.self_attn\.(attn\.)?([kv]_scale|kv_scale|[kv]_proj\.([kv]_scale|output_scale))$")
 
@@ -82,7 +85,7 @@ def one_scheme(schemes: Schemes, name: str) -> Scheme:
     if len(found) > 1:
         raise ConfigError(
             f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(s.name for s in found)}",
-            "use --to compressed-tensors or --to bf16",
+            ELSEWHERE,
         )
     return next(iter(found))
 
@@ -95,6 +98,6 @@ def exactly(name: str, values: Tensor, dtype: str) -> Tensor:
         first = values[wrong][0].item()
         raise ConfigError(
             f"'{name}': {dtype} cannot hold {int(wrong.sum())} of its values exactly, the first {first:.9g}",
-            "use --to compressed-tensors, which keeps scales in their own dtype, or --to bf16",
+            ELSEWHERE,
         )
     return cast

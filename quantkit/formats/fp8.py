@@ -19,7 +19,7 @@ from pydantic import BaseModel, PositiveInt
 from torch import Tensor
 
 from quantkit.errors import ConfigError
-from quantkit.formats.base import Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
+from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
@@ -91,9 +91,7 @@ def _target(scheme: Scheme, name: str, block: bool) -> Scheme:
     wanted = Strategy.BLOCK if block else Strategy.TENSOR
     if scheme.weight.kind is not Kind.FLOAT or scheme.weight.strategy is not wanted:
         what = "a scale per block" if block else "one scale for a weight"
-        raise ConfigError(
-            f"{scheme.name} cannot be {name}: it holds FP8 with {what}", "use --to compressed-tensors or --to bf16"
-        )
+        raise ConfigError(f"{scheme.name} cannot be {name}: it holds FP8 with {what}", ELSEWHERE)
     return scheme.stored("F32")
 
 

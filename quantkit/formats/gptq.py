@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.formats.base import Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
+from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
 from quantkit.formats.dtypes import TensorPlan
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
@@ -111,7 +111,7 @@ def _target(scheme: Scheme) -> Scheme:
     elif grid.kind is not Kind.INT or grid.strategy not in (Strategy.GROUP, Strategy.CHANNEL):
         problem = "it holds integers with a scale per group or row"
     if problem:
-        raise ConfigError(f"{scheme.name} cannot be GPTQ: {problem}", "use --to compressed-tensors or --to bf16")
+        raise ConfigError(f"{scheme.name} cannot be GPTQ: {problem}", ELSEWHERE)
     return scheme.stored("F16")
 
 
@@ -120,7 +120,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor, offset: int) -> dic
     if ref.out_features % (32 // bits):
         raise ConfigError(
             f"'{ref.key}' has {ref.out_features} outputs: GPTQ packs zero points of {32 // bits} outputs to a word",
-            "use --to compressed-tensors or --to bf16",
+            ELSEWHERE,
         )
     zeros = torch.zeros_like(scale, dtype=torch.int8) if q.zero is None else q.zero
     if offset and (zeros == scheme.weight.qmin).any():
