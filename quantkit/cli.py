@@ -68,18 +68,21 @@ def quantize(
     """
     from quantkit import pipeline
     from quantkit.errors import ConfigError, counted
+    from quantkit.formats.folder import without_tokenizer
     from quantkit.progress import console, layer_line, plan_table, size
 
     recipe = read_recipe(recipe_file, options)
     screen = console(stderr=True)
-    if dry_run:
-        show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
-        return
     if held_out and recipe.linears:
         raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
     extent = cli_eval.held_out_extent(held_out, model) if held_out else None
+    if dry_run:
+        show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
+        return
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
+    if not recipe.linears and (missing := without_tokenizer(out)):
+        click.echo(f"warning: {missing}", err=True)
     if held_out:
         cli_eval.say_verdict(cli_eval.evaluate_and_write(out, model, held_out, device, extent))
     if as_json:

@@ -14,6 +14,7 @@ from quantkit.coverage import Coverage, Fate, account, bystanders
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS, TensorPlan
+from quantkit.formats.folder import without_tokenizer
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardPlan
 from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
@@ -127,7 +128,8 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         coverage=_covered(reader, spec, schemes, units),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
-        notes=(*_unused(recipe, schemes), *(_engine_notes(spec, schemes) if isinstance(spec, ModelSpec) else ())),
+        notes=tuple(_unused(recipe, schemes))
+        + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
     )
     if isinstance(spec, NamedSpec):
         _check_by_name(plan)
@@ -274,11 +276,13 @@ def _nothing_idle(recipe: Recipe, spec: ModelSpec | NamedSpec) -> None:
 
 
 def _unused(recipe: Recipe, schemes: dict[str, Scheme | None]) -> list[str]:
-    """A group size that changes nothing is no mistake where one command line serves several schemes; it is said."""
-    if recipe.group_size == Recipe().group_size or any(scheme and scheme.weight.group_size for scheme in schemes.values()):
-        return []
-    names = ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
-    return [f"group size {recipe.group_size} changes nothing: {names} has no groups"]
+    """What changes nothing is no mistake where one command line serves several schemes; it is said."""
+    notes, names = [], ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
+    if recipe.group_size is not None and not any(scheme and scheme.weight.group_size for scheme in schemes.values()):
+        notes.append(f"group size {recipe.group_size} changes nothing: {names} has no groups")
+    if recipe.calibration != Recipe().calibration and not any(needs_tokens(recipe, s) for s in schemes.values()):
+        notes.append(f"calibration '{recipe.calibration}' is not read: {names} is rounded without calibration")
+    return notes
 
 
 def _no_accident(recipe: Recipe, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> None:
@@ -345,9 +349,10 @@ def _split(tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
     return parts
 
 
-def _engine_notes(spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[str]:
-    """Where tensor parallelism would cut a group or block: engines refuse to load that."""
-    notes: dict[str, None] = {}
+def _engine_notes(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> tuple[str, ...]:
+    """What engines lack to serve the result, and where tensor parallelism would cut a group or block, which they refuse."""
+    missing = without_tokenizer(reader.folder)
+    notes: dict[str, None] = {missing: None} if missing else {}
     for ref in (ref for layer in spec.layers for ref in (layer.attention.o, *(mlp.down for mlp in layer.mlps()))):
         scheme = schemes[ref.key]
         if scheme is None:
@@ -360,4 +365,4 @@ def _engine_notes(spec: ModelSpec, schemes: dict[str, Scheme | None]) -> list[st
             if degree < 16:
                 other = " or expert parallel" if ref.role is Role.EXPERTS else ""
                 notes[f"{ref.role.value} {ref.key.rsplit('.', 1)[-1]}: tensor parallel up to {degree}{other}"] = None
-    return list(notes)
+    return tuple(notes)

@@ -103,8 +103,9 @@ def test_held_out_text_without_a_window_is_refused_before_quantising(
 ) -> None:
     (tmp_path / "t.txt").write_text(text)
     how = ("--scheme", "W8A16", "--group-size", 32, "--samples", 8, "--held-out", tmp_path / "t.txt")
-    made = cli("quantize", pair[1], "-o", tmp_path / "made", *how)
-    assert made.exit_code == 2 and "no document of two tokens" in made.stderr
+    for more in ((), ("--dry-run",)):
+        made = cli("quantize", pair[1], "-o", tmp_path / "made", *how, *more)
+        assert made.exit_code == 2 and "no document of two tokens" in made.stderr and made.stdout == ""
     assert not list(tmp_path.glob("made*"))
 
 

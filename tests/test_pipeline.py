@@ -92,6 +92,27 @@ def test_roles_kept_tensors_and_inspect(model: Path, tmp_path: Path) -> None:
     assert run("inspect", model)["total"]["bits_per_weight"] == 16
 
 
+def test_a_model_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
+    """The weights are worth having; that nobody can serve them so is said."""
+    (model / "tokenizer.json").unlink()
+    command = ["quantize", str(model), "--method", "rtn", "--group-size", "32", "--quiet", "--json", "-o"]
+    made = CliRunner().invoke(main, [*command, str(tmp_path / "out")])
+    assert (
+        made.exit_code == 0 and made.stderr.startswith("warning: no tokenizer") and f"in {tmp_path / 'out'}" in made.stderr
+    )
+    assert any(note.startswith("no tokenizer") for note in json.loads(made.stdout)["notes"])
+    (model / "tokenizer.model").touch()
+    made = CliRunner().invoke(main, [*command, str(tmp_path / "other")])
+    assert made.stderr == "" and not any("tokenizer" in note for note in json.loads(made.stdout)["notes"])
+
+
+def test_options_that_change_nothing_are_named(model: Path, tmp_path: Path) -> None:
+    given = ("--scheme", "W8A8", "--group-size", 32, "--calibration", "none.txt")
+    notes = run("quantize", model, "-o", tmp_path / "out", "--dry-run", *given)["notes"]
+    assert any("group size 32 changes nothing" in note for note in notes)
+    assert any("'none.txt' is not read" in note for note in notes)
+
+
 def test_recipe_file_and_options_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("experts: W8A16\nattention: BF16\nshared_experts: W8A8\ngroup_size: 16\nsamples: 999\nmethod: rtn\n")

@@ -14,8 +14,9 @@ from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_byt
 from quantkit.formats.reader import INDEX
 from quantkit.formats.writer import ShardPlan
 
-__all__ = ["CARRIED", "complete", "find_model", "publish", "refuse_present", "write_json"]
+__all__ = ["CARRIED", "complete", "find_model", "publish", "refuse_present", "without_tokenizer", "write_json"]
 
+TOKENIZERS = ("tokenizer.json", "*.tiktoken", "*.model", "vocab.*")  # what an engine could make one from
 # What goes from the source folder to OUT beside the weights.
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model"),
@@ -54,6 +55,13 @@ def refuse_present(target: Path) -> None:
         raise OutputError(
             f"{partial}, where the work would go, exists and is not quantkit's", "move it, or choose another OUT"
         )
+
+
+def without_tokenizer(folder: Path) -> str | None:
+    """What to say of a language model's folder that holds no tokenizer."""
+    if any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        return None
+    return f"no tokenizer (none of {', '.join(TOKENIZERS)}) in {folder}: engines cannot serve the result"
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
