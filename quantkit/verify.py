@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from quantkit.coverage import bystanders
-from quantkit.errors import CheckpointError, QuantkitError, VerificationError, counted
+from quantkit.errors import CheckpointError, ConfigError, QuantkitError, VerificationError, counted
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
-from quantkit.formats.reader import CheckpointReader
+from quantkit.formats.reader import CheckpointReader, load_json
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.runtime import format_of, misfits, schemes_of
@@ -54,8 +54,8 @@ class VerifyReport:
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values, and with `source` the error of each.
 
-    Raises VerificationError listing what is wrong, or CheckpointError when nothing was seen to be wrong but something could
-    not be read.
+    Raises VerificationError listing what is wrong, CheckpointError when nothing was seen to be wrong but something could not
+    be read, or ConfigError for a source of another architecture.
     """
     problems: list[str] = []
     unread: list[str] = []
@@ -64,6 +64,8 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     spec = spec_of(reader)
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
+    if original and isinstance(spec, ModelSpec) and not problems:  # the config that the spec is from is as it was written
+        _check_source(original, spec, folder)
     problems += misfits(reader, spec, schemes)
     quantization = reader.config.get("quantization_config")
     if quantization and format_of(reader) is compressed_tensors.FORMAT:  # other formats name no linears
@@ -71,21 +73,13 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     if original and isinstance(spec, NamedSpec):  # what should be there, only the source can say
         differing = original.entries.keys() ^ spec.tensors().keys()
         problems += [f"tensor '{key}' is in one of source and output" for key in sorted(differing)]
-    errors: dict[str, list[float]] = {}
-    if not problems:
-        for ref in spec.linears():
-            try:
-                error = _check_linear(reader, original, ref, schemes[ref.key])
-            except CheckpointError as broken:
-                unread.append(broken.problem)
-                continue
-            except QuantkitError as broken:
-                problems.append(broken.problem)
-                continue
-            if error is not None:
-                errors.setdefault(ref.role.value, []).append(error)
+    whole = not problems
+    errors = _check_linears(reader, original, spec, schemes, problems, unread) if whole else {}
+    if whole:
         quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
         _check_kept(reader, original, spec.tensors().keys() - quantized, problems, unread)
+        if original and problems:
+            _blame_source(folder, original, problems)
     if found := problems + unread:
         shown = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
         raise (VerificationError if problems else CheckpointError)(shown, "quantise again, or copy the files again")
@@ -132,6 +126,55 @@ def check_hashes(folder: Path, problems: list[str]) -> int:
     present = {p.name for p in folder.iterdir() if p.is_file()} - _UNSUMMED
     problems += [f"{name} is not listed in {SUMS}" for name in sorted(present - listed.keys())]
     return len(listed)
+
+
+def _check_source(original: CheckpointReader, spec: ModelSpec, folder: Path) -> None:
+    """Refuse a source that is not of the output's architecture: nothing that differs from it would say anything."""
+    for key, shape in spec.tensors().items():
+        entry = original.entries.get(key)
+        if entry is None or entry.shape != shape or entry.dtype not in FLOATS:
+            seen = f"{entry.dtype} {entry.shape}" if entry else "missing"
+            raise ConfigError(
+                f"{original.folder} seems not to be the model that {folder} was made from: tensor '{key}' is {seen} there, "
+                f"expected {' or '.join(FLOATS)} {shape}",
+                "give the unquantised model that it was made from as --source",
+            )
+
+
+def _blame_source(folder: Path, original: CheckpointReader, problems: list[str]) -> None:
+    """Raise VerificationError where files are as they were written, weights differ, and run.json records another source."""
+    record = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    job = record.get("job")
+    if isinstance(job, dict) and job.get("source") not in (None, original.fingerprint()):
+        raise VerificationError(
+            f"{original.folder} seems not to be the model that {folder} was made from: run.json records "
+            f"{record.get('model')}; {counted(len(problems), 'difference')}, the first: {problems[0]}",
+            "give the model that it was made from as --source",
+        )
+
+
+def _check_linears(
+    reader: CheckpointReader,
+    original: CheckpointReader | None,
+    spec: ModelSpec | NamedSpec,
+    schemes: dict[str, Scheme | None],
+    problems: list[str],
+    unread: list[str],
+) -> dict[str, list[float]]:
+    """The errors of all linears against the source, by role."""
+    errors: dict[str, list[float]] = {}
+    for ref in spec.linears():
+        try:
+            error = _check_linear(reader, original, ref, schemes[ref.key])
+        except CheckpointError as broken:
+            unread.append(broken.problem)
+            continue
+        except QuantkitError as broken:
+            problems.append(broken.problem)
+            continue
+        if error is not None:
+            errors.setdefault(ref.role.value, []).append(error)
+    return errors
 
 
 def _check_linear(

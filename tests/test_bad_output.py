@@ -284,10 +284,25 @@ def test_schemes_that_are_none(case: str, finished: Path, tmp_path: Path) -> Non
         assert SCHEMES[case][1] in refused("inspect", out)
 
 
+def test_a_source_of_other_weights(finished: Path, tmp_path: Path) -> None:
+    """The output is sound, and run.json says what it was made from. A copy of that is as good."""
+    other = write_checkpoint(tmp_path / "other", CONFIG, random_weights(CONFIG, seed=1))
+    message = refused("verify", finished / "out", "--source", other)
+    assert f"other seems not to be the model that {finished / 'out'}" in message
+    assert f"run.json records {finished / 'model'}" in message and "differs from its source" in message
+    accepted("verify", finished / "out", "--source", shutil.copytree(finished / "model", tmp_path / "copy"))
+    out = Path(shutil.copytree(finished / "out", tmp_path / "out"))
+    (out / "run.json").unlink()
+    assert "seems not" not in (message := refused("verify", out, "--source", other)) and "differs" in message
+
+
 def test_models_that_do_not_belong_together(finished: Path, make_model: Callable[..., Path]) -> None:
     other = make_model("other", num_hidden_layers=2)
     message = refused("eval", finished / "out", "--baseline", other)
     assert str(other) in message and str(finished / "out") in message and "--baseline" in message
-    assert "other has no tensor" in refused("verify", finished / "out", "--source", other)
+    message = refused("verify", finished / "out", "--source", other)
+    assert "other seems not to be the model" in message and "is missing there" in message and "--source" in message
+    message = refused("verify", finished / "out", "--source", finished / "out")
+    assert "out seems not to be the model" in message and "unquantised" in message
     assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", *QUICK)
     assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", "--dry-run")
