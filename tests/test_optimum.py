@@ -48,6 +48,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]
         asked.append((repository, name))
         return str(tmp_path / {"Salesforce/wikitext": "wikitext.parquet", "allenai/c4": "c4.json.gz"}[repository])
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url, timeout: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return asked
 
@@ -63,6 +65,24 @@ def test_data_sets_by_name(hub: list[tuple[str, str]], model: Path, tmp_path: Pa
         *("quantize", model, "-o", tmp_path / "out", "--calibration", "wikitext2", "--group-size", "32"),
         *("--samples", "4", "--seq-len", "64", "--quiet"),
     )
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[float | None] = []
+
+    def unreachable(url: str, timeout: float | None = None) -> None:
+        asked.append(timeout)
+        raise RuntimeError("Name or service not known")  # what the HTTP client raises is no OSError either
+
+    def download(*_: str, **__: str) -> str:
+        raise AssertionError("it would try again for half a minute")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    message = not_quantized(model, "--calibration", "wikitext2", "--group-size", "32")
+    assert "Name or service not known" in message and "file of your own" in message
+    assert len(asked) == 1 and asked[0] is not None and asked[0] <= 10
 
 
 def test_data_sets_without_the_hub(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ HUB = {
     "c4": DataSet("allenai/c4", "en/c4-train.00000-of-01024.json.gz"),
 }
 MAX_DOCUMENTS = 20_000  # of c4's first file: about ten million tokens
+_PATIENCE = 5  # seconds to wait for the hub's first answer
 NAMED = (*STDLIB, *HUB)
 
 
@@ -95,20 +96,32 @@ def named_documents(name: str) -> list[str]:
     return documents
 
 
+def _fetch(name: str, data: DataSet) -> str:
+    """Where the file lies in the hub's cache; it is fetched when it is not there.
+
+    The hub is asked once before that, in a few seconds: the download itself would try again for half a minute.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(data.repository, data.file, repo_type="dataset")
+    if isinstance(cached, str):
+        return cached
+    try:
+        get_hf_file_metadata(hf_hub_url(data.repository, data.file, repo_type="dataset"), timeout=_PATIENCE)
+        return hf_hub_download(data.repository, data.file, repo_type="dataset")
+    except Exception as error:  # beside its own, the library lets those of its HTTP client through, another in each version
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"text '{name}' is {data.file} of the data set {data.repository}, and the hub did not give it: {reason}",
+            "give a file of your own, such as text.txt, or connect to the hub once: the file is then cached",
+        ) from error
+
+
 def _hub_documents(name: str) -> list[str]:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from pyarrow import parquet
 
     data = HUB[name]
-    try:
-        path = hf_hub_download(data.repository, data.file, repo_type="dataset")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CalibrationError(
-            f"text '{name}' is {data.file} of the data set {data.repository}, and the hub did not give it: "
-            f"{str(error).splitlines()[0]}",
-            "connect to the hub once (the file is then cached), or give a file of your own",
-        ) from error
+    path = _fetch(name, data)
     if data.file.endswith(".parquet"):
         return ["".join(parquet.read_table(path, columns=["text"]).column("text").to_pylist())]
     with gzip.open(path, "rt", encoding="utf-8") as lines:
