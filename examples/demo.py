@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from quantkit.progress import console, print_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-hunyuan"
@@ -64,7 +65,7 @@ def column(record: dict[str, Any], found: dict[str, Any], result: dict[str, Any]
 
 
 def main() -> None:
-    console = Console()
+    screen = console()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     base = quantkit("inspect", MODEL)["total"]
@@ -72,16 +73,18 @@ def main() -> None:
     tokens = 0
     for name, options in RUNS.items():
         out = OUT / options[-1]
-        console.print(f"[bold]{name}[/bold]: quantkit quantize examples/tiny-hunyuan {' '.join(options)}", soft_wrap=True)
+        screen.print(f"{name}: quantkit quantize examples/tiny-hunyuan {' '.join(options)}", soft_wrap=True)
         record = quantkit("quantize", MODEL, "-o", out, *options)
         result = quantkit("eval", out, "--baseline", MODEL)
         columns[name] = column(record, quantkit("inspect", out), result)
         tokens = result["tokens"]
-    table = Table("", *columns, title="tiny-hunyuan: cross-layer attention, 16 experts top-1 and a shared one")
+    table = Table("", title="tiny-hunyuan: cross-layer attention, 16 experts top-1 and a shared one")
+    for name in columns:
+        table.add_column(name, no_wrap=True)
     for cells in zip(FIGURES, *columns.values(), strict=True):
         table.add_row(*cells)
     table.caption = f"{tokens:,} tokens of Python modules that neither training nor calibration has seen"
-    console.print(table)
+    print_tables(table, screen)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,6 @@ def show(data: dict[str, Any], table: Callable[[dict[str, Any]], Any], json_want
     if json_wanted:
         click.echo(json.dumps(data, indent=2))
     else:
-        from quantkit.progress import console
+        from quantkit.progress import console, print_tables
 
-        console().print(table(data))
+        print_tables(table(data), console())

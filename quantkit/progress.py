@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 
 from quantkit.errors import counted
@@ -23,6 +26,7 @@ __all__ = [
     "kernel_table",
     "layer_line",
     "plan_table",
+    "print_tables",
     "size",
     "verdict_tables",
 ]
@@ -73,7 +77,7 @@ def engine_table(found: dict[str, Any]) -> Group:
     """What an engine would do with each kind of weight; then why not and what would work, a line each."""
     table = Table(title=_served(found), box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("role", "weight", "scheme", "layers", "on a device", "verdict"):
-        table.add_column(name, no_wrap=name != "on a device")
+        table.add_column(name, no_wrap=name in ("layers", "on a device"))
     for row in found["weights"]:
         rows, columns = row["on_device"]["rows"], row["on_device"]["columns"]
         shape = f"{'+'.join(str(r) for r in rows)} x {columns}".replace("None", "?")
@@ -133,22 +137,25 @@ def inspect_table(found: dict[str, Any]) -> Table:
 
 
 def kernel_table(found: dict[str, Any]) -> Table:
-    table = Table("role", "scheme", "linears", "kernel", "why", "elsewhere", title=f"{found['path']} on this machine")
+    names = ("role", "scheme", "linears", "kernel", "why", "elsewhere")
+    table = Table(title=f"{found['path']} on this machine")
+    for name in names:
+        table.add_column(name, justify="right" if name == "linears" else "left")
     for row in found["kernels"]:
-        table.add_row(*(str(row[name]) for name in ("role", "scheme", "linears", "kernel", "why", "elsewhere")))
+        table.add_row(*(str(row[name]) for name in names))
     return table
 
 
 def bench_table(found: dict[str, Any]) -> Table:
     """One section for each matrix; the kernels that served them stand below."""
     table = Table(title=found["title"], box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("matrix", "tokens", "us (p20..p80)", "GB/s", "TFLOP/s", "roofline", "BF16"):
-        table.add_column(name, justify="left" if name == "matrix" else "right", no_wrap=True)
-    last = ""
+    for name in ("matrix", "shape", "tokens", "us (p20..p80)", "GB/s", "TFLOP/s", "roofline", "BF16"):
+        table.add_column(name, justify="left" if name == "matrix" else "right")
+    last = ("", "")
     for row in found["rows"]:
         time, (out, inputs) = row["microseconds"], row["shape"]
-        name = f"{row['matrix']} {out}x{inputs}"
-        if name != last and last:
+        name, shape = row["matrix"], f"{out}x{inputs}"
+        if any(last) and (name, shape) != last:
             table.add_section()
         cells = [
             str(row["tokens"]),
@@ -156,8 +163,8 @@ def bench_table(found: dict[str, Any]) -> Table:
             f"{row['gb_per_s']:.1f}",
         ]
         cells += [f"{row['tflop_per_s']:.2f}", f"{row['of_roofline']:.0%}", f"{row['of_bf16']:.2f}x"]
-        table.add_row(name if name != last else "", *cells)
-        last = name
+        table.add_row(*((name, shape) if (name, shape) != last else ("", "")), *cells)
+        last = name, shape
     kernels = sorted({f"{row['scheme']} by {row['kernel']}" for row in found["rows"]})
     table.caption = f"{', '.join(kernels)}; share of the roofline measured here, speed-up over BF16"
     return table
@@ -201,6 +208,40 @@ def console(stderr: bool = False) -> Console:
     return _Console(stderr=stderr, highlight=False, markup=False, emoji=False)  # a path may hold brackets
 
 
+_FOLDED = 8  # columns that a text column keeps on a narrow terminal
+_UNBOUNDED = 10_000
+
+
+def print_tables(shown: RenderableType, screen: Console) -> None:
+    """Print tables, alone or in groups, so that no number is cut: what is aligned right, or not wrapped, stays whole.
+
+    Text is folded where a terminal is narrow; a file or a pipe has no width, and gets each row on one line.
+    """
+    texts = []
+    for table in _tables_in(shown):
+        table.title_justify = table.caption_justify = "left"
+        for column in table.columns:
+            column.width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+            if column.justify != "right" and not column.no_wrap:
+                column.overflow, column.width = "fold", min(column.width, _FOLDED)
+                texts.append(column)
+    unbounded = screen.options.update(max_width=_UNBOUNDED)
+    least = Measurement.get(screen, unbounded, shown).minimum
+    for column in texts:
+        column.width = None
+    natural = Measurement.get(screen, unbounded, shown).maximum
+    screen.width = max(screen.width, least) if screen.is_terminal else natural
+    screen.print(shown)
+
+
+def _tables_in(shown: RenderableType) -> Iterator[Table]:
+    if isinstance(shown, Table):
+        yield shown
+    elif isinstance(shown, Group):
+        for part in shown.renderables:
+            yield from _tables_in(part)
+
+
 def verdict_tables(data: dict[str, Any]) -> Group:
     """For each run its gates under its verdict, and what changed where it was compared."""
     tables = []
@@ -210,7 +251,9 @@ def verdict_tables(data: dict[str, Any]) -> Group:
             table.add_row(row["gate"], row["status"], row["reason"])
         tables.append(table)
         if run["changes"]:
-            changes = Table("metric", "before", "now", "", title="changes", box=box.SIMPLE)
+            changes = Table(title="changes", box=box.SIMPLE)
+            for name in ("metric", "before", "now", ""):
+                changes.add_column(name, justify="right" if name in ("before", "now") else "left")
             for row in run["changes"]:
                 cells = (f"{row[side]['value']:.5g}" for side in ("previous", "current"))
                 changes.add_row(row["metric"], *cells, "regression" if row["regression"] else "")

@@ -37,12 +37,10 @@ def task_table(result: Result) -> Table:
 
 
 def _table(first: tuple[str, ...], title: str) -> Table:
-    """Narrow enough for a terminal of 80 to 100 columns: nothing is wrapped."""
+    """Narrow enough for a terminal of 80 to 100 columns."""
     table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in first:
-        table.add_column(name, no_wrap=True)
-    for name in ("n", "base", "quant", "recovery", "95 % interval", "-/+", "p"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in (*first, "n", "base", "quant", "recovery", "95 % interval", "-/+", "p"):
+        table.add_column(name, justify="left" if name in ("task", "metric", "benchmark") else "right")
     return table
 
 
