@@ -104,7 +104,7 @@ def evaluate(
     if 0 < extent.context < 64:  # positions are compared in buckets, the first of which are shorter than that
         raise ConfigError(f"--context {extent.context} is no long window", "give 64 or more, or 0 for none")
     found = evaluate_and_write(quantized, baseline, text, device, extent, save, wanted, junit, plan, items)
-    parts = {"verdict", "finite", *(("tasks", "task_run") if plan else ())}
+    parts = {"verdict", "finite", *(("tasks", "task_run") if found.task_run else ())}
     data = found.model_dump(include=parts, mode="json")
     if found.divergence is not None:
         show({**figures(found), **data}, with_tasks(eval_table), as_json)
@@ -236,11 +236,19 @@ def _with_tasks(
     items: Path,
     progress: Callable[[str], None],
 ) -> Report:
+    from quantkit.errors import NotFiniteError
+    from quantkit.evals.evaluate import without_tasks
     from quantkit.evals.schema import Task
     from quantkit.evals.task_schema import TaskRun
     from quantkit.evals.tasks import evaluate_tasks
+    from quantkit.formats.folder import find_model
 
-    result = evaluate_tasks(quantized, baseline, plan, items=items, manager=manager, progress=progress)
+    try:
+        result = evaluate_tasks(quantized, baseline, plan, items=items, manager=manager, progress=progress)
+    except NotFiniteError as error:
+        if error.folder == find_model(str(baseline)):
+            raise
+        return without_tasks(found, error.problem)
     rows = [Task.model_validate(row) for row in result["tasks"]]
     return found.model_copy(update={"tasks": rows, "task_run": TaskRun.model_validate(result["task_run"])})
 

@@ -3,6 +3,7 @@
 QuantkitError
 ├── ConfigError        a config.json, recipe or option asks for something that is unknown or contradictory
 ├── CheckpointError    a shard, an index or a tensor is missing, truncated, hostile or not finite
+│   └── NotFiniteError     logits that were needed for an answer are not finite
 ├── CalibrationError   the calibration or evaluation text cannot serve
 ├── OutputError        the destination exists, is in use, is full, or belongs to another job
 └── VerificationError  what lies on disk is not what it claims to be
@@ -10,10 +11,13 @@ QuantkitError
 
 from __future__ import annotations
 
+from pathlib import Path
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "NotFiniteError",
     "OutputError",
     "QuantkitError",
     "VerificationError",
@@ -38,6 +42,15 @@ class ConfigError(QuantkitError):
 
 class CheckpointError(QuantkitError):
     """A shard, an index or a tensor is missing, truncated, hostile or not finite."""
+
+
+class NotFiniteError(CheckpointError):
+    """Logits that were needed for an answer are not finite. folder: of the model."""
+
+    def __init__(self, folder: Path, problem: str) -> None:
+        fix = "`quantkit eval` without tasks names the first layer whose output is not finite; quantise again"
+        super().__init__(f"{folder}: {problem}", fix)
+        self.folder = folder
 
 
 class CalibrationError(QuantkitError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.errors import CheckpointError, ConfigError, counted
+from quantkit.errors import CheckpointError, ConfigError, NotFiniteError, counted
 from quantkit.formats import compressed_tensors, table
 from quantkit.formats.base import KV_SCALE, Format
 from quantkit.formats.dtypes import DTYPES, FLOATS
@@ -292,7 +292,8 @@ class Model:
         """Continue int64 [batch, time] without end, yielding int64 [batch, 1]: prefill once, then a token at a time.
 
         The cache holds one K and one V per CLA group, in kv_format. padding: int64 [batch], how many ids at the start of
-        each row only fill it up, where prompts are of different lengths.
+        each row only fill it up, where prompts are of different lengths. Raises NotFiniteError: of logits that are not
+        finite no token is the likeliest.
         """
         if padding is not None and (padding.shape != input_ids.shape[:1] or bool((padding >= input_ids.shape[1]).any())):
             seen = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
@@ -300,8 +301,11 @@ class Model:
         at = None if padding is None else padding.to(self.device)
         cache, generator = Cache(kv_format, at), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
-        while True:
-            following = sample(self.logits(following, cache)[:, -1], sampling, generator)
+        for drawn in count(1):
+            logits = self.logits(following, cache)[:, -1]
+            if not torch.isfinite(logits).all():
+                raise NotFiniteError(self.folder, f"the logits of new token {drawn} are not finite")
+            following = sample(logits, sampling, generator)
             yield following
 
     def generate(

@@ -74,7 +74,8 @@ def test_far_tokens_that_are_not_finite_are_counted_and_fail(
     spoil(monkeypatch, pair[0], 96)
     found = measure(*pair, extent=dataclasses.replace(EXTENT, context=129))
     assert found.context is not None and found.probe is not None
-    assert found.context.not_finite == 8 * 32 == found.finite.tokens and found.finite.layer == 1
+    assert found.context.not_finite == 8 * 32 and found.finite.layer == 1
+    assert found.finite.tokens == 8 * 32 + 3 * 8 * 3  # and what three needles in each window are answered with
     assert found.finite.of >= report.provenance.tokens + 8 * 128
     assert any("256 tokens of the long windows" in note for note in found.notes)
     judged = decide(found, [parse_gate("context.perplexity_ratio < 9")])
@@ -93,6 +94,21 @@ def test_no_ratio_where_the_whole_far_half_is_not_finite(pair: tuple[Path, Path]
 def test_a_baseline_that_is_not_finite_far_out_is_refused(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, pair[1], 64)
     with pytest.raises(CheckpointError, match="logits of the baseline are not finite in windows of 129 tokens"):
+        context.long_context(both(pair), windows(pair[1], 129), KVFormat.FLOAT32)
+
+
+def test_needles_that_are_answered_with_nothing_finite_fail(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, pair[0], 128)  # the text's windows end before, the last read of each needle is beyond
+    found = measure(*pair, extent=dataclasses.replace(EXTENT, context=129))
+    assert found.context is not None and found.context.not_finite == 0
+    assert found.finite.tokens == 24 == found.finite.elsewhere["needles"]
+    assert any("24 tokens of the needles' answers" in note for note in found.notes)
+    judged = decide(found, [parse_gate("kl.mean < 9")])
+    assert judged.verdict.status == "fail" and "not finite: in needles" in judged.gates[1].reason
+    spoil(monkeypatch, pair[1], 128)
+    with pytest.raises(CheckpointError, match="logits of the baseline are not finite"):
         context.long_context(both(pair), windows(pair[1], 129), KVFormat.FLOAT32)
 
 

@@ -15,11 +15,15 @@ import pytest
 import quantkit
 from quantkit import cli_eval
 from quantkit.calib import tokens
-from quantkit.evals import run_code
+from quantkit.errors import NotFiniteError
+from quantkit.evals import evaluate, run_code, tasks
 from quantkit.evals.evaluate import Extent, measure
 from quantkit.evals.gates import decide
+from quantkit.evals.html import html
 from quantkit.evals.report import read_report
 from quantkit.evals.run import Evaluation
+from quantkit.evals.schema import Report, Run
+from quantkit.evals.tasks import Options, Plan
 from quantkit.scheme import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 from tests.test_eval_flow import EXTENT, SHORT, both
@@ -158,6 +162,33 @@ def test_probed_variants_that_are_not_finite_are_counted(pair: tuple[Path, Path]
     assert found.verdict.status == "fail" and not found.finite.head
     assert "only in a variant that the probe runs" in found.gates[0].reason
     assert any("3 tokens of the probe's variants" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("place", ["samples", "benchmark tasks"])
+def test_an_answer_without_finite_logits_fails_and_keeps_what_was_measured(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    broken = [pair[0]]
+
+    def answer(*args: Any, **kwargs: Any) -> None:
+        raise NotFiniteError(broken[0], "the logits of new token 3 are not finite")
+
+    def measured() -> Report:
+        if place == "samples":
+            return measure(*pair, extent=dataclasses.replace(EXTENT, samples=1))
+        plan = Plan(("gsm8k",), (), (), None, Options(), {})
+        return cli_eval._with_tasks(measure(*pair, extent=EXTENT), *pair, plan, None, pair[0] / "items", lambda line: None)
+
+    monkeypatch.setattr(evaluate, "generations", answer)
+    monkeypatch.setattr(tasks, "evaluate_tasks", answer)
+    found = decide(measured())
+    assert found.divergence is not None and found.verdict.status == "fail" and found.finite.elsewhere[place] == 1
+    assert f"1 of {found.finite.of:,} tokens have logits that are not finite: in {place}" in found.gates[1].reason
+    assert any("the logits of new token 3 are not finite" in note for note in found.notes)
+    assert f"tokens without finite logits: in {place}" in html([Run(name="x", report=found)])
+    broken[0] = pair[1]
+    with pytest.raises(NotFiniteError):
+        measured()
 
 
 # Code that a model wrote

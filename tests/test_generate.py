@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import quantkit
 from quantkit.calib.tokens import load_tokenizer
 from quantkit.cli import main
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, NotFiniteError
 from quantkit.model.cache import KV, Cache, KVFormat
 from quantkit.runtime import Kernels
 from quantkit.sampling import Sampling, sample
@@ -114,6 +114,13 @@ def test_prompts_of_different_lengths_go_as_one_batch(kernels: Kernels) -> None:
     assert (padded[0, 2:] - padded[1, 2:]).abs().max() > 0.5
     with pytest.raises(ConfigError, match="padding"):
         next(model.stream(torch.ones(2, 3, dtype=torch.int64), padding=torch.tensor([0, 3])))
+
+
+def test_no_token_is_drawn_from_logits_that_are_not_finite(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = quantkit.load(model)
+    monkeypatch.setattr(loaded, "head", lambda hidden: hidden.new_full((*hidden.shape[:-1], 257), float("inf")))
+    with pytest.raises(NotFiniteError, match="the logits of new token 1 are not finite"):
+        loaded.generate(torch.tensor([[1, 2]]), 3)
 
 
 def test_generate_command(model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_likelihood_that_is_not_a_number_is_no_answer(pair: tuple[Path, Path])
     model.model.head = lambda hidden: head(hidden) * float("nan")  # type: ignore[method-assign]
     with pytest.raises(CheckpointError, match=r"request 1 of 2 \(...'the first', then ' x'\) is not finite"):
         model._loglikelihood_tokens(pairs)
+
+
+def test_text_drawn_from_logits_that_are_not_finite_is_no_answer(pair: tuple[Path, Path]) -> None:
+    model = QuantkitLM(pair[1], kernels="reference")
+    head = model.model.head
+    model.model.head = lambda hidden: head(hidden) * float("nan")  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="the logits of new token 1 are not finite"):
+        model.generate_until([SimpleNamespace(args=("a question", {"until": [], "max_gen_toks": 4}))])
 
 
 def test_a_task_that_is_named_beside_a_suite_is_not_dropped(data: Path) -> None:

@@ -105,10 +105,14 @@ def _by_position(models: list[Model], ids: Tensor, kv: KVFormat) -> tuple[TokenS
             for part in chunks(len(piece), models[0].spec.vocab):
                 found = score(models[0].head(base[0, part]), models[1].head(quant[0, part]), targets[part])
                 if not torch.isfinite(found.nll_baseline).all():
-                    seen = f"{models[0].folder}: logits of the baseline are not finite in windows of {len(row)} tokens"
-                    raise CheckpointError(seen, "check that checkpoint, or lower --context")
+                    raise _baseline_broken(models[0], len(row))
                 parts.append(TokenScores.of([found], np.ones(len(found.kl)), np.full(len(found.kl), window), at[part]))
     return TokenScores.join(parts), min(layers, default=None)
+
+
+def _baseline_broken(model: Model, length: int) -> CheckpointError:
+    seen = f"{model.folder}: logits of the baseline are not finite in windows of {length} tokens"
+    return CheckpointError(seen, "check that checkpoint, or lower --context")
 
 
 def _hidden(model: Model, ids: Tensor, cache: Cache) -> tuple[Tensor, int | None]:
@@ -142,14 +146,18 @@ def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> tup
     (right, hits), (quant_right, quant_hits) = (
         _recall(m, planted, needles[:, 1:], how) for m, how in zip(models, (KVFormat.FLOAT32, kv), strict=True)
     )
+    without, _ = _recall(models[0], bare, needles[:, 1:], KVFormat.FLOAT32)
+    if np.isnan(right).any() or np.isnan(without).any():
+        raise _baseline_broken(models[0], length)
     needle = Needle(
         depth=depth,
         n=windows,
-        baseline_without=float(_recall(models[0], bare, needles[:, 1:], KVFormat.FLOAT32)[0].mean()),
+        baseline_without=float(without.mean()),
         baseline=float(right.mean()),
-        quantized=float(quant_right.mean()),
+        quantized=float(np.nan_to_num(quant_right).mean()),
         baseline_hits=float(hits.mean()),
         quantized_hits=float(quant_hits.mean()),
+        not_finite=int(np.isnan(quant_right).sum()),
     )
     recalled = hits.all(axis=1)
     return needle, int((recalled & quant_hits.all(axis=1)).sum()), int(recalled.sum())
@@ -157,7 +165,7 @@ def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> tup
 
 def _recall(model: Model, ids: Tensor, wanted: Tensor, kv: KVFormat) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Probability of `wanted` [n, k] after the last k positions of ids, and whether it is the likeliest; [n, k] each. Where
-    logits are not finite, the probability counts as 0 and nothing is the likeliest."""
+    logits are not finite, the probability is NaN and nothing is the likeliest."""
     chance, likeliest = [], []
     for row, targets in zip(ids, wanted, strict=True):
         cache, last = Cache(kv), len(targets)
@@ -165,7 +173,8 @@ def _recall(model: Model, ids: Tensor, wanted: Tensor, kv: KVFormat) -> tuple[ND
         for piece in row[None].split(max(last, _PIECE_TOKENS), dim=1):
             tail = [*tail[-1:], _hidden(model, piece, cache)[0][0, -last:]]
         logits = model.head(torch.cat(tail)[-last:])
+        finite = torch.isfinite(logits).all(-1)
         p = logits.double().softmax(-1).gather(-1, targets.to(logits.device)[:, None])[:, 0]
-        chance.append(p.nan_to_num(nan=0.0))
-        likeliest.append((logits.argmax(-1) == targets.to(logits.device)) & torch.isfinite(p))
+        chance.append(p.masked_fill(~finite, torch.nan))
+        likeliest.append((logits.argmax(-1) == targets.to(logits.device)) & finite)
     return torch.stack(chance).cpu().numpy(), torch.stack(likeliest).cpu().numpy()

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantkit.bench import bench, matrices_of
 from quantkit.calib import tokens
 from quantkit.calib.tokens import EvalSet
-from quantkit.errors import CheckpointError, ConfigError
+from quantkit.errors import CheckpointError, ConfigError, NotFiniteError
 from quantkit.evals.cache import BaselineCache
 from quantkit.evals.context import long_context
 from quantkit.evals.provenance import Contents, Said, contents, linear_rows, overlap, provenance, run_record, size
@@ -29,7 +29,7 @@ from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
 from quantkit.verify import SUMS
 
-__all__ = ["Extent", "HeldOut", "evaluate", "figures", "measure", "read_text"]
+__all__ = ["Extent", "HeldOut", "evaluate", "figures", "measure", "read_text", "without_tasks"]
 
 _KEEP_BYTES = 4_000_000_000  # generation keeps the weights of both models; beyond this it is left out, and said so
 _CONTEXT_WINDOWS = 8
@@ -74,9 +74,9 @@ def measure(
     linears = linear_rows(models, record)
     scored = len(run.scores) + run.broken
     said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command)
-    samples, notes = _generate(models, data, job.tokenizer, extent, run.broken > 0)
+    samples, notes, unwritten = _generate(models, data, job.tokenizer, extent, run.broken > 0)
     context = long_context(models, job.long_ids, kv or KVFormat.FLOAT32) if job.long_ids is not None else None
-    finite, where = _finite(run, context, scored)
+    finite, where = _finite(run, context, scored, unwritten)
     return Report(
         verdict=Verdict(status="undecided", reasons=["no gate has been applied"]),
         gates=[],
@@ -159,20 +159,35 @@ def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -
     return HeldOut(tokenizer, data, long_ids)
 
 
-def _finite(run: Evaluation, context: Context | None, scored: int) -> tuple[Finite, list[str]]:
-    """Tokens without finite logits, of all that were scored; and notes that say where, but for the windows of the text."""
-    far = context.not_finite if context else 0
+def _finite(run: Evaluation, context: Context | None, scored: int, unwritten: int) -> tuple[Finite, list[str]]:
+    """Tokens without finite logits, of all that were scored; and notes that say where, but for the windows of the text.
+    unwritten: tokens of the samples that could not be drawn."""
+    far, needles = (context.not_finite, context.needles) if context else (0, [])
+    elsewhere = {"needles": sum(needle.not_finite for needle in needles), "samples": unwritten}
     layers = [layer for layer in (run.broken_at, context.not_finite_layer if context else None) if layer is not None]
     varied = sum(run.varied_broken.values())
-    places = ((far, "of the long windows"), (varied, "of the probe's variants (floor, forced routing, KV cache)"))
+    places = (
+        (far, "of the long windows"),
+        (elsewhere["needles"], "of the needles' answers"),
+        (varied, "of the probe's variants (floor, forced routing, KV cache)"),
+    )
     notes = [f"{count:,} tokens {where} have logits that are not finite" for count, where in places if count]
     return Finite(
-        tokens=run.broken + far + varied,
-        of=scored + run.varied + (context.tokens if context else 0),
+        tokens=run.broken + far + varied + sum(elsewhere.values()),
+        of=scored + run.varied + (context.tokens if context else 0) + sum(3 * needle.n for needle in needles) + unwritten,
         layer=min(layers, default=None),
         head=run.broken + far > 0 and not layers,
         probe=run.varied_broken,
+        elsewhere=elsewhere,
     ), notes
+
+
+def without_tasks(report: Report, problem: str) -> Report:
+    """The report of a model that could not answer a benchmark item: what was measured, and a token that is not finite."""
+    known = report.finite
+    places = {**known.elsewhere, "benchmark tasks": 1}
+    finite = known.model_copy(update={"tokens": known.tokens + 1, "of": known.of + 1, "elsewhere": places})
+    return report.model_copy(update={"finite": finite, "notes": [*report.notes, f"no benchmark was finished: {problem}"]})
 
 
 def evaluate(
@@ -247,15 +262,20 @@ def _check_pair(models: list[Model], tokenizer: Tokenizer) -> None:
 
 def _generate(
     models: list[Model], data: EvalSet, tokenizer: Tokenizer, extent: Extent, broken: bool
-) -> tuple[list[Any], list[str]]:
-    """Samples, and a note where there are none although they were asked for."""
+) -> tuple[list[Any], list[str], int]:
+    """Samples; a note where there are none although they were asked for; and how many tokens had no finite logits."""
     if not extent.samples or broken:
-        return [], ["no text was generated: logits are not finite"] if broken and extent.samples else []
+        return [], ["no text was generated: logits are not finite"] if broken and extent.samples else [], 0
     held = sum(entry.nbytes for model in models for entry in model.weights.reader.entries.values())
     if held > _KEEP_BYTES:
-        return [], [f"no text was generated: it would keep {held:,} bytes of weights in memory"]
+        return [], [f"no text was generated: it would keep {held:,} bytes of weights in memory"], 0
     kept = [Model(model.folder, model.device) for model in models]
-    return generations(kept, data, tokenizer, extent.samples, extent.kv_cache), []
+    try:
+        return generations(kept, data, tokenizer, extent.samples, extent.kv_cache), [], 0
+    except NotFiniteError as error:
+        if error.folder == models[0].folder:
+            raise
+        return [], [f"no text was generated: {error.problem}"], 1
 
 
 def _speed(model: Model, device: str) -> list[SpeedRow]:

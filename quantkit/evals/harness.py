@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from quantkit.calib.tokens import chat_tokenizer, load_tokenizer
-from quantkit.errors import CheckpointError, ConfigError
+from quantkit.errors import ConfigError, NotFiniteError
 from quantkit.evals.divergence import chunks
 from quantkit.formats.folder import find_model
 from quantkit.formats.reader import load_json
@@ -163,10 +163,7 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
             text = requests[broken[0]][0]
             shown = f" (...{text[0][-60:]!r}, then {text[1]!r})" if text else ""
             item = f"request {broken[0] + 1} of {len(requests)}{shown}"
-            raise CheckpointError(
-                f"{self.model.folder}: the log-likelihood of {item} is not finite",
-                "its logits are not finite: see the layer that `quantkit eval` without tasks names; quantise again",
-            )
+            raise NotFiniteError(self.model.folder, f"the log-likelihood of {item} is not finite")
 
     def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
         """Longest first, so that memory runs out at once or never; no row is padded to more than twice its length."""

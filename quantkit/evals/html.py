@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.evals import plots, words
-from quantkit.evals.metrics import Metric, metrics, worst_expert, worst_weight
+from quantkit.evals.metrics import Metric, broken_where, metrics, worst_expert, worst_weight
 from quantkit.evals.schema import LinearRow, Report, Run
 
 __all__ = ["html"]
@@ -84,7 +84,9 @@ def html(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=words.number, percent=words.percent, size=words.size, visible=visible)
-    environment.globals.update(value=words.value, interval=words.interval, bounds=words.bounds, heat=heat)
+    environment.globals.update(
+        value=words.value, interval=words.interval, bounds=words.bounds, heat=heat, broken_where=broken_where
+    )
     views = [
         _View(f"r{i}", run.name, run.report, _plots(f"r{i}", run.report), metrics(run.report)) for i, run in enumerate(runs)
     ]

@@ -204,4 +204,8 @@ def broken_where(report: Report) -> str:
         return ""
     if report.finite.layer is not None:
         return f"begins in layer {report.finite.layer}"
-    return "the head" if report.finite.head else "only in a variant that the probe runs"
+    if report.finite.head:
+        return "the head"
+    if places := [place for place, count in report.finite.elsewhere.items() if count]:
+        return f"in {' and '.join(places)}"
+    return "only in a variant that the probe runs"

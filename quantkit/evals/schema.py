@@ -103,14 +103,16 @@ class Provenance(_Part):
 class Finite(_Part):
     """Scored tokens whose logits are not finite, and the first layer after which the quantised hidden state was not.
     layer is null when only the head's output is not. probe: by variant (floor, forced, float_kv), tokens whose logits are
-    finite in the quantised model but not in that variant; the probe's figures leave them out. tokens and of count the long
-    windows and these variants too."""
+    finite in the quantised model but not in that variant; the probe's figures leave them out. elsewhere: by place (needles,
+    samples, benchmark tasks), tokens that the quantised model could not answer with. tokens and of count the long windows,
+    these variants and places too."""
 
     tokens: int
     of: int
     layer: int | None = None
     head: bool = False
     probe: dict[str, int] = {}
+    elsewhere: dict[str, int] = {}
 
 
 class Histogram(_Part):
@@ -293,7 +295,8 @@ class ContextBucket(_Part):
 class Needle(_Part):
     """Recall of a planted run of rare tokens at one depth (0 is the start): mean probability of the right continuation, and
     how often it is the likeliest. baseline_without: the baseline's where the run is not planted; one that is not below
-    `baseline` says that this model does not recall, and the check nothing."""
+    `baseline` says that this model does not recall, and the check nothing. not_finite: of the quantised model's three reads
+    in each of the n windows, those whose logits are not finite; they count as not recalled."""
 
     depth: float
     n: int
@@ -302,6 +305,7 @@ class Needle(_Part):
     quantized: float
     baseline_hits: float
     quantized_hits: float
+    not_finite: int = 0
 
 
 class Context(_Part):
