@@ -11,22 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import quantkit
 from quantkit import cli_eval
 from quantkit.calib import tokens
+from quantkit.cli import main
 from quantkit.errors import NotFiniteError
 from quantkit.evals import evaluate, run_code, tasks
 from quantkit.evals.evaluate import Extent, measure
 from quantkit.evals.gates import decide
 from quantkit.evals.html import html
+from quantkit.evals.markdown import markdown
 from quantkit.evals.report import read_report
 from quantkit.evals.run import Evaluation
 from quantkit.evals.schema import Report, Run
 from quantkit.evals.tasks import Options, Plan
 from quantkit.scheme import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
-from tests.test_eval_flow import EXTENT, SHORT, both
+from tests.test_eval_flow import EXTENT, SHORT, both, flip
 from tests.test_report import cli, rescaled
 
 
@@ -87,6 +90,39 @@ def test_options_of_tasks_without_tasks_are_refused(tmp_path: Path, option: tupl
 def test_a_command_says_all_that_was_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     command = cli_eval._command(*pair, "t.txt", Extent(samples=5, speed=True), "cpu", None)
     assert "--samples 5" in command and "--speed" in command
+
+
+@pytest.mark.parametrize(("swapped", "unmeasured"), [(False, []), (True, ["weights.error.max"])])
+def test_a_baseline_that_is_quantised_is_named(
+    pair: tuple[Path, Path], tmp_path: Path, swapped: bool, unmeasured: list[str]
+) -> None:
+    """INT4 against INT8; or the BF16 model, where the two folders were given in the wrong order."""
+    quantized = pair[1] if swapped else tmp_path / "int4"
+    if not swapped:
+        quantkit.quantize(pair[1], quantized, Recipe(scheme="W4A16", **SMALL))  # type: ignore[arg-type]
+    found = cli("eval", quantized, "--baseline", pair[0], *SHORT, "--save", tmp_path / "saved")
+    said = f"the baseline {pair[0]} is itself quantised (W8A16)"
+    assert f"warning: {said}" in found.stderr
+    report = read_report(tmp_path / "saved" / "report.json")
+    assert any(said in note for note in report.notes) and "is itself quantised" in markdown([Run(name="x", report=report)])
+    assert [gate.metric for gate in report.gates if gate.status == "not measured"] == unmeasured
+    errors = [row.weight_error for row in report.linears if row.weight_error is not None]
+    assert swapped or 0.02 < min(errors) < max(errors) < 0.3
+
+
+def test_what_makes_figures_doubtful_is_said_before_the_models_run(
+    pair: tuple[Path, Path], tmp_path: Path, no_work: None
+) -> None:
+    """A shard that has changed since it was written, and a text that the calibration has read."""
+    text, out = tmp_path / "seen.txt", tmp_path / "out"
+    text.write_text("\n".join(f"def f{i}(x): return x + {i}" for i in range(200)))
+    quantkit.quantize(pair[1], out, Recipe(scheme="W4A16", calibration=str(text), **SMALL))  # type: ignore[arg-type]
+    shard = flip(out)
+    found = CliRunner().invoke(main, ["eval", str(out), "--baseline", str(pair[1]), "--text", str(text), *map(str, SHORT)])
+    assert str(found.exception) == "the models ran"
+    changed, seen = (line for line in found.stderr.splitlines() if line.startswith("warning: "))
+    assert changed == f"warning: {out}: {shard.name} does not have the hash that SHA256SUMS states"
+    assert "% of the evaluation text stands in the calibration text" in seen
 
 
 # quantize --held-out

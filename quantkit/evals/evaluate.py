@@ -33,6 +33,7 @@ __all__ = ["Extent", "HeldOut", "evaluate", "figures", "measure", "read_text", "
 
 _KEEP_BYTES = 4_000_000_000  # generation keeps the weights of both models; beyond this it is left out, and said so
 _CONTEXT_WINDOWS = 8
+_SEEN = 0.05  # of its runs of tokens; what all code or all chats begin with is less
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,19 @@ def measure(
     device: str = "cpu",
     command: str = "",
     progress: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Report:
     """Everything that report.json holds but gates and tasks, in float32, activations rounded as the schemes say.
 
     text: a file or named corpus (see `calib.tokens.documents`); its documents are cut into windows of `seq_len` tokens, at
-    most `windows` of them. progress is called with (windows done, windows in all). Raises QuantkitError.
+    most `windows` of them. progress is called with (windows done, windows in all), warn, before the models run, with each
+    line of what a reader of the figures has to know. Raises QuantkitError.
     """
     begun = time.monotonic()
     job = _prepare(quantized, baseline, text, extent, pick_device(device))
+    if warn:
+        for note in job.notes():
+            warn(note)
     models, data, record, kv = job.models, job.data, job.record, extent.kv_cache
     step = max(1, BATCH_TOKENS // data.ids.shape[1])
     store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None
@@ -113,11 +119,20 @@ class _Job:
     place: torch.device
 
     def notes(self) -> list[str]:
-        """That files are not what they were written as: the figures are of what is there now."""
+        """That files are not what they were written as (the figures are of what is there now), that the baseline has lost
+        something itself, and that the text is not unseen."""
         pairs = zip(self.models, self.held, strict=True)
-        return [
+        changed = [
             f"{m.folder}: {name} does not have the hash that {SUMS} states" for m, held in pairs for name in held.changed
         ]
+        base = self.models[0]
+        schemes = sorted({scheme.name for scheme in base.weights.schemes.values() if scheme})
+        said = f"the baseline {base.folder} is itself quantised ({', '.join(schemes)}): what it lost is in no figure here"
+        share = self.overlap.share or 0.0
+        seen = (
+            f"{share:.1%} of the evaluation text stands in the calibration text: the figures are better than on other text"
+        )
+        return [*changed, *([said] if schemes else []), *([seen] if share >= _SEEN else [])]
 
 
 def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Extent, place: torch.device) -> _Job:

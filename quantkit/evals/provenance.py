@@ -170,8 +170,10 @@ def linear_rows(models: list[Model], record: dict[str, Any]) -> list[LinearRow]:
         for ref in layer.linears():
             scheme, found = quant.weights.schemes[ref.key], record.get("linears", {}).get(ref.key, {})
             error = None
-            if scheme is not None and base.weights.schemes[ref.key] is None:
-                weight = base.weights.tensor(ref.weight).double()
+            if scheme is not None:
+                own = base.weights.schemes[ref.key]
+                weight = base.weights.quantized(ref, own).dequantize() if own else base.weights.tensor(ref.weight)
+                weight = weight.double()
                 difference = quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
                 error = float(difference.norm() / weight.norm().clamp(min=1e-30))
             rows.append(
