@@ -287,6 +287,12 @@ def test_an_interval_that_is_missing_does_not_decide() -> None:
     few = made(divergence=divergence(mean=fig(0.01)), origin={"units": 3})
     row = gate(few, "kl.mean<9")
     assert row.status == "undecided" and "takes 5 documents" in row.reason and row.needed == 5
+    assert row.advice.startswith("5 documents instead of 3 give one: ") and "would decide" not in row.reason
+    probe = few.probe
+    assert probe is not None
+    probe = probe.model_copy(update={"units": 3, "excess": fig(0.01)})  # 16 windows, but of three documents
+    row = gate(few.model_copy(update={"probe": probe}), "kl.excess<9")
+    assert row.unit == "document" and row.advice.startswith("5 documents instead of 3 give one: ")
 
 
 # How much more is needed
@@ -296,14 +302,17 @@ def test_what_would_decide_is_counted_in_what_the_interval_rests_on() -> None:
     half = fig(0.5, 0.25, 0.75)  # 4 times as many would halve its width
     text = gate(made(divergence=divergence(mean=half)), "kl.mean < 0.625")
     assert (text.needed, text.unit) == (65, "document") and "--windows" in text.advice
-    assert "about 65 documents instead of 16 would decide: a larger --windows" in text.reason
+    assert "about 65 documents instead of 16 would decide if the value stays: a larger --windows" in text.reason
     probe = made().probe
     assert probe is not None
     probe = probe.model_copy(update={"excess": half})
     fixed = gate(made(probe=probe), "kl.excess < 0.625")
     assert (fixed.needed, fixed.unit) == (65, "probe window") and "more documents do not help" in fixed.advice
     small = made(probe=probe.model_copy(update={"windows": 6}), origin={"windows": 6, "units": 6})
-    assert gate(small, "kl.excess < 0.625").advice == "about 25 probe windows instead of 6 would decide: --windows"
+    assert (
+        gate(small, "kl.excess < 0.625").advice
+        == "about 25 probe windows instead of 6 would decide if the value stays: --windows"
+    )
     mlp = gate(made(moe=experts(half)), "mlp.output_error.max < 0.625")
     assert mlp.unit == "probe window" and "more documents do not help" in mlp.advice
     assert "no number of documents" in gate(made(), "kl.mean < 0.01").reason

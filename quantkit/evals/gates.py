@@ -143,19 +143,22 @@ def _decide(gate: Gate, known: dict[str, Metric], report: Report) -> GateResult:
     if figure.low is None or figure.high is None:
         needed = max(sample.least, sample.count + 1)
         reason = f"{measured} without an interval, which takes {sample.least:,} {sample.unit}s{at}"
-        return _result(gate, metric, "undecided", f"{reason}; {_advice(sample, needed)}", where, needed)
+        return _result(gate, metric, "undecided", f"{reason}; {_advice(sample, figure, needed)}", where, needed)
     reason = f"{measured}, 95 % interval {interval(gate.metric, figure)}{at}"
     passed, missed = (gate.holds(bound) for bound in (figure.low, figure.high))
     if passed == missed:
         return _result(gate, metric, "pass" if passed else "fail", reason, where)
     more = _needed(gate, figure, sample.count)
-    return _result(gate, metric, "undecided", f"{reason}; the threshold lies inside, {_advice(sample, more)}", where, more)
+    return _result(
+        gate, metric, "undecided", f"{reason}; the threshold lies inside, {_advice(sample, figure, more)}", where, more
+    )
 
 
 def _result(
     gate: Gate, metric: Metric | None, status: Decision, reason: str, where: str = "", needed: int | None = None
 ) -> GateResult:
     sample = metric.sample if metric and status == "undecided" else None
+    advice = _advice(sample, metric.figure, needed) if metric and sample else ""
     return GateResult(
         gate=gate.text,
         metric=gate.metric,
@@ -168,15 +171,17 @@ def _result(
         where=where,
         needed=needed,
         unit=sample.unit if sample else "",
-        advice=_advice(sample, needed) if sample else "",
+        advice=advice,
     )
 
 
-def _advice(sample: Sample, needed: int | None) -> str:
-    """How much would decide, and how to get it."""
+def _advice(sample: Sample, figure: Figure, needed: int | None) -> str:
+    """How much would decide, if the value stays, and how to get it. Of a figure without an interval nobody can tell: how
+    much gives it one."""
     if needed is None:
         return f"no number of {sample.unit}s would decide"
-    said = f"about {needed:,} {sample.unit}s instead of {sample.count:,} would decide"
+    about, end = ("", "give one") if figure.low is None else ("about ", "would decide if the value stays")
+    said = f"{about}{needed:,} {sample.unit}s instead of {sample.count:,} {end}"
     reached = sample.most is None or needed <= sample.most
     return f"{said}: {sample.option}" if reached else f"{said}, but {sample.bounded}"
 

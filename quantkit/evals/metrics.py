@@ -74,6 +74,8 @@ def _documents(report: Report) -> Sample:
 
 def _probe(report: Report) -> Sample:
     windows = report.probe.windows if report.probe else 0
+    if report.probe and report.probe.units is not None and report.probe.units < Resampler.LEAST_UNITS:
+        return replace(_documents(report), count=report.probe.units)
     most = max(windows, _PROBE_MOST if report.provenance.windows <= _PROBE_MOST else 0)
     bounded = "eval probes about 16 windows however many it reads, so more documents do not help"
     return Sample(windows, "probe window", "--windows", most=most, bounded=f"{bounded}; a longer --seq-len fills each more")

@@ -48,8 +48,9 @@ class Verdict(_Part):
 
 class GateResult(_Part):
     """One gate. exact: the metric is no sample's, so it needs no interval. where: what in the model it speaks of. needed:
-    about how many `unit`s would decide it, where that can be said; advice: the same in words, and how to get them. not
-    measured: a default gate whose metric this report lacks; the verdict does not count it."""
+    about how many `unit`s would decide it, where that can be said, or, without an interval, how many give one; advice: the
+    same in words, and how to get them. not measured: a default gate whose metric this report lacks; the verdict does not
+    count it."""
 
     gate: str
     metric: str
@@ -138,9 +139,10 @@ class UnitSums(_Part):
 class Probe(_Part):
     """What was measured on a share of the windows only: the floor (baseline with BF16 products against itself in float32)
     and the quantised model with the baseline's routing. kl is the free-running model on the same tokens; excess = kl -
-    floor, routing_term = kl - forced_routing, both paired."""
+    floor, routing_term = kl - forced_routing, both paired. units: documents that the windows are from."""
 
     windows: int
+    units: int | None = None
     tokens: int
     kl: Figure
     floor: Figure

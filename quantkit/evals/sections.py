@@ -84,6 +84,7 @@ def probe(run: Evaluation) -> Probe | None:
     forced = run.probes.get("forced")
     return Probe(
         windows=int(run.probe.sum()),
+        units=sample.units,
         tokens=len(free),
         kl=mean(free.kl),
         floor=mean(floor.kl),
