@@ -223,7 +223,14 @@ def test_against_a_previous_report(folder: Path, tmp_path: Path) -> None:
     data = json.loads((folder / "good" / "eval" / "report.json").read_text())
     for change, word in (
         ({"metrics_version": 9}, "metric version"),
-        ({"provenance": {**data["provenance"], "text_digest": "0"}}, "evaluation text"),
+        (
+            {"provenance": {**data["provenance"], "text_digest": "0" * 64}},
+            "windows of 96 tokens (000000000000), this report's",
+        ),
+        (
+            {"provenance": {**data["provenance"], "text_digest": "0", "text": "chat.jsonl", "windows": 9}},
+            "its evaluation text is chat.jsonl, 9 windows of 96 tokens, this report's is stdlib-held-out, 16 windows of",
+        ),
     ):
         (tmp_path / "old.json").write_text(json.dumps({**data, **change}))
         refused = cli("report", folder / "good", "--against", tmp_path / "old.json")

@@ -10,7 +10,7 @@ from quantkit.errors import ConfigError
 from quantkit.evals.context import figure
 from quantkit.evals.divergence import Interval, Resampler
 from quantkit.evals.metrics import metrics
-from quantkit.evals.schema import Change, Figure, Report, UnitSums
+from quantkit.evals.schema import Change, Figure, Provenance, Report, UnitSums
 
 __all__ = ["against", "differences"]
 
@@ -29,7 +29,7 @@ def differences(report: Report, other: Report) -> list[tuple[str, str, str]]:
     ours, theirs = report.provenance, other.provenance
     checks = [
         ("metric version", str(report.metrics_version), str(other.metrics_version)),
-        ("evaluation text", ours.text_digest, theirs.text_digest),
+        ("evaluation text", *_texts(ours, theirs)),
         (
             "model",
             f"{ours.architecture}, {ours.parameters:,} parameters",
@@ -39,6 +39,15 @@ def differences(report: Report, other: Report) -> list[tuple[str, str, str]]:
     ]
     found = [check for check in checks if check[1] != check[2]]
     return found or _baselines(report, other)
+
+
+def _texts(*origins: Provenance) -> tuple[str, str]:
+    """What the two were evaluated on, in words: equal when the digests are; with these where the words are the same."""
+    ours, theirs = (f"{x.text}, {x.windows} windows of {x.seq_len} tokens" for x in origins)
+    digests = [x.text_digest for x in origins]
+    if digests[0] == digests[1]:
+        return ours, ours
+    return (ours, theirs) if ours != theirs else (f"{ours} ({digests[0][:12]})", f"{theirs} ({digests[1][:12]})")
 
 
 def _baselines(report: Report, other: Report) -> list[tuple[str, str, str]]:
