@@ -169,8 +169,16 @@ def test_perplexity_is_no_item_score() -> None:
         _pairs(one, samples, other)
 
 
-def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--tasks", "gsm8k"], "lm-evaluation-harness, which is not installed\nFix: pip install 'quantkit[tasks]'"),
+        (["--tasks", "gsm8k,nope"], "does not name 'nope', so it alone knows whether that exists\nFix: pip install"),
+        (["--suite", "hunyuan"], "no suite is called 'hunyuan'\nFix: give one of hunyuan-large"),
+        (["--tasks", ","], "no task is given"),
+    ],
+)
+def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, args: list[str], message: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    result = run(tmp_path / "none", "--baseline", tmp_path / "none", "--tasks", "gsm8k")
-    assert result.exit_code == 2
-    assert "lm-evaluation-harness, which is not installed\nFix: pip install 'quantkit[tasks]'" in result.stderr
+    result = run(tmp_path / "none", "--baseline", tmp_path / "none", *args)
+    assert result.exit_code == 2 and message in result.stderr

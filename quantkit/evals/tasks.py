@@ -96,8 +96,6 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
     Raises ConfigError.
     """
     options = options or Options()
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("tasks need lm-evaluation-harness, which is not installed", "pip install 'quantkit[tasks]'")
     if suite is not None and suite not in SUITES:
         raise ConfigError(f"no suite is called '{suite}'", f"give one of {', '.join(SUITES)}")
     rows = SUITES[suite] if suite else ()
@@ -105,6 +103,10 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
     asked = [name for name in named if name not in {row.name for row in rows}]
     if not rows and not asked:
         raise ConfigError("no task is given", "name some: --tasks gsm8k,piqa")
+    if importlib.util.find_spec("lm_eval") is None:
+        unsure = [f"'{name}'" for name in asked if name not in ALIASES]
+        said = f"; docs/tasks.md does not name {', '.join(unsure)}, so it alone knows whether that exists" if unsure else ""
+        raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{said}", "pip install 'quantkit[tasks]'")
     for name in named:
         _may_run(name, ALIASES.get(name), options)
     left_out = {row.name: why for row in rows if row.name not in named and (why := _left_out(row, options))}
