@@ -26,13 +26,15 @@ __all__ = ["evaluate", "evaluate_and_write", "held_out_extent", "report", "say_v
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+FOLDER = click.Path(path_type=Path, file_okay=False)
 
 
 def gate_options(function: F) -> F:
     """--gate, --gates and --junit."""
     for option in (
-        click.option("--junit", type=PATH, metavar="FILE", help="Write the gates as JUnit XML."),
-        click.option("--gates", "gates_file", type=PATH, metavar="FILE", help="A YAML list of gates."),
+        click.option("--junit", type=FILE, metavar="FILE", help="Write the gates as JUnit XML."),
+        click.option("--gates", "gates_file", type=FILE, metavar="FILE", help="A YAML list of gates."),
         click.option("--gate", "gates", multiple=True, metavar="GATE", help="Such as 'kl.mean<0.02'. [default: see docs]"),
     ):
         function = option(function)
@@ -53,14 +55,14 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
 @click.option("--text", default="stdlib-held-out", show_default=True, metavar="FILE|NAME", help="As for --calibration.")
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
 @click.option("--windows", default=64, show_default=True, type=click.IntRange(min=1), help="At most so many windows.")
-@click.option("--cache", type=PATH, metavar="FOLDER", help="Keep the baseline's results here, for other candidates.")
+@click.option("--cache", type=FOLDER, metavar="FOLDER", help="Keep the baseline's results here, for other candidates.")
 @click.option("--kv-cache", type=click.Choice(["bf16", "fp8"]), help="The quantised model keeps K and V so.")
 @click.option(
     "--context", default=0, type=click.IntRange(min=0), help="Also windows of so many tokens, and needles in them."
 )
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Prompts that both continue.")
 @click.option("--speed", is_flag=True, help="Also time this machine's kernels on the model's matrices.")
-@click.option("--save", type=PATH, metavar="FOLDER", help="Where reports go. [default: QUANTIZED/eval]")
+@click.option("--save", type=FOLDER, metavar="FOLDER", help="Where reports go. [default: QUANTIZED/eval]")
 @task_options
 @click.option("--device", default="cpu", show_default=True)
 @gate_options
@@ -167,7 +169,7 @@ def evaluate_and_write(
     tasks = [one.name for one in plan.chosen] if plan else []
     check(gates or [], expected(extent.kv_cache is not None, extent.context > 0, tasks))
     if quantized.is_dir():
-        _make_room(folder, items, junit)
+        _make_room(folder, extent.cache, items, junit)
     screen = console(stderr=True)
     with screen.status("preparing") as status, _prepared(plan) as manager:
         found = measure(
@@ -186,16 +188,15 @@ def evaluate_and_write(
     return _judged(found, str(quantized), gates, folder / "report.html", junit)
 
 
-def _make_room(folder: Path, items: Path | None, junit: Path | None) -> None:
+def _make_room(folder: Path, cache: Path | None, *files: Path | None) -> None:
     """A disk that cannot be written is said before the work, not after; and what an earlier evaluation left is put away."""
-    from quantkit.evals.report import set_aside
-    from quantkit.formats.atomic import disk_errors
+    from quantkit.evals.report import make_folders, set_aside
 
+    wanted = [file for file in files if file]
+    make_folders(*([cache] if cache else []), *(file.parent for file in wanted))
     set_aside(folder)
-    for file in filter(None, (items, junit)):
-        with disk_errors(file.parent):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)
+    for file in wanted:
+        file.unlink(missing_ok=True)
 
 
 def _prepared(plan: Plan | None) -> AbstractContextManager[Any]:
@@ -268,7 +269,7 @@ def _command(quantized: Path, baseline: str | Path, text: str, extent: Extent, d
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=PATH, metavar="RUN...")
-@click.option("-o", "--out", type=PATH, metavar="FILE.html", help="Write the page, and .json and .md beside it.")
+@click.option("-o", "--out", type=FILE, metavar="FILE.html", help="Write the page, and .json and .md beside it.")
 @click.option("--against", type=PATH, metavar="RUN", help="An earlier report of the same model on the same text.")
 @gate_options
 @as_json
@@ -293,6 +294,9 @@ def report(
     from quantkit.evals import report as reports
     from quantkit.progress import verdict_tables
 
+    if out:
+        reports.check_page(out)
+    reports.make_folders(*(file.parent for file in (out, junit) if file))
     found = reports.assemble(runs, chosen(gates, gates_file), against)
     for line in reports.incomparable(found):
         click.echo(f"warning: {line}", err=True)

@@ -95,11 +95,17 @@ def task_options(function: F) -> F:
         [
             click.option("--tasks", metavar="NAME,...", help="Benchmark tasks to run on both models too: docs/tasks.md."),
             click.option("--suite", metavar="NAME", help="All benchmarks of a model card: hunyuan-large."),
-            click.option("--data-dir", type=click.Path(path_type=Path), help="Items as NAME.jsonl, instead of the hub's."),
+            click.option(
+                "--data-dir",
+                type=click.Path(path_type=Path, file_okay=False),
+                help="Items as NAME.jsonl, instead of the hub's.",
+            ),
             click.option("--limit", type=number, help="At most so many items of a task."),
             click.option("--shots", type=click.IntRange(min=0), help="Examples before each question."),
             click.option(
-                "--items", type=click.Path(path_type=Path), help="Both answers, by item. [QUANTIZED/eval/items.jsonl]"
+                "--items",
+                type=click.Path(path_type=Path, dir_okay=False),
+                help="Both answers, by item. [QUANTIZED/eval/items.jsonl]",
             ),
             click.option("--unsafe-code", is_flag=True, help="Allow tasks that run code which the model wrote."),
             click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template."),

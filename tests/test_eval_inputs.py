@@ -92,6 +92,31 @@ def test_a_command_says_all_that_was_asked(pair: tuple[Path, Path], monkeypatch:
     assert "--samples 5" in command and "--speed" in command
 
 
+@pytest.mark.parametrize(
+    "option", ["--junit", "--junit FILE/x.xml", "--cache FILE", "--cache FILE/x", "--gates", "--save FILE"]
+)
+def test_a_folder_for_a_file_or_a_file_for_a_folder_is_refused_at_once(
+    pair: tuple[Path, Path], out: Path, tmp_path: Path, no_work: None, option: str
+) -> None:
+    """Before the earlier evaluation is put away."""
+    (out / "eval").mkdir()
+    (out / "eval" / "report.json").write_text("{}")
+    (tmp_path / "file").touch()
+    name, _, place = option.partition(" ")
+    where = tmp_path if not place else Path(place.replace("FILE", str(tmp_path / "file")))
+    found = cli("eval", out, "--baseline", pair[1], *SHORT, name, where)
+    assert found.exit_code == 2 and found.stderr.lower().count("error:") == 1 and str(tmp_path) in found.stderr
+    assert (out / "eval" / "report.json").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == ["file"]
+
+
+@pytest.mark.parametrize("option", [("--junit", ""), ("-o", "x.html/y.html"), ("-o", "x.txt")])
+def test_report_looks_where_it_writes_before_it_reads(tmp_path: Path, option: tuple[str, str]) -> None:
+    (tmp_path / "x.html").touch()
+    found = cli("report", tmp_path / "none", option[0], tmp_path / option[1])
+    assert found.exit_code == 2 and "holds no evaluation" not in found.stderr
+
+
 @pytest.mark.parametrize(("swapped", "unmeasured"), [(False, []), (True, ["weights.error.max"])])
 def test_a_baseline_that_is_quantised_is_named(
     pair: tuple[Path, Path], tmp_path: Path, swapped: bool, unmeasured: list[str]

@@ -18,8 +18,8 @@ from quantkit.evals.schema import SCHEMA_VERSION, Comparison, Report, Run
 from quantkit.formats.atomic import disk_errors, write_bytes
 
 __all__ = [
-    *("FOLDER", "ITEMS", "assemble", "exit_code", "find_report", "incomparable", "read_report", "set_aside"),
-    *("write", "write_junit"),
+    *("FOLDER", "ITEMS", "assemble", "check_page", "exit_code", "find_report", "incomparable", "make_folders"),
+    *("read_report", "set_aside", "write", "write_junit"),
 ]
 
 FOLDER = "eval"  # of a checkpoint's folder, where its evaluation lies
@@ -106,12 +106,21 @@ def exit_code(runs: Sequence[Run]) -> int:
     return EXIT_CODES["fail" if "fail" in found else "undecided" if "undecided" in found else "pass"]
 
 
-def write(runs: Sequence[Run], out: Path) -> None:
-    """OUT.html, and OUT.json and OUT.md beside it. Raises OutputError, and ConfigError when OUT does not end in .html."""
+def make_folders(*folders: Path) -> None:
+    for folder in folders:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_page(out: Path) -> None:
     if out.suffix != ".html":
         raise ConfigError(f"-o {out} does not end in .html", "give the page's name; .json and .md are written beside it")
-    with disk_errors(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write(runs: Sequence[Run], out: Path) -> None:
+    """OUT.html, and OUT.json and OUT.md beside it. Raises OutputError, and ConfigError when OUT does not end in .html."""
+    check_page(out)
+    make_folders(out.parent)
     data = runs[0].report if len(runs) == 1 else Comparison(runs=list(runs))
     write_bytes(out.with_suffix(".json"), data.model_dump_json(indent=1).encode() + b"\n")
     write_bytes(out.with_suffix(".md"), markdown(runs).encode())
@@ -119,6 +128,5 @@ def write(runs: Sequence[Run], out: Path) -> None:
 
 
 def write_junit(runs: Sequence[Run], path: Path) -> None:
-    with disk_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     write_bytes(path, junit([(run.name, run.report) for run in runs]))
