@@ -189,7 +189,7 @@ def eval_table(result: dict[str, Any]) -> Table:
     ]
     for label, key, value in rows:
         interval = result["ci95"].get(key)
-        table.add_row(label, f"{value:.5f}", f"{interval[0]:.5f} .. {interval[1]:.5f}" if interval else "")
+        table.add_row(label, _five(value), f"{_five(interval[0])} .. {_five(interval[1])}" if interval else "")
     errors = [(row["hidden_error"], row["layer"]) for row in result["layers"]]
     if broken := [layer for error, layer in errors if error is None]:
         table.caption = f"not finite after layer {broken[0]}"
@@ -197,6 +197,11 @@ def eval_table(result: dict[str, Any]) -> Table:
         error, layer = max(errors)
         table.caption = f"largest error of a hidden state: {error:.2e} of its energy, after layer {layer}"
     return table
+
+
+def _five(x: float) -> str:
+    """Five digits after the point, unless a broken model makes that hundreds before it."""
+    return f"{x:.5f}" if x < 1e9 else f"{x:.5g}"
 
 
 class _Console(Console):

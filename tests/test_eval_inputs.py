@@ -27,6 +27,7 @@ from quantkit.evals.report import read_report
 from quantkit.evals.run import Evaluation
 from quantkit.evals.schema import Report, Run
 from quantkit.evals.tasks import Options, Plan
+from quantkit.evals.words import number
 from quantkit.scheme import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 from tests.test_eval_flow import EXTENT, SHORT, both, flip
@@ -207,6 +208,20 @@ def test_a_model_without_one_finite_logit_fails_in_words_and_in_json(pair: tuple
     said = json.loads(found.stdout)
     assert found.exit_code == 1 and said["verdict"]["status"] == "fail" and said["finite"]["layer"] == 0
     assert "kl" not in said and "FAIL" in found.stderr
+
+
+def test_weights_that_overflow_fail_their_gate(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A scale is finite as it is stored; times its codes it is not."""
+    large = rescaled(pair[0], tmp_path / "large", "model.layers.1.self_attn.o_proj", 1e38)
+    bad = rescaled(large, tmp_path / "bad", "model.layers.1.self_attn.o_proj", 300)
+    found = cli("eval", bad, "--baseline", pair[1], *SHORT)
+    assert found.exit_code == 1
+    (row,) = (gate for gate in read_report(bad / "eval" / "report.json").gates if gate.metric == "weights.error.max")
+    assert row.status == "fail" and row.measured is not None and row.measured.value >= 1e30
+
+
+def test_numbers_of_a_broken_model_can_be_read() -> None:
+    assert [number(x) for x in (1e304, 1234567.0, 12345.6, 0.01843)] == ["1e+304", "1,234,567", "12,346", "0.0184"]
 
 
 def test_probed_variants_that_are_not_finite_are_counted(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -339,6 +339,15 @@ def test_tasks_and_long_windows_are_not_documents() -> None:
 # Changes
 
 
+def test_sums_in_another_order_are_no_regression() -> None:
+    def weighs(error: float) -> Report:
+        return made(linears=[{"key": "x", "layer": 0, "role": "q", "scheme": "W8A16", "weight_error": error}])
+
+    for error, bad in ((0.1 + 1e-15, False), (0.1001, True)):
+        (row,) = (c for c in against(weighs(error), weighs(0.1), "old").changes if c.metric == "weights.error.max")
+        assert row.regression is bad
+
+
 def test_changes_without_pairs_can_be_gated() -> None:
     old = made(size={"bytes": 400}, moe=experts(fig(0.02, 0.01, 0.03)), tasks=[task(fig(1.0, 0.99, 1.01))])
     new = made(moe=experts(fig(0.1, 0.08, 0.12)), tasks=[task(fig(0.98, 0.97, 0.99))])

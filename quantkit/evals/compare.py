@@ -21,6 +21,7 @@ _UNPAIRED = {
     **dict.fromkeys(("kv_cache.added_kl", "context.perplexity_ratio"), 1),
     "context.needle_recall": -1,
 }
+_EXACT = 1e-9  # sums in another order differ by less
 _SAME = 1e-3  # of a document's likelihood under the baseline: kernels and hardware differ by less, two models by more
 
 
@@ -141,7 +142,8 @@ def _unpaired(report: Report, previous: Report) -> tuple[list[Change], list[str]
         if low.low is not None and high.high is not None:
             bad = low.low > high.high
         else:
-            bad = new[name].exact and low.value > high.value
+            same = math.isclose(low.value, high.value, rel_tol=_EXACT)
+            bad = new[name].exact and low.value > high.value and not same
         difference = _apart(before, current)
         found.append(Change(metric=name, previous=before, current=current, difference=difference, regression=bad))
     return found, [f"{group}: {why}" for group, why in unlike.items()]

@@ -30,6 +30,7 @@ from quantkit.verify import inspect, stated
 __all__ = ["Contents", "Said", "contents", "linear_rows", "overlap", "provenance", "run_record", "size"]
 
 _NGRAM = 16
+_OVERFLOWN = 1e30  # error of weights that are not finite once dequantised: JSON has no infinity
 
 
 def run_record(folder: Path) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def linear_rows(models: list[Model], record: dict[str, Any]) -> list[LinearRow]:
                 weight = base.weights.quantized(ref, own).dequantize() if own else base.weights.tensor(ref.weight)
                 weight = weight.double()
                 difference = quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
-                error = float(difference.norm() / weight.norm().clamp(min=1e-30))
+                error = min(float(difference.norm() / weight.norm().clamp(min=1e-30)), _OVERFLOWN)
             rows.append(
                 LinearRow(
                     key=ref.key,

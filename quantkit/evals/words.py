@@ -19,12 +19,12 @@ def size(count: float) -> str:
 
 
 def number(x: float | None) -> str:
-    """Three significant digits; whole numbers as they are; a dash for what was not measured."""
+    """Three significant digits; whole numbers as they are, unless too long to read; a dash for what was not measured."""
     if x is None:
         return "–"
     if x == int(x) and abs(x) < 1e15:
         return f"{int(x):,}"
-    return f"{x:.4f}" if 1 <= abs(x) < 10 else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+    return f"{x:.4f}" if 1 <= abs(x) < 10 else f"{x:,.0f}" if 1000 <= abs(x) < 1e15 else f"{x:.3g}"
 
 
 def percent(x: float | None) -> str:
