@@ -212,6 +212,7 @@ def test_an_expert_that_is_not_finite_fails_its_gate_and_is_named() -> None:
     row = next(row for row in report.gates if row.metric == "mlp.output_error.max")
     assert row.status == report.verdict.status == "fail" and row.where == "layer 2, expert 1"
     assert "mlp.output_error.max" not in metrics(report) and "layer 2, expert 1" in report.verdict.reasons[0]
+    assert decide(made(moe=report.moe), [parse_gate("kl.mean < 9")]).verdict.status == "fail"  # whatever is asked for
     run = [Run(name="x", report=report)]
     assert "Output not finite: layer 2, expert 1" in markdown(run) and "output that is not finite" in html(run)
 

@@ -59,19 +59,18 @@ def measure(
     device: str = "cpu",
     command: str = "",
     progress: Callable[[int, int], None] | None = None,
-    warn: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Everything that report.json holds but gates and tasks, in float32, activations rounded as the schemes say.
 
     text: a file or named corpus (see `calib.tokens.documents`); its documents are cut into windows of `seq_len` tokens, at
-    most `windows` of them. progress is called with (windows done, windows in all), warn, before the models run, with each
-    line of what a reader of the figures has to know. Raises QuantkitError.
+    most `windows` of them. progress is called with (windows done, windows in all), warn with each note that is known before
+    the models run. Raises QuantkitError.
     """
     begun = time.monotonic()
     job = _prepare(quantized, baseline, text, extent, pick_device(device))
-    if warn:
-        for note in job.notes():
-            warn(note)
+    for note in job.notes():
+        warn(note)
     models, data, record, kv = job.models, job.data, job.record, extent.kv_cache
     step = max(1, BATCH_TOKENS // data.ids.shape[1])
     store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None

@@ -117,7 +117,7 @@ def _not_finite(gate: Gate, report: Report, metric: Metric | None) -> tuple[str,
     if finite.tokens and (metric is None or metric.quality):
         where = broken_where(report)
         return f"{finite.tokens:,} of {finite.of:,} tokens have logits that are not finite: {where}", where
-    if name == "mlp.output_error.max" and report.moe.not_finite:
+    if name in ("mlp.output_error.max", _ALWAYS.split()[0]) and report.moe.not_finite:
         count, where = len(report.moe.not_finite), ", ".join(report.moe.not_finite[:5])
         where += ", ..." if count > 5 else ""
         return f"the output of {count} MLP{'s' if count > 1 else ''} is not finite: {where}", where
