@@ -291,6 +291,15 @@ def test_hunyuan_a13b_under_both_names() -> None:
             build_spec({**released, "model_type": "hunyuan", **changes}, "config.json")
 
 
+def test_qwen3_under_both_names_of_its_number_of_experts() -> None:
+    config = {k: v for k, v in TINY["qwen3_moe"].items() if k != "num_experts"}
+    count = TINY["qwen3_moe"]["num_experts"]
+    assert build_spec({**config, "num_local_experts": count}, "config.json") == build_spec(TINY["qwen3_moe"], "config.json")
+    with pytest.raises(ConfigError, match=r"^config.json: 'num_experts' is missing: ") as error:
+        build_spec(config, "config.json")
+    assert len(str(error.value)) < 200  # and not the whole config
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama, linear scaling": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type.*'linear'"),
     "llama, bias": ("llama", {"attention_bias": True}, "attention_bias"),
@@ -303,6 +312,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixtral, more than all": ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok 5"),
     "mixtral, YaRN": ("mixtral", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling"),
     "qwen3, window": ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window"),
+    "qwen3, two numbers of experts": ("qwen3_moe", {"num_local_experts": 7}, "num_local_experts"),
     "qwen3, no word of norm_topk_prob": ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob"),
     "deepseek, sigmoid": ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func.*'sigmoid'"),
     "deepseek, V3 routing": ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method.*'noaux_tc'"),

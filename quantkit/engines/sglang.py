@@ -33,10 +33,11 @@ NAMING = Naming(
     unmatched_raises=True,
 )
 _COUNTED = ("hunyuan_v1_moe", "qwen3_moe", "deepseek_v2")
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def _too_many_devices(view: View) -> list[Hit]:
-    count = next((view.config[key] for key in ("num_experts", "n_routed_experts") if key in view.config), None)
+    count = next((view.config[key] for key in _COUNTS if key in view.config), None)
     few = view.model_type in _COUNTED and isinstance(count, int) and 1 < count < view.deployment.tp
     return [Hit(None, f"{view.deployment.tp} devices, {count} experts")] if few else []
 

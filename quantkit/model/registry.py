@@ -37,7 +37,8 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        seen = f"'{field}' is {first.get('input')!r}: " if field else ""  # no field: two that do not go together
+        value = "missing" if first["type"] == "missing" else repr(first["input"])  # whose input is the whole config
+        seen = f"'{field}' is {value}: " if field else ""  # no field: two that do not go together
         raise ConfigError(
             f"{where}: {seen}{first['msg']}",
             "quantkit refuses what its reference model does not compute; check config.json",
