@@ -28,8 +28,8 @@ is right from 0.5 on), `mcnemar_p` (exact, two-sided), `n`. `task_run` says how:
 texts did not fit the model. The interval is Bonett and Price's for the ratio of paired proportions (Statistics in
 Medicine 25, 2006), which does not shrink to nothing where no item flipped; for scores that are not 0 or 1 it is a
 bootstrap over items, null for fewer than 20. Both answers to every item go into a .jsonl file
-(`--items`), with the log-likelihood of each option or the text that was written. A log-likelihood
-that is not finite ends the run: it is no answer.
+(`--items`), with the log-likelihood of each option or the text that was written. Logits that are not finite are no
+answer: of the baseline they end the run, of the quantised model they end the tasks and the verdict is fail.
 
 `--chat-template` asks through the model's own template. `--shots` sets the examples before each question; without it a
 suite has the published number and a single task its own. Prompts are the harness's, which the card's authors did not use:

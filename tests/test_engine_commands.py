@@ -81,7 +81,8 @@ def test_plan_without_an_engine_is_the_dry_run(models: Path, tmp_path: Path) -> 
     dry = ask("quantize", models / "large", "-o", tmp_path / "out", "--dry-run", *options, code=0)
     assert ask("plan", models / "large", *options, code=0) == dry
     (models / "large" / "tokenizer.json").rename(tmp_path / "tokenizer.json")  # plan needs headers only
-    assert ask("plan", models / "large", *options, code=0) == dry
+    without = ask("plan", models / "large", *options, code=0)
+    assert without.pop("notes")[1:] == dry.pop("notes") and without == dry  # the first says that there is none
     (tmp_path / "tokenizer.json").rename(models / "large" / "tokenizer.json")
 
 
