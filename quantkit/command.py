@@ -21,6 +21,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
 
+def _out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # which takes seconds to import, and is not when it did not raise this
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
 def command(function: F) -> F:
     """Print a QuantkitError as one message and exit with its code, and what the system says of a path likewise.
 
@@ -44,7 +49,10 @@ def command(function: F) -> F:
         except KeyboardInterrupt:
             click.echo("interrupted; the same command resumes a quantization or a conversion", err=True)
             sys.exit(130)
-        except Exception:
+        except Exception as error:
+            if _out_of_memory(error):
+                click.echo(f"error: out of memory: {error}\nFix: free memory, or give smaller batches", err=True)
+                sys.exit(QuantkitError.exit_code)
             traceback.print_exc()
             click.echo("error: this is a bug in quantkit; please report it with the lines above", err=True)
             sys.exit(os.EX_SOFTWARE)

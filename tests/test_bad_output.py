@@ -268,6 +268,16 @@ def test_a_closed_pipe_is_no_verdict(finished: Path) -> None:
         assert process.wait() == 128 + 13 and "Traceback" not in said, said
 
 
+@pytest.mark.parametrize("error", [MemoryError("64 GB"), torch.OutOfMemoryError("64 GB")])
+def test_out_of_memory_is_no_bug(finished: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def inspect(folder: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("quantkit.verify.inspect", inspect)
+    found = CliRunner().invoke(main, ["inspect", str(finished / "out")])
+    assert found.exit_code == 2 and found.stderr.startswith("error: out of memory: 64 GB\nFix: "), found.stderr
+
+
 def test_a_bug_is_no_verdict(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quantkit.verify.inspect", lambda folder: {}["no such key"])
     found = CliRunner().invoke(main, ["inspect", str(finished / "out")])

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_cpu_figures_are_those_of_the_committed_results() -> None:
-    done = subprocess.run([sys.executable, "scripts/cpu_doc.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("page", ["cpu", "peers"])
+def test_figures_are_those_of_the_committed_results(page: str) -> None:
+    done = subprocess.run([sys.executable, f"scripts/{page}_doc.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

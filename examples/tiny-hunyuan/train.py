@@ -6,6 +6,9 @@ Three sources: English, Chinese (any UTF-8 text, .xz or not) and the Python stan
 `quantkit.calib.corpus` holds out. Trains a byte-level BPE, then the model with Muon for matrices and AdamW for the rest,
 under a clock (`--minutes`), in bfloat16 matmuls over float32 weights. Writes BF16 safetensors, config, tokenizer and the
 figures of the model card (training.json).
+
+`--config FILE` trains another architecture that quantkit knows; `--init MODEL` begins with a model's tokenizer and those of
+its tensors that have the same name and shape.
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from quantkit.calib.corpus import held_out_files
 from quantkit.model.forward import LayerTrace, Weights, forward, head
-from quantkit.model.hunyuan_large import build
+from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
 
 CONFIG: dict[str, object] = {
@@ -137,7 +140,8 @@ def balance_loss(traces: list[LayerTrace]) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def initialise(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+def initialise(spec: ModelSpec, seed: int, known: dict[str, Tensor]) -> dict[str, Tensor]:
+    """known: tensors that are taken as they are where name and shape agree."""
     generator = torch.Generator().manual_seed(seed)
     parameters = {}
     for key, shape in spec.tensors().items():
@@ -148,6 +152,8 @@ def initialise(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
             if key.endswith(("o_proj.weight", "down_proj.weight")):
                 std /= math.sqrt(2 * len(spec.layers))
             value = torch.randn(shape, generator=generator) * std
+        if key in known and known[key].shape == shape:
+            value = known[key].float()
         parameters[key] = value.requires_grad_()
     return parameters
 
@@ -165,7 +171,7 @@ def optimisers(spec: ModelSpec, parameters: dict[str, Tensor], lr: float) -> lis
 @torch.no_grad()
 def evaluate(spec: ModelSpec, weights: TrainWeights, held: dict[str, np.ndarray]) -> dict[str, object]:
     """Perplexity per source on its held-out tokens, and per layer the share of tokens of each expert."""
-    perplexity, counts = {}, torch.zeros(len(spec.layers), int(str(CONFIG["num_experts"])))
+    perplexity, counts = {}, [torch.zeros(0, dtype=torch.int64)] * len(spec.layers)
     for name, tokens in held.items():
         usable = tokens[: min(len(tokens), 64 * (WINDOW + 1)) // (WINDOW + 1) * (WINDOW + 1)]
         losses = []
@@ -173,21 +179,22 @@ def evaluate(spec: ModelSpec, weights: TrainWeights, held: dict[str, np.ndarray]
             loss, traces = run(spec, weights, rows)
             losses.append(loss.item() * len(rows))
             for trace in traces:
-                assert trace.routing is not None
-                counts[trace.index] += torch.bincount(trace.routing.experts.flatten(), minlength=counts.shape[1])
+                if trace.routing is not None:
+                    seen = torch.bincount(trace.routing.experts.flatten(), minlength=trace.routing.logits.shape[1])
+                    counts[trace.index] = counts[trace.index] + seen if len(counts[trace.index]) else seen
         perplexity[name] = round(math.exp(sum(losses) / (len(usable) // (WINDOW + 1))), 3)
-    shares = counts / counts.sum(1, keepdim=True)
+    shares = [count / count.sum() for count in counts if len(count)]
     return {
         "held_out_perplexity": perplexity,
-        "router_share_min": [round(v, 4) for v in shares.amin(1).tolist()],
-        "router_share_max": [round(v, 4) for v in shares.amax(1).tolist()],
+        "router_share_min": [round(float(share.min()), 4) for share in shares],
+        "router_share_max": [round(float(share.max()), 4) for share in shares],
     }
 
 
-def save(out: Path, spec: ModelSpec, parameters: dict[str, Tensor], record: dict[str, object]) -> None:
+def save(out: Path, config: dict[str, object], parameters: dict[str, Tensor], record: dict[str, object]) -> None:
     weights = {key: value.detach().bfloat16() for key, value in parameters.items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -195,25 +202,41 @@ def save(out: Path, spec: ModelSpec, parameters: dict[str, Tensor], record: dict
 @click.option("--english", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--chinese", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--config", "config_file", type=click.Path(path_type=Path, exists=True), help="config.json of another model.")
+@click.option("--init", type=click.Path(path_type=Path, exists=True), help="A model to begin with.")
 @click.option("--minutes", default=80.0, help="Training time by the clock; the learning rate falls with it.")
 @click.option("--batch", default=8, help="Windows of 512 tokens in one step.")
 @click.option("--lr", default=4e-3)
 @click.option("--seed", default=0)
-def main(english: Path, chinese: Path, out: Path, minutes: float, batch: int, lr: float, seed: int) -> None:
+def main(
+    english: Path,
+    chinese: Path,
+    out: Path,
+    config_file: Path | None,
+    init: Path | None,
+    minutes: float,
+    batch: int,
+    lr: float,
+    seed: int,
+) -> None:
+    config = json.loads(config_file.read_text()) if config_file else CONFIG
     out.mkdir(parents=True, exist_ok=True)
     python, python_held = read_python()
     texts = {"english": read_text(english), "chinese": read_text(chinese), "python": python}
     held_texts = {name: text[-len(text) // 100 :] for name, text in texts.items()}
     train_texts = {name: text[: -len(text) // 100] for name, text in texts.items()}
     held_texts["python"] = python_held
-    tokenizer = train_tokenizer(train_texts, int(str(CONFIG["vocab_size"])))
+    if init:
+        tokenizer = Tokenizer.from_file(str(init / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(train_texts, int(str(config["vocab_size"])))
     tokenizer.save(str(out / "tokenizer.json"))
     sources = {name: encode(tokenizer, text) for name, text in train_texts.items()}
     held = {name: encode(tokenizer, text) for name, text in held_texts.items()}
     click.echo({name: len(ids) for name, ids in sources.items()})
 
-    spec = build(CONFIG)
-    parameters = initialise(spec, seed)
+    spec = build_spec(config, str(config_file or "config"))
+    parameters = initialise(spec, seed, load_file(init / "model.safetensors") if init else {})
     weights = TrainWeights(parameters)
     optims = optimisers(spec, parameters, lr)
     data = batches(sources, batch, np.random.default_rng(seed))
@@ -237,7 +260,7 @@ def main(english: Path, chinese: Path, out: Path, minutes: float, batch: int, lr
             seen = {"parameters": sum(p.numel() for p in parameters.values()), "tokens_seen": step * batch * WINDOW}
             run_of = {"steps": step, "minutes": minutes, "batch": batch, "lr": lr, "seed": seed}
             record = {**seen, **run_of, **evaluate(spec, rounded, held)}
-            save(out, spec, parameters, record)
+            save(out, config, parameters, record)
             click.echo(json.dumps(record))
 
 
