@@ -27,7 +27,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import Model
 from quantkit.scheme import Kind, Scheme, scheme_named
 
-__all__ = ["SHAPES", "Matrix", "bench", "chosen", "matrices_of", "random_weight", "roofline", "timed"]
+__all__ = ["SHAPES", "Matrix", "bench", "matrices_of", "random_weight", "roofline", "selected", "timed"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def roofline(rounds: int, device: torch.device) -> tuple[float, float]:
     return buffer.numel() * 8 / float(seconds["read"].min()), 2 * size**3 / float(seconds["multiply"].min())
 
 
-def chosen(path: Path | None, shape: str | None, scheme: str | None) -> list[Matrix]:
+def selected(path: Path | None, shape: str | None, scheme: str | None) -> list[Matrix]:
     """The matrices of a checkpoint, or of a known model in a scheme (W4A16 unless told). Raises ConfigError."""
     if path is not None:
         if shape is not None or scheme is not None:

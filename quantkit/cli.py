@@ -262,14 +262,14 @@ def bench(
 ) -> None:
     """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
     from quantkit.bench import bench as run
-    from quantkit.bench import chosen
+    from quantkit.bench import selected
     from quantkit.errors import ConfigError
     from quantkit.progress import bench_table
 
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit() and int(part) > 0]
     if len(counts) != tokens.count(",") + 1:
         raise ConfigError(f"--tokens {tokens!r}", "give positive numbers with commas between, such as 1,16,256")
-    rows = run(chosen(path, shape, scheme), counts, rounds, device, kernels)
+    rows = run(selected(path, shape, scheme), counts, rounds, device, kernels)
     show({"title": str(path or shape), "rows": rows}, bench_table, as_json)
 
 

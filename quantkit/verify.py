@@ -130,15 +130,11 @@ def check_hashes(folder: Path, problems: list[str]) -> int:
 
 def _check_source(original: CheckpointReader, spec: ModelSpec, folder: Path) -> None:
     """Refuse a source that is not of the output's architecture: nothing that differs from it would say anything."""
-    for key, shape in spec.tensors().items():
-        entry = original.entries.get(key)
-        if entry is None or entry.shape != shape or entry.dtype not in FLOATS:
-            seen = f"{entry.dtype} {entry.shape}" if entry else "missing"
-            raise ConfigError(
-                f"{original.folder} seems not to be the model that {folder} was made from: tensor '{key}' is {seen} there, "
-                f"expected {' or '.join(FLOATS)} {shape}",
-                "give the unquantised model that it was made from as --source",
-            )
+    if problems := misfits(original, spec, {ref.key: None for ref in spec.linears()}):
+        raise ConfigError(
+            f"{original.folder} seems not to be the model that {folder} was made from: {problems[0]}",
+            "give the unquantised model that it was made from as --source",
+        )
 
 
 def _blame_source(folder: Path, original: CheckpointReader, problems: list[str]) -> None:

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-DOC, RESULTS = ROOT / "docs" / "cpu.md", ROOT / "bench" / "results"
-BEGIN, END = "<!-- measured: scripts/cpu_doc.py -->", "<!-- end -->"
-
-
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+from measured import read, write
 
 
 def times(value: float | None) -> str:
@@ -75,17 +64,5 @@ def generation() -> list[str]:
     ]
 
 
-def current() -> str:
-    """docs/cpu.md as the results say it should be."""
-    text = DOC.read_text("utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    measured = "\n".join([*matrix(), "", *layer(), "", *generation()])
-    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
-
-
 if __name__ == "__main__":
-    wanted = current()
-    if "--check" in sys.argv and wanted != DOC.read_text("utf-8"):
-        sys.exit("docs/cpu.md is not what bench/results say: run python scripts/cpu_doc.py")
-    DOC.write_text(wanted, "utf-8")
+    write("cpu", [*matrix(), "", *layer(), "", *generation()])

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-DOC, RESULTS = ROOT / "docs" / "peers.md", ROOT / "bench" / "results"
-BEGIN, END = "<!-- measured: scripts/peers_doc.py -->", "<!-- end -->"
+from measured import read, write
+
 OURS = ("quantkit", "gptq")
 METHODS = {
     ("llm-compressor", "gptq"): "GPTQ, its defaults",
@@ -21,10 +17,6 @@ METHODS = {
     ("quantkit", "gptq"): "GPTQ, its default",
     ("quantkit", "gptq, attention FP8"): "GPTQ, attention FP8_DYNAMIC",
 }
-
-
-def read(name: str) -> Any:
-    return json.loads((RESULTS / f"peers_{name}.json").read_text())
 
 
 def cells(row: dict[str, Any], base: dict[str, Any], text: str) -> list[str]:
@@ -67,17 +59,5 @@ def refusals(found: Any) -> list[str]:
     return lines
 
 
-def current() -> str:
-    """docs/peers.md as the results say it should be."""
-    text = DOC.read_text("utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    measured = "\n".join([*table(read("tiny-qwen3-moe")), "", *refusals(read("tiny-hunyuan"))])
-    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
-
-
 if __name__ == "__main__":
-    wanted = current()
-    if "--check" in sys.argv and wanted != DOC.read_text("utf-8"):
-        sys.exit("docs/peers.md is not what bench/results say: run python scripts/peers_doc.py")
-    DOC.write_text(wanted, "utf-8")
+    write("peers", [*table(read("peers_tiny-qwen3-moe")), "", *refusals(read("peers_tiny-hunyuan"))])

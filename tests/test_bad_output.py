@@ -311,7 +311,7 @@ def test_models_that_do_not_belong_together(finished: Path, make_model: Callable
     message = refused("eval", finished / "out", "--baseline", other)
     assert str(other) in message and str(finished / "out") in message and "--baseline" in message
     message = refused("verify", finished / "out", "--source", other)
-    assert "other seems not to be the model" in message and "is missing there" in message and "--source" in message
+    assert "other seems not to be the model" in message and "is missing" in message and "--source" in message
     message = refused("verify", finished / "out", "--source", finished / "out")
     assert "out seems not to be the model" in message and "unquantised" in message
     assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", *QUICK)

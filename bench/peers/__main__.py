@@ -37,7 +37,6 @@ METHODS = {
     "gptqmodel": ("gptq",),
     "auto-round": ("50", "200"),
 }
-SCRIPT = {"auto-round": "run_auto_round.py", "gptqmodel": "run_gptqmodel.py", "llm-compressor": "run_llm_compressor.py"}
 SEED = 0
 
 
@@ -56,7 +55,7 @@ class Job:
 def command(job: Job, tool: str, method: str, python: str, windows: Path, out: Path) -> list[str]:
     if tool != "quantkit":
         given = (job.model, windows, out, job.group_size, method, job.threads)
-        return [python, str(HERE / SCRIPT[tool]), *map(str, given)]
+        return [python, str(HERE / f"run_{tool.replace('-', '_')}.py"), *map(str, given)]
     options = {
         "--calibration": job.calibration,
         "--samples": job.samples,
@@ -118,7 +117,7 @@ def judge(out: Path, job: Job, texts: tuple[str, ...], seq_len: int, windows: in
         found = quantkit.evaluate(out, job.model, text, seq_len=seq_len, windows=windows)
         rows[Path(text).stem] = {
             "kl_mean": found["kl"]["mean"],
-            "kl_mean_ci95": found["ci95"]["kl.mean"],
+            "kl_mean_ci95": found["ci95"].get("kl.mean"),  # a few documents give none
             "kl_p99": found["kl"]["p99"],
             "perplexity": found["perplexity"],
             "top1_agreement": found["top1_agreement"],
@@ -134,13 +133,14 @@ def complaint(log: Path) -> str:
     return (errors or lines or [""])[-1].split(". ")[0][:200]
 
 
-def show(rows: list[dict[str, Any]], title: str) -> Table:
-    texts = list(dict.fromkeys(text for row in rows for text in row.get("texts", {})))
-    table = Table("tool", "method", *(f"KL {text}" for text in texts), "CPU s", "peak MB", "MB", title=title)
+def show(rows: list[dict[str, Any]], texts: list[str], title: str) -> Table:
+    names = ("tool", "method", *(f"KL {text}" for text in texts), "CPU s", "peak MB", "MB", "error")
+    table = Table(*names, title=title)
     for row in rows:
-        cells = [f"{row['texts'][text]['kl_mean']:.4f}" if "texts" in row else row["error"] for text in texts]
+        cells = [f"{row['texts'][text]['kl_mean']:.4f}" if "texts" in row else "" for text in texts]
         size = f"{row['bytes'] / 1e6:.1f}" if "bytes" in row else ""
-        table.add_row(row["tool"], row["method"], *cells, f"{row['cpu_seconds']:.0f}", f"{row['peak_mb']:.0f}", size)
+        cells += [f"{row['cpu_seconds']:.0f}", f"{row['peak_mb']:.0f}", size, row.get("error", "")]
+        table.add_row(row["tool"], row["method"], *cells)
     return table
 
 
@@ -152,7 +152,7 @@ def show(rows: list[dict[str, Any]], title: str) -> Table:
 @click.option("--text", "texts", multiple=True, default=("stdlib-held-out",), show_default=True)
 @click.option("--samples", default=64, show_default=True)
 @click.option("--seq-len", default=512, show_default=True)
-@click.option("--windows", default=32, show_default=True, help="Held-out windows of a text.")
+@click.option("--windows", default=64, show_default=True, help="Held-out windows of a text.")
 @click.option("--group-size", default=128, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--limit", default=3600.0, show_default=True, help="Seconds that a tool may take.")
@@ -173,7 +173,12 @@ def main(
 ) -> None:
     if Path(calibration).is_file():  # the tools run elsewhere: some write logs where they stand
         calibration = str(Path(calibration).resolve())
-    pythons = {"quantkit": sys.executable, **dict(peer.split("=", 1) for peer in peers)}
+    pythons = {"quantkit": sys.executable, **dict(peer.partition("=")[::2] for peer in peers)}
+    if unknown := pythons.keys() - METHODS.keys():
+        raise click.UsageError(
+            f"no script for {', '.join(sorted(unknown))}: --peer takes {', '.join(METHODS)}, as NAME=PYTHON"
+        )
+    names = [Path(text).stem for text in texts]
     job = Job(model.resolve(), calibration, samples, seq_len, group_size, threads)
     versions = {tool: version(tool, python) for tool, python in pythons.items()}
     ids = calibration_windows(load_tokenizer(model), documents(calibration, model), samples, seq_len, SEED)
@@ -193,8 +198,8 @@ def main(
             except QuantkitError as error:
                 row["error"] = complaint(log) if took["exit_status"] else str(error)
             rows.append(row)
-            print_tables(show(rows, f"{model.name}, W4A16 g{group_size}, {samples} x {seq_len} tokens"), console())
-    asked = {**asdict(job), "model": model.name, "texts": [Path(text).stem for text in texts], "windows": windows}
+            print_tables(show(rows, names, f"{model.name}, W4A16 g{group_size}, {samples} x {seq_len} tokens"), console())
+    asked = {**asdict(job), "model": model.name, "texts": names, "windows": windows}
     asked["calibration"], asked["versions"] = Path(calibration).name, versions
     (RESULTS / f"peers_{name or model.name}.json").write_text(json.dumps({**asked, "runs": rows}, indent=1) + "\n")
 

@@ -37,7 +37,8 @@ DEFAULT_GATES = (
     "mlp.output_error.max < 0.15",
     "weights.error.max < 0.3",
 )
-_ALWAYS = "not_finite.tokens <= 0"
+_FINITE = "not_finite.tokens"
+_ALWAYS = f"{_FINITE} <= 0"
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
 _GATE = re.compile(r"\s*([A-Za-z][\w.:-]*)\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
 _HOW = {
@@ -117,7 +118,7 @@ def _not_finite(gate: Gate, report: Report, metric: Metric | None) -> tuple[str,
     if finite.tokens and (metric is None or metric.quality):
         where = broken_where(report)
         return f"{finite.tokens:,} of {finite.of:,} tokens have logits that are not finite: {where}", where
-    if name in ("mlp.output_error.max", _ALWAYS.split()[0]) and report.moe.not_finite:
+    if name in ("mlp.output_error.max", _FINITE) and report.moe.not_finite:
         count, where = len(report.moe.not_finite), ", ".join(report.moe.not_finite[:5])
         where += ", ..." if count > 5 else ""
         return f"the output of {count} MLP{'s' if count > 1 else ''} is not finite: {where}", where

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 
 from quantkit.model.decoder import DecoderConfig, decoder, gqa, mlp, rope
 from quantkit.model.spec import MLP, ModelSpec, MoE, Role, Router
@@ -21,7 +21,7 @@ class Qwen3MoeConfig(DecoderConfig):
     rope_scaling: None = None
     use_sliding_window: Literal[False] = False
     sliding_window: int | None = None  # type: ignore[assignment]  # written, and means nothing without the switch above
-    num_experts: int = Field(gt=1, le=1000, validation_alias=AliasChoices("num_experts", "num_local_experts"))
+    num_experts: int = Field(gt=1, le=1000)
     num_experts_per_tok: int = Field(gt=0)
     moe_intermediate_size: int = Field(gt=0)
     norm_topk_prob: bool
@@ -32,14 +32,12 @@ class Qwen3MoeConfig(DecoderConfig):
     @classmethod
     def _one_name(cls, config: Any) -> Any:
         """transformers writes `num_local_experts` since 5.24."""
-        names = (
-            [config[key] for key in ("num_experts", "num_local_experts") if key in config]
-            if isinstance(config, dict)
-            else []
-        )
-        if names[1:] not in ([], names[:1]):
+        if not isinstance(config, dict) or "num_local_experts" not in config:
+            return config
+        count = config["num_local_experts"]
+        if config.get("num_experts", count) != count:
             raise ValueError("num_experts is given beside another num_local_experts")
-        return config
+        return {**config, "num_experts": count}
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

@@ -12,8 +12,8 @@ namespace quantkit {
 
 constexpr int kMaxTile = 16;     // sums and totals, of 32 registers
 constexpr int kSizes[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16};  // tokens of a tile
-// Bytes ahead of the load, past the second-level cache: a token reads a weight once. On Zen 4 in two threads 13 to 16 % faster
-// than twice as far ahead into that cache where memory is slow (30 GB/s); 3 % slower in one thread, or where it is fast.
+// Bytes ahead of the load, past the second-level cache: a token reads a weight once. Twice as far ahead, into that cache,
+// is slower where two threads wait for a slow memory, and a little faster in one thread or where memory is fast.
 constexpr int kPrefetch = 6144;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
