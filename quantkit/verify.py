@@ -19,6 +19,7 @@ from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader, load_json
+from quantkit.host import plain_arithmetic
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.runtime import format_of, misfits, schemes_of
@@ -51,6 +52,7 @@ class VerifyReport:
         }
 
 
+@plain_arithmetic()
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values, and with `source` the error of each.
 

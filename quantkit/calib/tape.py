@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.errors import OutputError
-from quantkit.formats.atomic import disk_errors, fsync_folder
+from quantkit.formats.atomic import disk_errors, fsync_folder, sha256
+from quantkit.owned import no_links
 
 __all__ = ["Tape"]
 
@@ -20,38 +20,48 @@ class Tape:
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
         self.path, self.shape = path, (rows, width)
-        if not path.is_file() or path.stat().st_size != rows * width * 4:  # numpy would lengthen a short one with zeros
-            raise OutputError(f"{path} is gone or has another size", f"remove {path.parent.parent} and repeat the command")
 
     @classmethod
     def create(cls, path: Path, rows: int, width: int) -> Tape:
-        with disk_errors(path), open(path, "wb") as file:
+        with disk_errors(path), open(path, "wb", opener=no_links) as file:
             os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk says so now, not by SIGBUS later
         return cls(path, rows, width)
+
+    @classmethod
+    def found(cls, path: Path, rows: int, width: int, digest: str) -> Tape | None:
+        """The tape that an earlier process left, if it is still what that process has written."""
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != rows * width * 4:
+            return None
+        return cls(path, rows, width) if sha256(path) == digest else None
 
     def _map(self) -> np.memmap[tuple[int, int], np.dtype[np.float32]]:
         return np.memmap(self.path, dtype=np.float32, mode="r+", shape=self.shape)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, float32 [stop - start, width], a copy."""
-        return torch.from_numpy(np.array(self._map()[start:stop]))
+        """Rows start..stop, float32 [stop - start, width], a copy in torch's own memory, whose alignment never differs."""
+        rows = torch.empty(stop - start, self.shape[1])
+        rows.numpy()[:] = self._map()[start:stop]
+        return rows
 
     def write(self, start: int, values: Tensor) -> None:
         self._map()[start : start + len(values)] = values.cpu().numpy()
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows named by int64 [n], float32 [n, width]."""
-        return torch.from_numpy(self._map()[rows.cpu().numpy()])
+        found = torch.empty(len(rows), self.shape[1])
+        np.take(self._map(), rows.cpu().numpy(), axis=0, out=found.numpy())
+        return found
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Add values [n, width] to distinct rows int64 [n]."""
         self._map()[rows.cpu().numpy()] += values.cpu().numpy()
 
-    def sync(self) -> None:
-        """Make what was written durable."""
+    def sync(self) -> str:
+        """Make what was written durable; its sha256."""
         with disk_errors(self.path), open(self.path, "rb") as file:
             os.fsync(file.fileno())
         fsync_folder(self.path.parent)
+        return sha256(self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

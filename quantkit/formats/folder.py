@@ -12,12 +12,12 @@ from typing import Any
 
 import quantkit
 from quantkit.errors import ConfigError, OutputError
-from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
+from quantkit.formats.atomic import disk_errors, sha256, write_bytes
 from quantkit.formats.origin import STATEMENT
 from quantkit.formats.reader import INDEX
 from quantkit.formats.writer import ShardPlan
 
-__all__ = ["CARRIED", "complete", "find_model", "publish", "refuse_present", "without_tokenizer", "write_json"]
+__all__ = ["CARRIED", "carried", "complete", "find_model", "refuse_present", "without_tokenizer", "write_json"]
 
 TOKENIZERS = ("tokenizer.json", "*.tiktoken", "*.model", "vocab.*")  # what an engine could make one from
 # What goes from the source folder to OUT beside the weights.
@@ -50,11 +50,10 @@ def refuse_present(target: Path) -> None:
     if os.path.lexists(target) or not target.name or target.name == "..":
         raise OutputError(f"{target} exists", "remove it, or choose another OUT")
     partial = target.with_name(target.name + ".partial")
-    if (
-        os.path.lexists(partial)
-        and not (partial / ".work").is_dir()
-        and not (partial.is_dir() and not any(partial.iterdir()))
-    ):
+    with disk_errors(partial):
+        empty = partial.is_dir() and not any(partial.iterdir())
+        ours = not partial.is_symlink() and ((partial / ".work").is_dir() or empty)
+    if os.path.lexists(partial) and not ours:
         raise OutputError(
             f"{partial}, where the work would go, exists and is not quantkit's", "move it, or choose another OUT"
         )
@@ -69,6 +68,21 @@ def without_tokenizer(folder: Path) -> str | None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_bytes(path, json.dumps(data, indent=2).encode() + b"\n")
+
+
+def carried(source: Path) -> list[Path]:
+    """The files that go from the source folder to OUT. Raises ConfigError for a link out of it: OUT is given to others, and
+    a link may point to what is none of theirs. A hub snapshot's links to its blobs are its files."""
+    home = source.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    found = []
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
+            if path.is_symlink() and path.resolve().parent not in (home, blobs):
+                raise ConfigError(f"{path} is a link to {path.resolve()}, outside the model", "copy that file there instead")
+            found.append(path)
+    return found
 
 
 def complete(
@@ -89,11 +103,9 @@ def complete(
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
     write_json(partial / "config.json", config)
     files = {}
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
-        if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
-            write_bytes(partial / path.name, data := path.read_bytes())
-            files[path.name] = hashlib.sha256(data).hexdigest()
+    for path in carried(source):
+        write_bytes(partial / path.name, data := path.read_bytes())
+        files[path.name] = hashlib.sha256(data).hexdigest()
     origin = {"config_sha256": sha256(source / "config.json"), **made["source"], "files": files}
     write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
     sums = dict(hashes)
@@ -101,10 +113,3 @@ def complete(
         if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
             sums.setdefault(path.name, sha256(path))
     write_bytes(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Give the finished folder its name."""
-    with disk_errors(target):
-        os.rename(partial, target)
-    fsync_folder(target.absolute().parent)

@@ -6,7 +6,6 @@ that it finds in a file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError
 from quantkit.formats.dtypes import DTYPES, nbytes
+from quantkit.formats.fingerprint import fingerprint
 
 __all__ = ["INDEX", "SINGLE", "CheckpointReader", "Entry", "load_json"]
 
@@ -151,14 +151,8 @@ class CheckpointReader:
         return sorted({entry.shard for entry in self.entries.values()})
 
     def fingerprint(self) -> str:
-        """sha256 over config, and each shard's name, size, modification time and header: cheap, and changes with them."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for shard in self.shards:
-            stat = (self.folder / shard).stat()
-            with open(self.folder / shard, "rb") as file:
-                header = file.read(int.from_bytes(file.read(8), "little"))
-            digest.update(f"{shard} {stat.st_size} {stat.st_mtime_ns}".encode() + header)
-        return digest.hexdigest()
+        """See `fingerprint.fingerprint`: cheap, by content, and another for another model."""
+        return fingerprint(self.folder, self.shards)
 
 
 class _Lazy(Mapping[str, Tensor]):
