@@ -22,6 +22,7 @@ from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
 from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
+from quantkit.formats.origin import STATEMENT, DigestingReader, content_digest, read_statement, tensor_digest
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.table import FORMATS
 from quantkit.formats.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
@@ -55,7 +56,7 @@ class _Piece:
 class _Plan:
     """A conversion of which everything that headers say is checked. after: None where a linear is kept or dequantised."""
 
-    reader: CheckpointReader
+    reader: DigestingReader
     source: Format
     target: Format | None
     before: Schemes
@@ -79,9 +80,11 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     source = find_model(model)
     refuse_present(target)
     for name, problem in damaged(source).items():
-        if name.endswith(".safetensors"):  # new hashes over damage would call it sound; an edited config is read and checked
+        if (
+            name.endswith(".safetensors") or name == STATEMENT
+        ):  # new hashes over damage would call it sound; an edited config is read and checked
             raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantise again")
-    plan = _plan(CheckpointReader(source), to)
+    plan = _plan(DigestingReader(source), to)
     partial = target.with_name(target.name + ".partial")
     _check_space(plan, partial)
     key = {"source": plan.reader.fingerprint(), "convert to": to, "quantkit": code_digest(), "torch": torch.__version__}
@@ -101,7 +104,7 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     return record
 
 
-def _plan(reader: CheckpointReader, to: str) -> _Plan:
+def _plan(reader: DigestingReader, to: str) -> _Plan:
     if to not in TARGETS:
         raise ConfigError(f"unknown format '{to}'", f"use one of {', '.join(TARGETS)}")
     where = reader.folder / "config.json"
@@ -192,11 +195,36 @@ def _write_shards(plan: _Plan, partial: Path, journal: Journal, progress: Progre
     for index in range(len(journal.units), len(plan.shards)):
         shard, pieces = plan.shards[index]
         rounded = _write(plan, partial, shard, pieces)
-        journal.commit({"shard": shard.file, "sha256": sha256(partial / shard.file), "rounded": rounded})
+        digest, source = sha256(partial / shard.file), _digests(plan, pieces)
+        journal.commit({"shard": shard.file, "sha256": digest, "rounded": rounded, "source": source})
         progress(index + 1, len(plan.shards))
     hashes = {unit["shard"]: unit["sha256"] for unit in journal.units}
-    complete(partial, plan.reader.folder, plan.config, (shard for shard, _ in plan.shards), hashes)
+    complete(partial, plan.reader.folder, plan.config, (shard for shard, _ in plan.shards), hashes, _made(plan, journal))
     return sum(unit["rounded"] for unit in journal.units)
+
+
+def _digests(plan: _Plan, pieces: tuple[_Piece, ...]) -> dict[str, str]:
+    """The digests of the tensors of the source that the pieces were made from."""
+    known, names = plan.reader.digests, set[str]()
+    for piece in pieces:
+        scheme = plan.before[piece.key] if piece.ref else None
+        planned = [t.name for t in plan.source.planned(piece.ref, scheme)] if piece.ref and scheme else [piece.key]
+        names |= known.keys() & planned
+    return {name: known[name] for name in sorted(names)}
+
+
+def _made(plan: _Plan, journal: Journal) -> dict[str, Any]:
+    """What quantkit.json says: what it says in the source, since the weights are the same, or what is known without that.
+    A weight in BF16 may have been rounded once more, and has no record."""
+    said = read_statement(plan.reader.folder)
+    if said is None:
+        digests = {name: digest for unit in journal.units for name, digest in unit["source"].items()}
+        for name in plan.reader.entries.keys() - digests.keys():  # which no value depends on
+            digests[name] = tensor_digest(plan.reader.tensor(name))
+        said = {"source": {"digest": content_digest(plan.reader.entries, digests)}, "recipe": None, "linears": {}}
+    linears = said["linears"] if plan.target else {}
+    converted = {"from": plan.source.name, "to": plan.target.name if plan.target else BF16}
+    return {"source": said["source"], "recipe": said["recipe"], "linears": linears, "converted": converted}
 
 
 def _drop_orphans(partial: Path, committed: set[str]) -> None:

@@ -24,6 +24,7 @@ from quantkit.errors import CalibrationError, ConfigError, OutputError, Verifica
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
+from quantkit.formats.origin import DigestingReader, content_digest
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardWriter
 from quantkit.host import peak_memory, pick_device
@@ -34,7 +35,7 @@ from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
 from quantkit.quant.solve import solve
 from quantkit.scheme import Recipe, Scheme
-from quantkit.stats import LinearStats
+from quantkit.stats import LinearStats, weight_error
 from quantkit.verify import verify
 
 __all__ = ["Progress", "RunRecord", "Step", "describe", "quantize"]
@@ -94,7 +95,7 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
 class _Ready:
     """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated."""
 
-    reader: CheckpointReader
+    reader: DigestingReader
     plan: Plan
     ids: Tensor | None
     target: Path
@@ -129,7 +130,7 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     start, place, target = time.monotonic(), pick_device(device), Path(out)
     source = find_model(model)
     refuse_present(target)
-    reader = CheckpointReader(source)
+    reader = DigestingReader(source)
     plan = make_plan(reader, recipe)
     return _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
 
@@ -167,7 +168,9 @@ class _Job:
                 following.sync()
             hashes = {shard.file: sha256(self.partial / shard.file) for shard in units[index].shards}
             seconds = time.monotonic() - begun
-            self.journal.commit({"unit": index, "shards": hashes, "linears": outcomes, "seconds": round(seconds, 3)})
+            digests = {name: self.reader.digests[name] for name in units[index].source()}
+            done = {"unit": index, "shards": hashes, "linears": outcomes, "source": digests}
+            self.journal.commit({**done, "seconds": round(seconds, 3)})
             if tape is not None:
                 tape.remove()
             tape = following
@@ -217,7 +220,7 @@ class _Job:
         config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
         hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
         shards = (shard for unit in self.plan.units for shard in unit.shards)
-        complete(self.partial, self.reader.folder, config, shards, hashes)
+        complete(self.partial, self.reader.folder, config, shards, hashes, self._made())
         try:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
@@ -231,6 +234,17 @@ class _Job:
         publish(self.partial, self.target)
         shutil.rmtree(self.target / ".work")
         return record
+
+    def _made(self) -> dict[str, Any]:
+        """What quantkit.json says."""
+        digests = {name: digest for unit in self.journal.units for name, digest in unit["source"].items()}
+        linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
+        said = ("scheme", "method", "weight_error")
+        return {
+            "source": {"digest": content_digest(self.reader.entries, digests)},
+            "recipe": self.plan.resolved,
+            "linears": {key: {name: linears[key][name] for name in said} for key in sorted(linears)},
+        }
 
     def _record(self, coverage: dict[str, Any]) -> RunRecord:
         linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
@@ -326,11 +340,14 @@ class _UnitRun:
                 self._write(ref.weight, weight)
             return [_apply(weight, None, None) for weight in weights]
         applies = []
-        for ref, (q, outcome) in zip(refs, solve(weights, scheme, self.plan.recipe.method_of(scheme), stats), strict=True):
+        solved = solve(weights, scheme, self.plan.recipe.method_of(scheme), stats)
+        for ref, weight, (q, outcome) in zip(refs, weights, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
-            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome)}
-            applies.append(_apply(q.dequantize(), scheme, q.input_scale))
+            value = q.dequantize()
+            error = weight_error(weight, value)
+            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), "weight_error": error}
+            applies.append(_apply(value, scheme, q.input_scale))
         return applies
 
 

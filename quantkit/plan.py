@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from quantkit.coverage import Coverage, Fate, account, bystanders
@@ -37,6 +38,10 @@ class Unit:
     layers: tuple[Layer, ...] | tuple[Part, ...]
     kept: tuple[str, ...]
     shards: tuple[ShardPlan, ...]
+
+    def source(self) -> list[str]:
+        """The tensors of the source that it is made from."""
+        return [*self.kept, *(ref.weight for layer in self.layers for ref in layer.linears())]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,15 @@ class Plan:
     def calibrated(self) -> bool:
         """Whether any linear needs tokens."""
         return any(needs_tokens(self.recipe, scheme) for scheme in self.schemes.values())
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with each role's scheme, and without what decides nothing here; a file of text by its name alone."""
+        said = self.recipe.model_dump(mode="json")
+        said |= {role: said[role] or self.recipe.scheme for role in ("experts", "shared_experts", "attention")}
+        if not self.calibrated:
+            return {name: value for name, value in said.items() if name not in ("calibration", "samples", "seq_len", "seed")}
+        return {**said, "calibration": Path(self.recipe.calibration).name}
 
     @property
     def tape_bytes(self) -> int:

@@ -1,14 +1,17 @@
-"""`LinearStats`: what calibration has seen at the input of a linear."""
+"""`LinearStats`: what calibration has seen at the input of a linear; `weight_error`: what rounding has cost its weight."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LinearStats"]
+__all__ = ["LinearStats", "weight_error"]
+
+_ROWS = 256  # of a weight in float64 at once; only memory depends on it
 
 
 @dataclass
@@ -65,3 +68,19 @@ def _largest(x: Tensor) -> float:
     """The largest |x|, infinite where one is not finite: max() would lose a NaN."""
     largest = x.abs().max().item()
     return largest if math.isfinite(largest) else math.inf
+
+
+def weight_error(weight: Tensor, dequantized: Tensor) -> float:
+    """||weight - dequantized|| / ||weight|| (Frobenius) of two floats [out, in] on any device; 0 for a weight of zeros that
+    stayed so, infinite for one that did not.
+
+    The same to the last digit for any number of threads and any instruction set, so that a record of it can be checked: the
+    arithmetic is float64, rows are summed by numpy's pairwise order and then exactly.
+    """
+    lost, whole = list[float](), list[float]()
+    for rows, other in zip(weight.split(_ROWS), dequantized.split(_ROWS), strict=True):
+        exact = rows.cpu().double().numpy()
+        lost += np.square(other.cpu().double().numpy() - exact).sum(axis=1).tolist()
+        whole += np.square(exact).sum(axis=1).tolist()
+    difference, norm = math.sqrt(math.fsum(lost)), math.sqrt(math.fsum(whole))
+    return difference / norm if norm else math.inf if difference else 0.0

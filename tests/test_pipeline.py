@@ -65,6 +65,7 @@ def test_defaults_and_record(model: Path, tmp_path: Path) -> None:
         "config.json",
         *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
         "model.safetensors.index.json",
+        "quantkit.json",
         "run.json",
         "tokenizer.json",
     ]

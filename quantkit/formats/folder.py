@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,8 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import quantkit
 from quantkit.errors import ConfigError, OutputError
 from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
+from quantkit.formats.origin import STATEMENT
 from quantkit.formats.reader import INDEX
 from quantkit.formats.writer import ShardPlan
 
@@ -69,20 +72,30 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def complete(
-    partial: Path, source: Path, config: Mapping[str, Any], shards: Iterable[ShardPlan], hashes: Mapping[str, str]
+    partial: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    shards: Iterable[ShardPlan],
+    hashes: Mapping[str, str],
+    made: Mapping[str, Any],
 ) -> None:
-    """Write what goes beside the shards: the index, config.json, what is carried over from the source, and SHA256SUMS.
+    """Write what goes beside the shards: the index, config.json, what is carried over from the source, quantkit.json and
+    SHA256SUMS.
 
-    hashes: sha256 of each shard, by name.
+    hashes: sha256 of each shard, by name. made: what quantkit.json says (see `origin`), but for the files of the source.
     """
     tensors = [(tensor, shard.file) for shard in shards for tensor in shard.tensors]
     total, places = sum(tensor.nbytes for tensor, _ in tensors), {tensor.name: file for tensor, file in tensors}
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
     write_json(partial / "config.json", config)
+    files = {}
     for path in sorted(source.iterdir()):
         wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
         if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
-            write_bytes(partial / path.name, path.read_bytes())
+            write_bytes(partial / path.name, data := path.read_bytes())
+            files[path.name] = hashlib.sha256(data).hexdigest()
+    origin = {"config_sha256": sha256(source / "config.json"), **made["source"], "files": files}
+    write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
     sums = dict(hashes)
     for path in partial.iterdir():
         if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
