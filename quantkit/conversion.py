@@ -29,6 +29,7 @@ from quantkit.host import peak_memory
 from quantkit.journal import Journal, code_digest
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
+from quantkit.published import published_config
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme
@@ -117,10 +118,8 @@ def _plan(reader: CheckpointReader, to: str) -> _Plan:
         others = ", ".join(name for name in TARGETS if name != to)
         raise ConfigError(f"{reader.folder} is {to} already", f"keep it, or give --to another of {others}")
     after: Schemes = {key: target.target(scheme) if target and scheme else None for key, scheme in before.items()}
-    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     routers = [moe.router.key for moe in spec.moes()]
-    if target:
-        config["quantization_config"] = target.config(after, routers)
+    config = published_config(reader.config, target.config(after, routers) if target else None)
     shards = _shards(_pieces(reader, spec, target, before, after))
     return _Plan(reader, source, target, before, after, shards, config, tuple(_notes(reader, before, after, target)))
 

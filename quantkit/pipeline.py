@@ -32,6 +32,7 @@ from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
+from quantkit.published import published_config
 from quantkit.quant.solve import solve
 from quantkit.scheme import Recipe, Scheme
 from quantkit.stats import LinearStats
@@ -214,7 +215,7 @@ class _Job:
         )
 
     def _publish(self) -> RunRecord:
-        config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
+        config = published_config(self.reader.config, self.plan.quantization_config)
         hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
         shards = (shard for unit in self.plan.units for shard in unit.shards)
         complete(self.partial, self.reader.folder, config, shards, hashes)
