@@ -69,11 +69,16 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def complete(
-    partial: Path, source: Path, config: Mapping[str, Any], shards: Iterable[ShardPlan], hashes: Mapping[str, str]
+    partial: Path,
+    source: Path,
+    config: Mapping[str, Any],
+    shards: Iterable[ShardPlan],
+    hashes: Mapping[str, str],
+    changed: Mapping[str, bytes | None],
 ) -> None:
     """Write what goes beside the shards: the index, config.json, what is carried over from the source, and SHA256SUMS.
 
-    hashes: sha256 of each shard, by name.
+    hashes: sha256 of each shard, by name. changed: what stands for a file of the source; None: it is not carried over.
     """
     tensors = [(tensor, shard.file) for shard in shards for tensor in shard.tensors]
     total, places = sum(tensor.nbytes for tensor, _ in tensors), {tensor.name: file for tensor, file in tensors}
@@ -81,8 +86,12 @@ def complete(
     write_json(partial / "config.json", config)
     for path in sorted(source.iterdir()):
         wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        wanted = wanted and path.name not in changed
         if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
             write_bytes(partial / path.name, path.read_bytes())
+    for name, content in changed.items():
+        if content is not None:
+            write_bytes(partial / name, content)
     sums = dict(hashes)
     for path in partial.iterdir():
         if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
