@@ -33,6 +33,7 @@ from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
+from quantkit.published import published_config, published_files
 from quantkit.quant.solve import solve
 from quantkit.scheme import Recipe, Scheme
 from quantkit.stats import LinearStats, weight_error
@@ -93,11 +94,13 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
 
 @dataclass(frozen=True)
 class _Ready:
-    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated."""
+    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated.
+    changed: of `published_files`."""
 
     reader: DigestingReader
     plan: Plan
     ids: Tensor | None
+    changed: dict[str, bytes | None]
     target: Path
     device: torch.device
     start: float
@@ -132,7 +135,8 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     refuse_present(target)
     reader = DigestingReader(source)
     plan = make_plan(reader, recipe)
-    return _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
+    ids, changed = _calibration_ids(reader, plan) if plan.calibrated else None, published_files(source, reader.config)
+    return _Ready(reader, plan, ids, changed, target, place, start)
 
 
 def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
@@ -151,7 +155,7 @@ def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
 class _Job:
     def __init__(self, ready: _Ready) -> None:
         self.start, self.device, self.target = ready.start, ready.device, ready.target
-        self.reader, self.plan, self.ids = ready.reader, ready.plan, ready.ids
+        self.reader, self.plan, self.ids, self.changed = ready.reader, ready.plan, ready.ids, ready.changed
         self.partial, self.work, self.key = ready.partial, ready.partial / ".work", ready.key()
         self.journal = Journal(self.work, self.key)
         self.resumed_at, self.layers_done = len(self.journal.units), 0
@@ -217,10 +221,10 @@ class _Job:
         )
 
     def _publish(self) -> RunRecord:
-        config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
+        config = published_config(self.reader.config, self.plan.quantization_config)
         hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
         shards = (shard for unit in self.plan.units for shard in unit.shards)
-        complete(self.partial, self.reader.folder, config, shards, hashes, self._made())
+        complete(self.partial, self.reader.folder, config, shards, hashes, self.changed, self._made())
         try:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))

@@ -23,6 +23,7 @@ LEVELS = [
         "text",
         "bench",
         "coverage",
+        "published",
         "engines",
         "verify",
         "plan",

@@ -77,12 +77,14 @@ def complete(
     config: Mapping[str, Any],
     shards: Iterable[ShardPlan],
     hashes: Mapping[str, str],
+    changed: Mapping[str, bytes | None],
     made: Mapping[str, Any],
 ) -> None:
     """Write what goes beside the shards: the index, config.json, what is carried over from the source, quantkit.json and
     SHA256SUMS.
 
-    hashes: sha256 of each shard, by name. made: what quantkit.json says (see `origin`), but for the files of the source.
+    hashes: sha256 of each shard, by name. changed: what stands for a file of the source; None: it is not carried over.
+    made: what quantkit.json says (see `origin`), but for the files of the source.
     """
     tensors = [(tensor, shard.file) for shard in shards for tensor in shard.tensors]
     total, places = sum(tensor.nbytes for tensor, _ in tensors), {tensor.name: file for tensor, file in tensors}
@@ -91,9 +93,13 @@ def complete(
     files = {}
     for path in sorted(source.iterdir()):
         wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        wanted = wanted and path.name not in changed
         if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
             write_bytes(partial / path.name, data := path.read_bytes())
             files[path.name] = hashlib.sha256(data).hexdigest()
+    for name, content in changed.items():
+        if content is not None:
+            write_bytes(partial / name, content)
     origin = {"config_sha256": sha256(source / "config.json"), **made["source"], "files": files}
     write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
     sums = dict(hashes)
