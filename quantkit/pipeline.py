@@ -34,9 +34,10 @@ from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
 from quantkit.published import published_config, published_files
+from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.solve import solve
 from quantkit.scheme import Recipe, Scheme
-from quantkit.stats import LinearStats, weight_error
+from quantkit.stats import LinearStats
 from quantkit.verify import verify
 
 __all__ = ["Progress", "RunRecord", "Step", "describe", "quantize"]
@@ -243,11 +244,11 @@ class _Job:
         """What quantkit.json says."""
         digests = {name: digest for unit in self.journal.units for name, digest in unit["source"].items()}
         linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
-        said = ("scheme", "method", "weight_error")
+        said = ("scheme", "method", "weight_error", "input_scale")
         return {
             "source": {"digest": content_digest(self.reader.entries, digests)},
             "recipe": self.plan.resolved,
-            "linears": {key: {name: linears[key][name] for name in said} for key in sorted(linears)},
+            "linears": {key: {name: linears[key][name] for name in said if name in linears[key]} for key in sorted(linears)},
         }
 
     def _record(self, coverage: dict[str, Any]) -> RunRecord:
@@ -291,7 +292,7 @@ class _UnitRun:
             if following is None:
                 for layer in self.unit.layers:
                     for group in layer.same_input():
-                        self.quantise(group, None)
+                        self.store(group, None)
                     self.progress(self.job.step(layer, self.outcomes))
             else:
                 self._walk(tape, following)
@@ -333,26 +334,33 @@ class _UnitRun:
     @torch.inference_mode()
     def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
         """Quantise linears that read one input, write them, and return how to apply each as an engine would."""
+        scheme, stored = self.plan.schemes[refs[0].key], self.store(refs, stats)
+        if scheme is None:
+            return [
+                _apply(weight.to(self.job.device).float(), None, None) for weight in stored if isinstance(weight, Tensor)
+            ]
+        return [_apply(q.dequantize(), scheme, q.input_scale) for q in stored if isinstance(q, QuantizedTensor)]
+
+    @torch.inference_mode()
+    def store(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
+        """Quantise linears that read one input, and write them; what was written of each."""
         scheme = self.plan.schemes[refs[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
             seen = f"the input of '{refs[0].key}' is not finite on the calibration text"
             raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
         stored = [self.job.reader.tensor(ref.weight) for ref in refs]
-        weights = [weight.to(self.job.device).float() for weight in stored]
         if scheme is None:
             for ref, weight in zip(refs, stored, strict=True):
                 self._write(ref.weight, weight)
-            return [_apply(weight, None, None) for weight in weights]
-        applies = []
+            return stored
+        weights = [weight.to(self.job.device).float() for weight in stored]
         solved = solve(weights, scheme, self.plan.recipe.method_of(scheme), stats)
-        for ref, weight, (q, outcome) in zip(refs, weights, solved, strict=True):
+        for ref, (q, outcome) in zip(refs, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
-            value = q.dequantize()
-            error = weight_error(weight, value)
-            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), "weight_error": error}
-            applies.append(_apply(value, scheme, q.input_scale))
-        return applies
+            scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
+            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
+        return [q for q, _ in solved]
 
 
 def _apply(weight: Tensor, scheme: Scheme | None, input_scale: Tensor | None) -> Apply:

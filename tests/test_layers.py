@@ -26,6 +26,9 @@ LEVELS = [
         "published",
         "engines",
         "verify",
+        "verify_linears",
+        "faithful",
+        "bounds",
         "plan",
         "journal",
         "evals",
@@ -38,7 +41,9 @@ FORBIDDEN = {
     "formats": {"kernels", "quant", "calib", "model.forward"},
     "kernels": {"formats", "calib", "model"},
     "quant": {"formats", "model", "calib", "kernels"},
-    "verify": {"formats.writer", "calib.walk", "quant", "pipeline"},
+    **dict.fromkeys(
+        ("verify", "verify_linears", "faithful", "bounds"), {"formats.writer", "calib.walk", "quant", "pipeline"}
+    ),
     "coverage": {"formats.writer", "calib", "quant", "pipeline"},
     "engines": {"formats.writer", "calib", "quant", "kernels", "runtime", "plan", "pipeline"},
     "evals": {"quant", "pipeline", "formats.writer"},

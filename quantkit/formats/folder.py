@@ -17,7 +17,7 @@ from quantkit.formats.origin import STATEMENT
 from quantkit.formats.reader import INDEX
 from quantkit.formats.writer import ShardPlan
 
-__all__ = ["CARRIED", "complete", "find_model", "publish", "refuse_present", "without_tokenizer", "write_json"]
+__all__ = ["CARRIED", "carried", "complete", "find_model", "publish", "refuse_present", "without_tokenizer", "write_json"]
 
 TOKENIZERS = ("tokenizer.json", "*.tiktoken", "*.model", "vocab.*")  # what an engine could make one from
 # What goes from the source folder to OUT beside the weights.
@@ -71,6 +71,18 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_bytes(path, json.dumps(data, indent=2).encode() + b"\n")
 
 
+def carried(source: Path, changed: Mapping[str, bytes | None]) -> list[Path]:
+    """Files of the source that go along with the weights as they are. changed: those that something stands for."""
+    return [
+        path
+        for path in sorted(source.iterdir())
+        if path.name not in changed
+        and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        and path.name.isprintable()  # SHA256SUMS has a line for each name
+        and path.is_file()
+    ]
+
+
 def complete(
     partial: Path,
     source: Path,
@@ -91,12 +103,9 @@ def complete(
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
     write_json(partial / "config.json", config)
     files = {}
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
-        wanted = wanted and path.name not in changed
-        if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
-            write_bytes(partial / path.name, data := path.read_bytes())
-            files[path.name] = hashlib.sha256(data).hexdigest()
+    for path in carried(source, changed):
+        write_bytes(partial / path.name, data := path.read_bytes())
+        files[path.name] = hashlib.sha256(data).hexdigest()
     for name, content in changed.items():
         if content is not None:
             write_bytes(partial / name, content)
@@ -104,8 +113,8 @@ def complete(
     write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
     sums = dict(hashes)
     for path in partial.iterdir():
-        if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
-            sums.setdefault(path.name, sha256(path))
+        if path.is_file() and path.name not in ("run.json", "SHA256SUMS", *hashes):
+            sums[path.name] = sha256(path)
     write_bytes(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
 
 
