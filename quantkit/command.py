@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, shown
 
 __all__ = ["as_json", "command", "show"]
 
@@ -43,7 +43,7 @@ def command(function: F) -> F:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
-            where = error.filename or "output"
+            where = shown(error.filename or "output")
             click.echo(f"error: {where}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True)
             sys.exit(QuantkitError.exit_code)
         except KeyboardInterrupt:

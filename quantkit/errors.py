@@ -23,9 +23,10 @@ __all__ = [
     "VerificationError",
     "counted",
     "shown",
+    "shown_lines",
 ]
 
-_LONGEST_LINE = 1000
+_LONGEST_LINE = 2000
 
 
 class QuantkitError(Exception):
@@ -34,7 +35,7 @@ class QuantkitError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, fix: str = "") -> None:
-        problem, fix = _lines(problem), _lines(fix)
+        problem, fix = shown_lines(problem), shown_lines(fix)
         super().__init__(f"{problem}\nFix: {fix}" if fix else problem)
         self.problem = problem
         self.fix = fix
@@ -90,6 +91,6 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def _lines(text: str) -> str:
-    """A message may have lines of its own; whatever else does not print came from a file."""
+def shown_lines(text: str) -> str:
+    """Text with lines of its own; whatever else does not print came from a file."""
     return "\n".join(shown(line, _LONGEST_LINE) for line in text.split("\n"))
