@@ -308,7 +308,9 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     held = {"file": report.files, "tensor": report.tensors, "linear": report.linears}
     counts = ", ".join(counted(number, thing) for thing, number in held.items())
     errors = "".join(f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items())
-    click.echo(f"{out}: sound. {counts}.{errors}")
+    unknown = "".join(f"\n  not checked: {words}" for words in report.not_checked)
+    verdict = "nothing wrong was seen" if unknown else "sound"
+    click.echo(f"{out}: {verdict}. {counts}.{errors}{unknown}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantkit.command import as_json, command, show
+from quantkit.errors import shown
 from quantkit.options import read_tasks, task_options
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def report(
     reports.make_folders(*(file.parent for file in (out, junit) if file))
     found = reports.assemble(runs, chosen(gates, gates_file), against)
     for line in reports.incomparable(found):
-        click.echo(f"warning: {line}", err=True)
+        click.echo(f"warning: {shown(line, 1000)}", err=True)
     if out:
         reports.write(found, out)
     if junit:

@@ -14,7 +14,7 @@ from typing import Any, TextIO, TypeVar
 
 import click
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, shown
 
 __all__ = ["Main", "as_json", "command", "show"]
 
@@ -86,7 +86,7 @@ def command(function: F) -> F:
             _to_nowhere(sys.stdout)
             sys.exit(128 + signal.SIGPIPE)
         except OSError as error:
-            where = error.filename or "output"
+            where = shown(error.filename or "output")
             click.echo(f"error: {where}: {error.strerror}\nFix: check the path, its permissions and its disk", err=True)
             if not error.filename:
                 _to_nowhere(sys.stdout)

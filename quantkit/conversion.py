@@ -32,6 +32,7 @@ from quantkit.journal import Journal, code_digest
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
+from quantkit.published import published_config, published_files, published_notes
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme
@@ -66,6 +67,7 @@ class _Plan:
     after: Schemes
     shards: tuple[tuple[ShardPlan, tuple[_Piece, ...]], ...]
     config: dict[str, Any]
+    changed: dict[str, bytes | None]  # of `published_files`
     notes: tuple[str, ...]
 
     @property
@@ -83,13 +85,12 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     start, target = time.monotonic(), Path(out)
     source = find_model(model)
     refuse_others(target)
-    carried(source)
     for name, problem in damaged(source).items():
-        if (
-            name.endswith(".safetensors") or name == STATEMENT
-        ):  # new hashes over damage would call it sound; an edited config is read and checked
+        # New hashes over damage would call it sound; an edited config is read and checked.
+        if name.endswith(".safetensors") or name == STATEMENT:
             raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantise again")
     plan = _plan(DigestingReader(source), to)
+    carried(source, plan.changed)
     watch, partial = Watch(source, plan.reader.shards), partial_of(target)
     code = f"{quantkit.__version__} {code_digest(DECISIVE)[:16]}"
     key = {"source": watch.fingerprint, "convert to": to, "quantkit": code}
@@ -133,12 +134,11 @@ def _plan(reader: DigestingReader, to: str) -> _Plan:
         others = ", ".join(name for name in TARGETS if name != to)
         raise ConfigError(f"{reader.folder} is {to} already", f"keep it, or give --to another of {others}")
     after: Schemes = {key: target.target(scheme) if target and scheme else None for key, scheme in before.items()}
-    config = {key: value for key, value in reader.config.items() if key != "quantization_config"}
     routers = [moe.router.key for moe in spec.moes()]
-    if target:
-        config["quantization_config"] = target.config(after, routers)
+    config = published_config(reader.config, target.config(after, routers) if target else None)
     shards = _shards(_pieces(reader, spec, target, before, after))
-    return _Plan(reader, source, target, before, after, shards, config, tuple(_notes(reader, before, after, target)))
+    changed, notes = published_files(reader.folder, reader.config), tuple(_notes(reader, before, after, target))
+    return _Plan(reader, source, target, before, after, shards, config, changed, notes)
 
 
 def _pieces(
@@ -183,7 +183,7 @@ def _shards(pieces: list[_Piece]) -> tuple[tuple[ShardPlan, tuple[_Piece, ...]],
 
 def _notes(reader: CheckpointReader, before: Schemes, after: Schemes, target: Format | None) -> list[str]:
     pairs = {(old, after[key]) for key, old in before.items() if old is not None}
-    notes = []
+    notes = published_notes(reader.folder, reader.config)
     if target is None and (rounding := sorted({old.name for old, _ in pairs if old.activation})):
         notes.append(f"{', '.join(rounding)} rounds inputs; in BF16 they stay as they are")
     if any(new and old.weight.symmetric and not new.weight.symmetric for old, new in pairs):
@@ -218,7 +218,8 @@ def _write_shards(plan: _Plan, target: Path, journal: Journal, watch: Watch, pro
         journal.commit(index, {"shard": shard.file, "sha256": digest, "rounded": rounded, "source": source})
         progress(index + 1, len(plan.shards))
     hashes = {unit["shard"]: unit["sha256"] for unit in journal.units.values()}
-    complete(partial, plan.reader.folder, plan.config, (shard for shard, _ in plan.shards), hashes, _made(plan, journal))
+    made, shards = _made(plan, journal), (shard for shard, _ in plan.shards)
+    complete(partial, plan.reader.folder, plan.config, shards, hashes, plan.changed, made)
     return sum(unit["rounded"] for unit in journal.units.values())
 
 

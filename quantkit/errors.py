@@ -22,7 +22,11 @@ __all__ = [
     "QuantkitError",
     "VerificationError",
     "counted",
+    "shown",
+    "shown_lines",
 ]
+
+_LONGEST_LINE = 2000
 
 
 class QuantkitError(Exception):
@@ -31,6 +35,7 @@ class QuantkitError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, fix: str = "") -> None:
+        problem, fix = shown_lines(problem), shown_lines(fix)
         super().__init__(f"{problem}\nFix: {fix}" if fix else problem)
         self.problem = problem
         self.fix = fix
@@ -68,3 +73,24 @@ class VerificationError(QuantkitError):
 def counted(number: int, thing: str) -> str:
     """`1 tensor`, `2 tensors`."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """Text from a file (a name, a key, a value) on one line, as a message, a table or a page may show it.
+
+    What does not print (control characters, ANSI sequences, marks that turn the direction of writing) is escaped as in a
+    Python string, and what is longer than `limit` characters loses its middle.
+    """
+    text = str(value)
+    if len(text) > limit:
+        text = f"{text[: limit - limit // 3]}[...]{text[-(limit // 3) :]}"
+    return text if text.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shown_lines(text: str) -> str:
+    """Text with lines of its own; whatever else does not print came from a file."""
+    return "\n".join(shown(line, _LONGEST_LINE) for line in text.split("\n"))

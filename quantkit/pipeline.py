@@ -29,6 +29,7 @@ from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer
 from quantkit.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
 from quantkit.plan import Plan, make_plan, summary
+from quantkit.published import published_config, published_files
 from quantkit.scheme import Recipe
 from quantkit.unit import Place, UnitRun
 from quantkit.verify import verify
@@ -98,12 +99,14 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
 
 @dataclass(frozen=True)
 class _Ready:
-    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated."""
+    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated.
+    changed: of `published_files`."""
 
     reader: DigestingReader
     source: Watch
     plan: Plan
     ids: Tensor | None
+    changed: dict[str, bytes | None]
     target: Path
     device: torch.device
     start: float
@@ -134,10 +137,12 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     folder = find_model(model)
     refuse_others(target)
     reader = DigestingReader(folder)
-    carried(folder)
+    changed = published_files(folder, reader.config)
+    carried(folder, changed)
     source = Watch(folder, reader.shards)
     plan = make_plan(reader, recipe)
-    return _Ready(reader, source, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
+    ids = _calibration_ids(reader, plan) if plan.calibrated else None
+    return _Ready(reader, source, plan, ids, changed, target, place, start)
 
 
 def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
@@ -157,7 +162,7 @@ class _Job:
     def __init__(self, ready: _Ready, key: dict[str, str]) -> None:
         self.start, self.target, self.source = ready.start, ready.target, ready.source
         self.reader, self.plan, self.ids, self.key = ready.reader, ready.plan, ready.ids, key
-        self.partial = partial_of(ready.target)
+        self.partial, self.changed = partial_of(ready.target), ready.changed
         self.work = self.partial / WORK
         self.place = Place(ready.reader, ready.plan, ready.ids, ready.device, self.partial, self.work)
         self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
@@ -247,10 +252,10 @@ class _Job:
         )
 
     def _publish(self) -> RunRecord:
-        config = {**self.reader.config, "quantization_config": self.plan.quantization_config}
+        config = published_config(self.reader.config, self.plan.quantization_config)
         hashes = {name: digest for unit in self.journal.units.values() for name, digest in unit["shards"].items()}
         shards = (shard for unit in self.plan.units for shard in unit.shards)
-        complete(self.partial, self.reader.folder, config, shards, hashes, self._made())
+        complete(self.partial, self.reader.folder, config, shards, hashes, self.changed, self._made())
         try:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
@@ -278,11 +283,11 @@ class _Job:
         """What quantkit.json says."""
         digests = {name: digest for unit in self.journal.units.values() for name, digest in unit["source"].items()}
         linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
-        said = ("scheme", "method", "weight_error")
+        said = ("scheme", "method", "weight_error", "input_scale")
         return {
             "source": {"digest": content_digest(self.reader.entries, digests)},
             "recipe": self.plan.resolved,
-            "linears": {key: {name: linears[key][name] for name in said} for key in sorted(linears)},
+            "linears": {key: {name: linears[key][name] for name in said if name in linears[key]} for key in sorted(linears)},
         }
 
     def _record(self, coverage: dict[str, Any]) -> RunRecord:

@@ -21,6 +21,7 @@ from quantkit.formats.writer import ShardPlan
 from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Layer, Linear, ModelSpec, Role
+from quantkit.published import published_notes
 from quantkit.scheme import BF16, Recipe, Scheme, Strategy
 
 __all__ = ["Plan", "Unit", "make_plan", "summary"]
@@ -142,7 +143,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         coverage=_covered(reader, spec, schemes, units),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
-        notes=tuple(_unused(recipe, schemes))
+        notes=tuple(_unused(recipe, schemes) + published_notes(reader.folder, reader.config))
         + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
     )
     if isinstance(spec, NamedSpec):

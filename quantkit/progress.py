@@ -11,8 +11,9 @@ from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
-from quantkit.errors import counted
+from quantkit.errors import counted, shown_lines
 from quantkit.evals.words import size
 from quantkit.pipeline import Step
 
@@ -205,6 +206,10 @@ def _five(x: float) -> str:
 
 
 class _Console(Console):
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every line, title and cell passes here: what a file holds must not move the cursor or turn the writing."""
+        return super().render_str(shown_lines(text), **options)
+
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # the library would exit with 1, which is a verdict of some commands
 

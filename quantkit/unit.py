@@ -12,26 +12,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
+from quantkit.formats.dtypes import DTYPES
 from quantkit.formats.reader import CheckpointReader
+from quantkit.formats.shard import Entry, OpenShard, read_header
 from quantkit.formats.writer import ShardWriter
 from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
 from quantkit.plan import Plan, Unit, needs_tokens
+from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.solve import solve
 from quantkit.scheme import Scheme
-from quantkit.stats import LinearStats, weight_error
+from quantkit.stats import LinearStats
 
 __all__ = ["Outcomes", "Place", "UnitRun"]
 
-Outcomes = dict[str, dict[str, Any]]  # of linears, by name: scheme, `Outcome`, weight_error
+Outcomes = dict[str, dict[str, Any]]  # of linears, by name: scheme, `Outcome`, and a fixed input_scale
 Quantise = Callable[[Sequence[Linear], LinearStats | None], list[Apply]]
 
 
@@ -53,6 +55,7 @@ class UnitRun:
     def __init__(self, place: Place, unit: Unit, done: Callable[[Layer | Part, Outcomes], None]) -> None:
         self.place, self.unit, self.plan, self.done = place, unit, place.plan, done
         self.outcomes: Outcomes = {}
+        self._headers: dict[Path, dict[str, Entry]] = {}  # of its shards, once they are committed
         self.shard_of = {t.name: i for i, shard in enumerate(unit.shards) for t in shard.tensors}
 
     def run(self, tape: Tape | None, following: Tape | None) -> Outcomes:
@@ -64,7 +67,7 @@ class UnitRun:
             if following is None:
                 for layer in self.unit.layers:
                     for group in layer.same_input():
-                        self.quantise(group, None)
+                        self.store(group, None)
                     self.done(layer, self.outcomes)
             else:
                 self._walk(tape, following, self.quantise, self.wants)
@@ -113,26 +116,32 @@ class UnitRun:
     @torch.inference_mode()
     def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
         """Quantise linears that read one input, write them, and return how to apply each as an engine would."""
+        scheme, stored = self.plan.schemes[refs[0].key], self.store(refs, stats)
+        if scheme is None:
+            device = self.place.device
+            return [_apply(weight.to(device).float(), None, None) for weight in stored if isinstance(weight, Tensor)]
+        return [_apply(q.dequantize(), scheme, q.input_scale) for q in stored if isinstance(q, QuantizedTensor)]
+
+    @torch.inference_mode()
+    def store(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
+        """Quantise linears that read one input, and write them; what was written of each."""
         scheme = self.plan.schemes[refs[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
             seen = f"the input of '{refs[0].key}' is not finite on the calibration text"
             raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
         stored = [self.place.reader.tensor(ref.weight) for ref in refs]
-        weights = [weight.to(self.place.device).float() for weight in stored]
         if scheme is None:
             for ref, weight in zip(refs, stored, strict=True):
                 self._write(ref.weight, weight)
-            return [_apply(weight, None, None) for weight in weights]
-        applies = []
+            return stored
+        weights = [weight.to(self.place.device).float() for weight in stored]
         solved = solve(weights, scheme, self.plan.recipe.method_of(scheme), stats)
-        for ref, weight, (q, outcome) in zip(refs, weights, solved, strict=True):
+        for ref, (q, outcome) in zip(refs, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
-            value = q.dequantize()
-            error = weight_error(weight, value)
-            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), "weight_error": error}
-            applies.append(_apply(value, scheme, q.input_scale))
-        return applies
+            scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
+            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
+        return [q for q, _ in solved]
 
     @torch.inference_mode()
     def _committed(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
@@ -149,10 +158,15 @@ class UnitRun:
         return applies
 
     def _stored(self, name: str) -> Tensor:
-        shard = self.unit.shards[self.shard_of[name]]
-        with safe_open(self.place.partial / shard.file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor.to(self.place.device)
+        path = self.place.partial / self.unit.shards[self.shard_of[name]].file
+        if path not in self._headers:
+            self._headers[path] = read_header(path).tensors
+        entry, file = self._headers[path][name], OpenShard(path)
+        try:
+            data = file.read(entry.start, entry.nbytes, f"tensor '{name}'")
+        finally:
+            file.close()
+        return data.view(DTYPES[entry.dtype]).reshape(entry.shape).to(self.place.device)
 
 
 def _apply(weight: Tensor, scheme: Scheme | None, input_scale: Tensor | None) -> Apply:

@@ -14,33 +14,39 @@ import torch
 from torch import Tensor
 
 from quantkit.coverage import bystanders
-from quantkit.errors import CheckpointError, ConfigError, QuantkitError, VerificationError, counted
+from quantkit.errors import CheckpointError, ConfigError, VerificationError, counted, shown
+from quantkit.faithful import OWN, config_differences, file_differences, is_source, settings_unknown, statement_problems
 from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
+from quantkit.formats.origin import STATEMENT, read_statement
 from quantkit.formats.reader import CheckpointReader, load_json
 from quantkit.host import plain_arithmetic
 from quantkit.model.by_name import NamedSpec, spec_of
-from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.spec import ModelSpec
 from quantkit.runtime import format_of, misfits, schemes_of
-from quantkit.scheme import Kind, Scheme
+from quantkit.scheme import Scheme
+from quantkit.verify_linears import Found, check_linears
 
 __all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "inspect", "stated", "verify"]
 
 SUMS = "SHA256SUMS"
 _UNSUMMED = {SUMS, "run.json"}
-# ||W - Q|| / ||W|| that no sound rounding reaches on a weight of any usual distribution, and every wrong layout exceeds.
-_WORST_ERROR = {(Kind.INT, 4): 0.5, (Kind.INT, 8): 0.1, (Kind.FLOAT, 8): 0.1}
+_OWN_FOLDER = "eval"  # what `eval` writes into an OUT
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given."""
+    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given.
+
+    not_checked: what could not be, in words. Only where it is empty is the checkpoint known to be what it should be.
+    """
 
     files: int
     tensors: int
     linears: int
     errors: dict[str, dict[str, float]]
+    not_checked: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -49,44 +55,91 @@ class VerifyReport:
             "tensors": self.tensors,
             "linears": self.linears,
             "errors": self.errors,
+            "not_checked": list(self.not_checked),
         }
 
 
 @plain_arithmetic()
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:
-    """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values, and with `source` the error of each.
+    """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values; with `source` also its config.json, the
+    files that it carries, and of each weight whether its scales, codes and error are what the method makes of the source.
 
     Raises VerificationError listing what is wrong, CheckpointError when nothing was seen to be wrong but something could not
     be read, or ConfigError for a source of another architecture.
     """
     problems: list[str] = []
-    unread: list[str] = []
     files = check_hashes(folder, problems)
+    intact = not problems
     reader = CheckpointReader(folder)
-    spec = spec_of(reader)
+    spec, said = spec_of(reader), read_statement(folder)
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
-    if original and isinstance(spec, ModelSpec) and not problems:  # the config that the spec is from is as it was written
+    if original and isinstance(spec, ModelSpec) and intact:  # the config that the spec is from is as it was written
         _check_source(original, spec, folder)
     problems += misfits(reader, spec, schemes)
+    problems += _said(reader, spec, schemes, said)
+    if original:
+        problems += _beside(reader, original, spec, schemes)
+    linears, whole = Found(), not problems
+    if whole:
+        rows = said["linears"] if said else {}
+        linears = check_linears(reader, original, spec, schemes, rows)
+        problems += linears.problems
+        _check_kept(reader, original, _kept(reader, spec, schemes), problems, linears.unread)
+    if original and intact and problems:
+        _blame_source(folder, original, said, problems)
+    if found := problems + linears.unread:
+        listed = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
+        raise (VerificationError if problems else CheckpointError)(listed, "quantise again, or copy the files again")
+    summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in linears.errors.items()}
+    return VerifyReport(files, len(reader.entries), len(schemes), summary, tuple(_not_checked(original, said, linears)))
+
+
+def _said(
+    reader: CheckpointReader,
+    spec: ModelSpec | NamedSpec,
+    schemes: dict[str, Scheme | None],
+    said: dict[str, Any] | None,
+) -> list[str]:
+    """What config.json and quantkit.json say of the linears that is not so."""
+    problems: list[str] = []
     quantization = reader.config.get("quantization_config")
     if quantization and format_of(reader) is compressed_tensors.FORMAT:  # other formats name no linears
         problems += compressed_tensors.inexact(quantization, _stored(reader, spec, schemes), *bystanders(spec))
-    if original and isinstance(spec, NamedSpec):  # what should be there, only the source can say
-        differing = original.entries.keys() ^ spec.tensors().keys()
-        problems += [f"tensor '{key}' is in one of source and output" for key in sorted(differing)]
-    whole = not problems
-    errors = _check_linears(reader, original, spec, schemes, problems, unread) if whole else {}
-    if whole:
-        quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
-        _check_kept(reader, original, spec.tensors().keys() - quantized, problems, unread)
-        if original and problems:
-            _blame_source(folder, original, problems)
-    if found := problems + unread:
-        shown = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
-        raise (VerificationError if problems else CheckpointError)(shown, "quantise again, or copy the files again")
-    summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
-    return VerifyReport(files, len(reader.entries), len(schemes), summary)
+        problems += settings_unknown(quantization) if said else []
+    return problems + (statement_problems(said, schemes) if said else [])
+
+
+def _beside(
+    reader: CheckpointReader, original: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]
+) -> list[str]:
+    """What is not as it is in the source: config.json, names of tensors that were kept, and files."""
+    problems = config_differences(reader.config, original.config)
+    quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
+    differing = (original.entries.keys() - quantized) ^ _kept(reader, spec, schemes)
+    problems += [f"tensor '{key}' is in one of source and output" for key in sorted(differing)]
+    names = stated(reader.folder).keys() - {*OWN, *reader.shards}
+    present = {name: digest for name, digest in stated(reader.folder).items() if name in names}
+    return problems + file_differences(present, original.folder, original.config)
+
+
+def _kept(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> set[str]:
+    """Tensors that belong to no quantised linear."""
+    layout = format_of(reader)
+    planned = (layout.planned(ref, scheme) for ref in spec.linears() if (scheme := schemes[ref.key]))
+    return reader.entries.keys() - {tensor.name for tensors in planned for tensor in tensors}
+
+
+def _not_checked(original: CheckpointReader | None, said: dict[str, Any] | None, linears: Found) -> list[str]:
+    if original is None:
+        return ["config.json, files and weights against the model that it was made from: give --source"]
+    missing = []
+    if linears.unstated:
+        why = f"has no {STATEMENT}" if said is None else f"{STATEMENT} does not say how they were made"
+        missing.append(f"{counted(linears.unstated, 'linear')} by more than a general bound: it {why}")
+    if linears.unscaled:
+        missing.append(f"{counted(linears.unscaled, 'input scale')}, which came from calibration text")
+    return missing
 
 
 def _stored(
@@ -112,9 +165,9 @@ def damaged(folder: Path) -> dict[str, str]:
     problems = {}
     for name, digest in stated(folder).items():
         if Path(name).name != name or not os.path.isfile(folder / name):
-            problems[name] = f"{name} is listed in {SUMS} but missing"
+            problems[name] = f"{shown(name)} is listed in {SUMS} but missing"
         elif sha256(folder / name) != digest:
-            problems[name] = f"{name} does not have the hash that {SUMS} states"
+            problems[name] = f"{shown(name)} does not have the hash that {SUMS} states"
     return problems
 
 
@@ -125,8 +178,12 @@ def check_hashes(folder: Path, problems: list[str]) -> int:
         return 0
     listed = stated(folder)
     problems += damaged(folder).values()
-    present = {p.name for p in folder.iterdir() if p.is_file()} - _UNSUMMED
-    problems += [f"{name} is not listed in {SUMS}" for name in sorted(present - listed.keys())]
+    present = [path for path in sorted(folder.iterdir()) if path.name not in _UNSUMMED]
+    problems += [
+        f"{shown(path.name)} is not listed in {SUMS}" for path in present if path.is_file() and path.name not in listed
+    ]
+    folders = [path.name for path in present if path.is_dir() and path.name != _OWN_FOLDER and path.name[0] != "."]
+    problems += [f"folder {shown(name)} holds what {SUMS} does not list" for name in folders]
     return len(listed)
 
 
@@ -139,70 +196,24 @@ def _check_source(original: CheckpointReader, spec: ModelSpec, folder: Path) -> 
         )
 
 
-def _blame_source(folder: Path, original: CheckpointReader, problems: list[str]) -> None:
-    """Raise VerificationError where files are as they were written, weights differ, and run.json records another source."""
+def _blame_source(folder: Path, original: CheckpointReader, said: dict[str, Any] | None, problems: list[str]) -> None:
+    """Raise VerificationError where something differs and OUT, whose files are as they were written, is of other weights."""
+    if is_source(said, original) is not False:
+        return
     record = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    job = record.get("job")
-    if isinstance(job, dict) and job.get("source") not in (None, original.fingerprint()):
-        raise VerificationError(
-            f"{original.folder} seems not to be the model that {folder} was made from: run.json records "
-            f"{record.get('model')}; {counted(len(problems), 'difference')}, the first: {problems[0]}",
-            "give the model that it was made from as --source",
-        )
-
-
-def _check_linears(
-    reader: CheckpointReader,
-    original: CheckpointReader | None,
-    spec: ModelSpec | NamedSpec,
-    schemes: dict[str, Scheme | None],
-    problems: list[str],
-    unread: list[str],
-) -> dict[str, list[float]]:
-    """The errors of all linears against the source, by role."""
-    errors: dict[str, list[float]] = {}
-    for ref in spec.linears():
-        try:
-            error = _check_linear(reader, original, ref, schemes[ref.key])
-        except CheckpointError as broken:
-            unread.append(broken.problem)
-            continue
-        except QuantkitError as broken:
-            problems.append(broken.problem)
-            continue
-        if error is not None:
-            errors.setdefault(ref.role.value, []).append(error)
-    return errors
-
-
-def _check_linear(
-    reader: CheckpointReader, original: CheckpointReader | None, ref: Linear, scheme: Scheme | None
-) -> float | None:
-    """Decode one linear; its relative error against the source. Raises VerificationError, CheckpointError."""
-    if scheme is None:
-        return None
-    q = format_of(reader).decode(ref, scheme, reader.tensors())
-    if not (q.scale.float() > 0).all():
-        raise VerificationError(f"'{ref.key}' has scales that are not positive")
-    if q.input_scale is not None and not (q.input_scale.float() > 0).all():
-        raise VerificationError(f"'{ref.key}' has an input scale that is not positive")
-    stored = reader.entries.get(f"{ref.key}.weight_shape")
-    if stored and reader.tensor(f"{ref.key}.weight_shape").tolist() != [ref.out_features, ref.in_features]:
-        raise VerificationError(f"'{ref.key}.weight_shape' is not {[ref.out_features, ref.in_features]}")
-    if original is None:
-        return None
-    weight = original.tensor(ref.weight).float()
-    error = float((q.dequantize() - weight).norm() / weight.norm().clamp(min=1e-30))
-    if error > _WORST_ERROR[scheme.weight.kind, scheme.weight.bits]:
-        raise VerificationError(f"'{ref.key}' differs from its source by {error:.1%}: more than {scheme.name} can lose")
-    return error
+    made_from = f"; run.json records {record['model']}" if "model" in record else ""
+    raise VerificationError(
+        f"{original.folder} seems not to be the model that {folder} was made from: {STATEMENT} states other weights"
+        f"{made_from}; {counted(len(problems), 'difference')}, the first: {problems[0]}",
+        "give the model that it was made from as --source",
+    )
 
 
 def _check_kept(
     reader: CheckpointReader, original: CheckpointReader | None, keys: set[str], problems: list[str], unread: list[str]
 ) -> None:
     """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
-    for key in sorted(keys & reader.entries.keys()):
+    for key in sorted(keys):
         try:
             kept = reader.tensor(key)
             same = original is None or _identical(kept, original.tensor(key))

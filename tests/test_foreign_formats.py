@@ -80,7 +80,7 @@ def test_scales_in_bfloat16_still_have_their_kernel(tmp_path: Path) -> None:
 
 
 def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
-    """auto_map and modeling files are data: carried along, never executed."""
+    """auto_map and modeling files are data: left out, never executed."""
     CASES["gptq"].write(tmp_path / "m")
     (tmp_path / "m" / "modeling_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     auto = {"auto_map": {"AutoConfig": "modeling_evil.C", "AutoModelForCausalLM": "modeling_evil.M"}}
@@ -89,7 +89,7 @@ def test_no_code_of_a_checkpoint_runs(tmp_path: Path) -> None:
     accepted("convert", tmp_path / "m", "-o", tmp_path / "out", "--to", "compressed-tensors", "--quiet")
     accepted("verify", tmp_path / "out")
     accepted("generate", tmp_path / "out", "--prompt", "a", "--max-tokens", "1")
-    assert (tmp_path / "out" / "modeling_evil.py").is_file() and not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out" / "modeling_evil.py").exists() and not (tmp_path / "ran").exists()
 
 
 Break = Callable[[Path], object]

@@ -23,8 +23,12 @@ LEVELS = [
         "text",
         "bench",
         "coverage",
+        "published",
         "engines",
         "verify",
+        "verify_linears",
+        "faithful",
+        "bounds",
         "plan",
         "journal",
         "partial",
@@ -39,7 +43,9 @@ FORBIDDEN = {
     "formats": {"kernels", "quant", "calib", "model.forward"},
     "kernels": {"formats", "calib", "model"},
     "quant": {"formats", "model", "calib", "kernels"},
-    "verify": {"formats.writer", "calib.walk", "quant", "pipeline"},
+    **dict.fromkeys(
+        ("verify", "verify_linears", "faithful", "bounds"), {"formats.writer", "calib.walk", "quant", "pipeline"}
+    ),
     "coverage": {"formats.writer", "calib", "quant", "pipeline"},
     "engines": {"formats.writer", "calib", "quant", "kernels", "runtime", "plan", "pipeline"},
     "evals": {"quant", "pipeline", "formats.writer"},

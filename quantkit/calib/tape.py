@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.errors import OutputError
 from quantkit.formats.atomic import disk_errors, fsync_folder, sha256
+from quantkit.formats.ranges import read_into, write_from
 from quantkit.owned import no_links
 
 __all__ = ["Tape"]
 
 
 class Tape:
-    """A float32 array [rows, width] in a file. Each access maps the file anew, so resident memory is what is in use."""
+    """A float32 array [rows, width] in a file, read and written row by row: what is in memory is what is asked for.
+
+    Raises OutputError when the file or its disk fails.
+    """
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
         self.path, self.shape = path, (rows, width)
@@ -24,7 +30,7 @@ class Tape:
     @classmethod
     def create(cls, path: Path, rows: int, width: int) -> Tape:
         with disk_errors(path), open(path, "wb", opener=no_links) as file:
-            os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk says so now, not by SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk says so now, not half-way
         return cls(path, rows, width)
 
     @classmethod
@@ -34,27 +40,47 @@ class Tape:
             return None
         return cls(path, rows, width) if sha256(path) == digest else None
 
-    def _map(self) -> np.memmap[tuple[int, int], np.dtype[np.float32]]:
-        return np.memmap(self.path, dtype=np.float32, mode="r+", shape=self.shape)
+    @contextmanager
+    def _opened(self, doing: str) -> Iterator[int]:
+        with disk_errors(self.path, doing), open(self.path, "r+b", buffering=0) as file:
+            yield file.fileno()
+
+    def _read(self, handle: int, start: int, rows: Tensor) -> None:
+        """Fill float32 `rows` [n, width] from row `start` on."""
+        view = _bytes(rows)
+        if read_into(handle, view, start * self.shape[1] * 4) != len(view):
+            raise OutputError(
+                f"{self.path} is shorter than it was", f"remove {self.path.parent.parent} and repeat the command"
+            )
+
+    def _write(self, handle: int, start: int, rows: Tensor) -> None:
+        write_from(handle, _bytes(rows), start * self.shape[1] * 4)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop, float32 [stop - start, width], a copy in torch's own memory, whose alignment never differs."""
-        rows = torch.empty(stop - start, self.shape[1])
-        rows.numpy()[:] = self._map()[start:stop]
-        return rows
+        values = torch.empty(stop - start, self.shape[1])
+        with self._opened("read") as handle:
+            self._read(handle, start, values)
+        return values
 
     def write(self, start: int, values: Tensor) -> None:
-        self._map()[start : start + len(values)] = values.cpu().numpy()
+        with self._opened("write") as handle:
+            self._write(handle, start, values.float().cpu().contiguous())
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows named by int64 [n], float32 [n, width]."""
-        found = torch.empty(len(rows), self.shape[1])
-        np.take(self._map(), rows.cpu().numpy(), axis=0, out=found.numpy())
-        return found
+        values = torch.empty(len(rows), self.shape[1])
+        with self._opened("read") as handle:
+            for first, start, stop in _runs(rows):
+                self._read(handle, first, values[start:stop])
+        return values
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Add values [n, width] to distinct rows int64 [n]."""
-        self._map()[rows.cpu().numpy()] += values.cpu().numpy()
+        total = self.gather(rows) + values.cpu()
+        with self._opened("write") as handle:
+            for first, start, stop in _runs(rows):
+                self._write(handle, first, total[start:stop])
 
     def sync(self) -> str:
         """Make what was written durable; its sha256."""
@@ -65,3 +91,17 @@ class Tape:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+def _bytes(rows: Tensor) -> memoryview:
+    return rows.view(torch.uint8).flatten().numpy().data
+
+
+def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
+    """int64 [n] as stretches that follow each other in the file: (first row, start and stop within `rows`)."""
+    if not len(rows):
+        return
+    rows = rows.cpu()
+    starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist()]
+    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        yield int(rows[start]), start, stop

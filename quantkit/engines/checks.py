@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from quantkit.engines.held import Held, Split
 from quantkit.engines.names import SPLIT, UNMATCHED, lookup
 from quantkit.engines.rules import Check, Hit, Naming, View
+from quantkit.errors import shown
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import MoE, Role
 from quantkit.scheme import Kind, Strategy
@@ -34,7 +35,7 @@ def architecture(known: Iterable[str]) -> Check:
 
     def check(view: View) -> Iterator[Hit]:
         if view.model_type not in names:
-            yield Hit(None, f"model_type '{view.model_type}' is none of {', '.join(names)}")
+            yield Hit(None, f"model_type '{shown(view.model_type)}' is none of {', '.join(names)}")
 
     return check
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from safetensors import safe_open
-
 from quantkit.engines.rules import View
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.spec import MoE
@@ -39,14 +37,9 @@ def random_experts(view: View, reader: CheckpointReader) -> Iterator[str]:
 
 
 def scalars(reader: CheckpointReader, names: Iterable[str]) -> dict[str, float]:
-    """Tensors of one element, each shard opened once."""
-    by_shard: dict[str, list[str]] = {}
-    for name in names:
-        by_shard.setdefault(reader.entries[name].shard, []).append(name)
+    """Tensors of one element, shard after shard."""
     values: dict[str, float] = {}
-    for shard, wanted in by_shard.items():
-        with safe_open(reader.folder / shard, framework="pt") as file:
-            for name in wanted:
-                tensor = file.get_tensor(name)
-                values[name] = float(tensor) if tensor.numel() == 1 else float("nan")
+    for name in sorted(names, key=lambda name: reader.entries[name].shard):
+        tensor = reader.stored(name)
+        values[name] = float(tensor) if tensor.numel() == 1 else float("nan")
     return values

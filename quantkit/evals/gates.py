@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import yaml
 
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, shown
 from quantkit.evals.metrics import ON_PROBE, Metric, Sample, broken_where, metrics
 from quantkit.evals.schema import Decision, Figure, GateResult, Report, Status, Verdict
 from quantkit.evals.words import interval, value
@@ -243,4 +243,4 @@ def junit(reports: Sequence[tuple[str, Report]]) -> bytes:
 
 def _printable(text: str) -> str:
     """Without the control characters that XML cannot hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return shown(text, 2000)

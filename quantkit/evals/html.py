@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from quantkit.errors import shown_lines
 from quantkit.evals import plots, words
 from quantkit.evals.metrics import Metric, broken_where, metrics, worst_expert, worst_weight
 from quantkit.evals.schema import LinearRow, Report, Run
@@ -80,6 +81,7 @@ def html(runs: Sequence[Run]) -> str:
         loader=PackageLoader("quantkit.evals", "."),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -92,6 +94,13 @@ def html(runs: Sequence[Run]) -> str:
     ]
     pareto = Markup(plots.pareto(runs)) if len(runs) > 1 else ""
     return environment.get_template("report.html.j2").render(views=views, pareto=pareto)
+
+
+def _printable(value: object) -> object:
+    """What the page shows of a value: text from a file must not turn the direction of what is around it."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\t".join(shown_lines(part) for part in value.split("\t"))
 
 
 def _plots(prefix: str, report: Report) -> dict[str, Markup]:

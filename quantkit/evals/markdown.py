@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from quantkit.errors import shown
 from quantkit.evals.metrics import metrics, worst_expert, worst_weight
 from quantkit.evals.schema import Report, Run
 from quantkit.evals.words import bounds, interval, number, percent, size, value
@@ -16,12 +17,12 @@ _FIGURES = (
     *("perplexity.quantized", "perplexity.ratio", "top1_agreement", "router_agreement", "mlp.output_error.max"),
     *("weights.error.max", "context.perplexity_ratio", "context.needle_recall", "kv_cache.added_kl"),
 )
-_SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]()#+!|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " "})
+_SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]()#+!|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 
 def _safe(text: str) -> str:
     """Text that Markdown and HTML take literally, on one line."""
-    return "".join(c if c.isprintable() else " " for c in text).translate(_SPECIAL)
+    return shown(text.replace("\n", " "), 2000).translate(_SPECIAL)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -57,8 +58,8 @@ def _one(report: Report) -> list[str]:
     lines += [f"- {_safe(reason)}" for reason in report.verdict.reasons] + [""]
     gates = ((r.gate, value(r.metric, r.measured.value if r.measured else None), bounds(r), r.status) for r in report.gates)
     lines += _table(("gate", "measured", "95 % interval", "decision"), gates)
-    shown = [name for name in _FIGURES if name in known]
-    figures = ((name, value(name, known[name].figure.value), interval(name, known[name].figure)) for name in shown)
+    present = [name for name in _FIGURES if name in known]
+    figures = ((name, value(name, known[name].figure.value), interval(name, known[name].figure)) for name in present)
     lines += _table(("figure", "value", "95 % interval"), figures)
     if report.tasks:
         tasks = (
@@ -105,4 +106,4 @@ def _facts(report: Report) -> list[str]:
     if weight:
         lines.append(f"- Largest weight error: {percent(weight[1])} of its length, {_safe(weight[0])}.")
     lines += [f"- {_safe(note)}." for note in report.notes]
-    return [*lines, "", "To reproduce:", "", f"    {''.join(c if c.isprintable() else ' ' for c in origin.command)}", ""]
+    return [*lines, "", "To reproduce:", "", f"    {shown(origin.command, 2000)}", ""]

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantkit.errors import OutputError
+from quantkit.errors import CheckpointError, OutputError, shown
 
-__all__ = ["disk_errors", "fsync_folder", "sha256", "temporary_name", "write_bytes"]
+__all__ = ["disk_errors", "fsync_folder", "sha256", "temporary_name", "unreadable", "write_bytes"]
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full, read-only or forbidden disk says into one OutputError that names the path."""
+def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
+    """Turn what a full, read-only, forbidden or failing disk says into one OutputError that names the path."""
     fixes = {
         errno.ENOSPC: "free space and repeat the command; it resumes",
         errno.EDQUOT: "free quota and repeat the command; it resumes",
@@ -29,6 +29,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EEXIST: "remove it, or choose another OUT",
         errno.ENOTEMPTY: "remove it, or choose another OUT",
         errno.ELOOP: "remove the link that lies there",
+        errno.EIO: "check the disk, and repeat the command; it resumes",
+        errno.EMFILE: "allow this process more open files (ulimit -n), and repeat the command; it resumes",
+        errno.ENOMEM: "free memory, and repeat the command; it resumes",
         errno.EFBIG: "choose a file system (or a limit) that allows files of this size",
     }
     try:
@@ -36,7 +39,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in fixes:
             raise
-        raise OutputError(f"cannot write {path}: {error.strerror}", fixes[error.errno]) from error
+        raise OutputError(f"cannot {doing} {path}: {error.strerror}", fixes[error.errno]) from error
 
 
 def fsync_folder(folder: Path) -> None:
@@ -68,6 +71,18 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What the system says of a file that it does not give."""
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return CheckpointError(
+        f"{shown(path)} cannot be read: {said}", "check the file, its disk, and this process's limits (ulimit -a)"
+    )
+
+
 def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The digest of a file's bytes. Raises CheckpointError when they cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error

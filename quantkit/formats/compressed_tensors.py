@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, shown
 from quantkit.formats.base import Entries, Format, Schemes, Tensors, scale_dtype
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.packing import pack_rows, unpack_rows
@@ -212,21 +212,23 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     weights, inputs = _filled(group.get("weights") or {}), group.get("input_activations")
     if outputs := group.get("output_activations"):
         raise ConfigError(
-            f"quantization_config group '{name}' rounds outputs ({str(outputs)[:80]}), which quantkit does not",
+            f"quantization_config group '{shown(name)}' rounds outputs ({str(outputs)[:80]}), which quantkit does not",
             "use another",
         )
     size, block = weights.get("group_size"), weights.get("block_structure")
     if size == -1:
         size = weights["group_size"] = None
     if size is not None and (not isinstance(size, int) or size < 1):
-        raise ConfigError(f"quantization_config group '{name}' has group_size {size!r}", "requantise the model")
+        raise ConfigError(f"quantization_config group '{shown(name)}' has group_size {size!r}", "requantise the model")
     if block and not (len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
-        raise ConfigError(f"quantization_config group '{name}' has block_structure {block!r}", "requantise the model")
+        raise ConfigError(f"quantization_config group '{shown(name)}' has block_structure {block!r}", "requantise the model")
     for scheme in _candidates(size, block):
         wanted = _arguments(scheme)
         if _agrees(weights, wanted["weights"]) and _agrees(inputs and _filled(inputs), wanted["input_activations"]):
             return scheme
-    raise ConfigError(f"quantization_config group '{name}' is none of the schemes {[*PRESETS]}", "requantise the model")
+    raise ConfigError(
+        f"quantization_config group '{shown(name)}' is none of the schemes {[*PRESETS]}", "requantise the model"
+    )
 
 
 def groups(quantization_config: Mapping[str, Any]) -> dict[str, Scheme]:
@@ -265,9 +267,9 @@ def inexact(
         hits = [key for key in [*meant, *modules] if _matches(entry, key)]
         wrong = [key for key in hits if key not in meant or meant[key] != scheme]
         if wrong:
-            problems.append(f"'{entry}' also catches {len(wrong)} that it should not, such as '{wrong[0]}'")
+            problems.append(f"'{shown(entry)}' also catches {len(wrong)} that it should not, such as '{wrong[0]}'")
         if not hits:
-            problems.append(f"'{entry}' matches nothing")
+            problems.append(f"'{shown(entry)}' matches nothing")
     return problems
 
 

@@ -70,14 +70,17 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     write_bytes(path, json.dumps(data, indent=2).encode() + b"\n")
 
 
-def carried(source: Path) -> list[Path]:
-    """The files that go from the source folder to OUT. Raises ConfigError for a link out of it: OUT is given to others, and
-    a link may point to what is none of theirs. A hub snapshot's links to its blobs are its files."""
+def carried(source: Path, changed: Mapping[str, bytes | None]) -> list[Path]:
+    """The files that go from the source folder to OUT as they are. changed: those that something stands for.
+
+    Raises ConfigError for a link out of it: OUT is given to others, and a link may point to what is none of theirs. A hub
+    snapshot's links to its blobs are its files.
+    """
     home = source.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     found = []
     for path in sorted(source.iterdir()):
-        wanted = any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        wanted = path.name not in changed and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
         if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
             if path.is_symlink() and path.resolve().parent not in (home, blobs):
                 raise ConfigError(f"{path} is a link to {path.resolve()}, outside the model", "copy that file there instead")
@@ -91,25 +94,30 @@ def complete(
     config: Mapping[str, Any],
     shards: Iterable[ShardPlan],
     hashes: Mapping[str, str],
+    changed: Mapping[str, bytes | None],
     made: Mapping[str, Any],
 ) -> None:
     """Write what goes beside the shards: the index, config.json, what is carried over from the source, quantkit.json and
     SHA256SUMS.
 
-    hashes: sha256 of each shard, by name. made: what quantkit.json says (see `origin`), but for the files of the source.
+    hashes: sha256 of each shard, by name. changed: what stands for a file of the source; None: it is not carried over.
+    made: what quantkit.json says (see `origin`), but for the files of the source.
     """
     tensors = [(tensor, shard.file) for shard in shards for tensor in shard.tensors]
     total, places = sum(tensor.nbytes for tensor, _ in tensors), {tensor.name: file for tensor, file in tensors}
     write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
     write_json(partial / "config.json", config)
     files = {}
-    for path in carried(source):
+    for path in carried(source, changed):
         write_bytes(partial / path.name, data := path.read_bytes())
         files[path.name] = hashlib.sha256(data).hexdigest()
+    for name, content in changed.items():
+        if content is not None:
+            write_bytes(partial / name, content)
     origin = {"config_sha256": sha256(source / "config.json"), **made["source"], "files": files}
     write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
     sums = dict(hashes)
     for path in partial.iterdir():
-        if path.is_file() and path.name not in ("run.json", "SHA256SUMS"):
-            sums.setdefault(path.name, sha256(path))
+        if path.is_file() and path.name not in ("run.json", "SHA256SUMS", *hashes):
+            sums[path.name] = sha256(path)
     write_bytes(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())

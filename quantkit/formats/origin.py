@@ -7,7 +7,7 @@ It holds nothing that differs between two runs of one job: no times, no paths.
                that was carried over
     recipe     as resolved: schemes by role, and what was calibrated on, if anything was
     linears    by name of each quantised linear: scheme, method (what was really used), weight_error (`stats.weight_error`
-               of the source's weight and of what is stored)
+               of the source's weight and of what is stored), and input_scale where calibration made one
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading a checkpoint folder in Hugging Face layout: config.json and safetensors shards, with or without an index.
 
-Headers are read and checked at once, tensors one at a time when asked for. Nothing here trusts a file name or a size
-that it finds in a file.
+Headers are read and checked at once, each one time; tensors one at a time when asked for, from few open files. Nothing here
+trusts a file name or a size that it finds in a file.
 """
 
 from __future__ import annotations
@@ -9,36 +9,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantkit.errors import CheckpointError
-from quantkit.formats.dtypes import DTYPES, nbytes
+from quantkit.errors import CheckpointError, shown
+from quantkit.formats.atomic import unreadable
+from quantkit.formats.dtypes import DTYPES
 from quantkit.formats.fingerprint import fingerprint
+from quantkit.formats.shard import Entry, OpenShard, ShardHeader, read_header
 
 __all__ = ["INDEX", "SINGLE", "CheckpointReader", "Entry", "load_json"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor as a shard's header describes it. dtype in safetensors' spelling (BF16, F32, I32, F8_E4M3, ...)."""
-
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.dtype, self.shape)
+_OPEN = 4  # files that a reader holds open at most: a source of hundreds of shards must not use up what a process may have
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -47,7 +35,9 @@ def load_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", "give a model folder in Hugging Face layout") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}", "fetch the file again") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}, not a JSON object", "fetch the file again")
@@ -63,13 +53,15 @@ class CheckpointReader:
         self.folder = folder
         self.config = load_json(folder / "config.json")
         self.entries: dict[str, Entry] = {}
+        self._headers: dict[str, ShardHeader] = {}
+        self._open: dict[str, OpenShard] = {}  # the one that was read last comes last
         expected = self._expected()
         for shard in sorted(set(expected.values())) if expected else [SINGLE]:
             self._read_header(shard)
         for key, shard in expected.items():
             if key not in self.entries or self.entries[key].shard != shard:
                 raise CheckpointError(
-                    f"{folder / INDEX} places tensor '{key}' in {shard}, which does not hold it",
+                    f"{folder / INDEX} places tensor '{shown(key)}' in {shard}, which does not hold it",
                     "fetch that shard again",
                 )
         if expected and (extra := self.entries.keys() - expected.keys()):
@@ -86,49 +78,57 @@ class CheckpointReader:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path} has no 'weight_map'", "fetch the index again")
         for key, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            if not _is_shard(shard):
                 raise CheckpointError(
-                    f"{path} places tensor '{key}' in {shard!r}; only a file name ending in .safetensors, in the "
-                    "same folder, is allowed",
+                    f"{path} places tensor '{shown(key)}' in {shown(repr(shard))}; only a file name ending in "
+                    ".safetensors, in the same folder, is allowed",
                     "do not use this checkpoint, or fetch its index again from a source you trust",
                 )
+        for shard, key in {shard: key for key, shard in reversed(weight_map.items())}.items():
             if not os.path.isfile(self.folder / shard):
-                raise CheckpointError(f"shard {self.folder / shard} does not exist; '{key}' should be in it", "fetch it")
+                seen = f"shard {self.folder / shard} does not exist; '{shown(key)}' should be in it"
+                raise CheckpointError(seen, "fetch it")
         return weight_map
 
     def _read_header(self, shard: str) -> None:
-        path = self.folder / shard
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (a safe_open is not a mapping)
-                    view = file.get_slice(key)
-                    if key in self.entries:
-                        raise CheckpointError(
-                            f"tensor '{key}' is in {self.entries[key].shard} and in {shard}", "fetch both again"
-                        )
-                    dtype, shape = str(view.get_dtype()), tuple(view.get_shape())
-                    if dtype not in DTYPES:
-                        raise CheckpointError(f"{path}: tensor '{key}' has unknown dtype {dtype}", f"allowed: {[*DTYPES]}")
-                    self.entries[key] = Entry(shard, dtype, shape)
-        except (SafetensorError, OSError) as error:
-            size = path.stat().st_size if path.exists() else 0
-            raise CheckpointError(
-                f"shard {path} ({size:,} bytes) is truncated or damaged: {error}", "fetch that shard again"
-            ) from error
+        header = read_header(self.folder / shard)
+        if both := self.entries.keys() & header.tensors.keys():
+            key = min(both)
+            raise CheckpointError(f"tensor '{key}' is in {self.entries[key].shard} and in {shard}", "fetch both again")
+        self._headers[shard] = header
+        self.entries.update(header.tensors)
 
     def entry(self, key: str) -> Entry:
         if key not in self.entries:
-            raise CheckpointError(f"{self.folder} has no tensor '{key}'", "check that all shards belong to this model")
+            raise CheckpointError(
+                f"{self.folder} has no tensor '{shown(key)}'", "check that all shards belong to this model"
+            )
         return self.entries[key]
+
+    def stored(self, key: str) -> Tensor:
+        """One tensor, on the CPU, in its stored dtype, whatever its values. Raises CheckpointError if it cannot be read."""
+        entry = self.entry(key)
+        data = self._file(entry.shard).read(entry.start, entry.nbytes, f"tensor '{key}'")
+        return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def _file(self, shard: str) -> OpenShard:
+        """A shard, open, which is still the one whose header was read."""
+        file = self._open.pop(shard, None) or OpenShard(self.folder / shard)
+        for oldest in [*self._open][: 1 - _OPEN]:
+            self._open.pop(oldest).close()
+        self._open[shard] = file
+        header, status = self._headers[shard], file.status()
+        if (status.st_size, status.st_mtime_ns) != (header.size, header.changed):
+            raise CheckpointError(
+                f"shard {file.path} has changed since its header was read: {header.size:,} bytes then, "
+                f"{status.st_size:,} now",
+                "wait until it is whole, and repeat the command",
+            )
+        return file
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype. Raises CheckpointError when it holds NaN or infinity."""
-        path = self.folder / self.entry(key).shard
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: tensor '{key}' cannot be read: {error}", "fetch that shard again") from error
+        tensor = self.stored(key)
         if tensor.dtype.is_floating_point:
             # A finite sum of |x| says that all are finite, in one pass; one that is not (float64 may overflow) says: look.
             wide = tensor.float() if tensor.element_size() == 1 else tensor
@@ -136,8 +136,8 @@ class CheckpointReader:
                 bad = (~torch.isfinite(wide)).flatten().nonzero()
                 if len(bad):
                     raise CheckpointError(
-                        f"{path}: tensor '{key}' holds {len(bad)} NaN or infinite values, the first at flat index "
-                        f"{int(bad[0])}",
+                        f"{self.folder / self.entries[key].shard}: tensor '{key}' holds {len(bad)} NaN or infinite "
+                        f"values, the first at flat index {int(bad[0])}",
                         "fetch that shard again, or repair the checkpoint: a weight must be finite",
                     )
         return tensor
@@ -153,6 +153,11 @@ class CheckpointReader:
     def fingerprint(self) -> str:
         """See `fingerprint.fingerprint`: cheap, by content, and another for another model."""
         return fingerprint(self.folder, self.shards)
+
+
+def _is_shard(name: object) -> bool:
+    """Whether an index's word for a file is a name in the same folder, and can be shown."""
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") and name.isprintable()
 
 
 class _Lazy(Mapping[str, Tensor]):

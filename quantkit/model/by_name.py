@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, shown
 from quantkit.formats import compressed_tensors
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.registry import ARCHITECTURES, build_spec
@@ -91,7 +91,7 @@ def spec_by_name(reader: CheckpointReader) -> NamedSpec:
     for name in others:
         rest[entries[name].shard].append((name, entries[name].shape))
     parts = (Part(i, tuple(refs[shard]), tuple(rest[shard])) for i, shard in enumerate(reader.shards))
-    return NamedSpec(f"{reader.config.get('model_type')} (by name)", tuple(parts))
+    return NamedSpec(f"{shown(reader.config.get('model_type'))} (by name)", tuple(parts))
 
 
 def spec_of(reader: CheckpointReader) -> ModelSpec | NamedSpec:

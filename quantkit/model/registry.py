@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, shown
 from quantkit.model import deepseek_v2, hunyuan_a13b, llama, mixtral, qwen3_moe
 from quantkit.model.spec import ModelSpec
 
@@ -28,7 +28,7 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConfigError(
-            f"{where}: unknown architecture, model_type {name!r}",
+            f"{where}: unknown architecture, model_type {shown(repr(name))}",
             f"quantkit knows {', '.join(ARCHITECTURES)}; a new one is one file in quantkit/model; "
             "linears of any other can be named, to be rounded without calibration: --linears 'model.layers.*_proj'",
         )

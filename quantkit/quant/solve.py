@@ -11,7 +11,7 @@ from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.quant.gptq import DAMPING, NotPositive, gptq
 from quantkit.quant.grid import encode, minmax_scale
 from quantkit.scheme import Scheme, Strategy
-from quantkit.stats import LinearStats
+from quantkit.stats import LinearStats, weight_error
 
 __all__ = ["Outcome", "rtn", "solve"]
 
@@ -19,6 +19,8 @@ __all__ = ["Outcome", "rtn", "solve"]
 @dataclass(frozen=True)
 class Outcome:
     """What happened to one weight; goes into run.json.
+
+    weight_error: of `stats.weight_error`.
 
     method: what was really used. fallback: why it is not what was asked for, or that damping had to be raised ('' if
     neither). error: ||(W - Q) x||^2 / ||W x||^2 over the calibration tokens, or over the plain weights without any.
@@ -30,6 +32,7 @@ class Outcome:
     error: float
     coverage: float | None
     lent: int
+    weight_error: float
 
 
 def rtn(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -41,10 +44,8 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     return QuantizedTensor(encode(weight, step, offset, grid), scale, zero, grid)
 
 
-def _relative_error(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor | None) -> float:
-    difference = weight - quantized.dequantize()
-    if hessian is None or not hessian.isfinite().all():
-        return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
+def _output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
+    difference = weight - value
     lost = (difference @ hessian * difference).sum()
     return float(lost / (weight @ hessian * weight).sum().clamp(min=1e-30))
 
@@ -84,17 +85,22 @@ def solve(
         return [result for weight in weights for result in solve([weight], scheme, method, stats)]
     stacked, used, fallback = _one(torch.cat(weights), scheme, method, stats)
     hessian = stats.mean_hessian() if stats is not None else None
+    if hessian is not None and not hessian.isfinite().all():
+        hessian = None
     if scheme.static and (stats is None or not stats.tokens):
         fallback = "; ".join(filter(None, (fallback, "input scale not from tokens routed here")))
     results = []
     sizes = [len(weight) for weight in weights]
     for weight, part in zip(weights, _split(stacked, sizes), strict=True):
+        value = part.dequantize()
+        lost = weight_error(weight, value)
         outcome = Outcome(
             method=used,
             fallback=fallback,
-            error=_relative_error(weight, part, hessian),
+            error=lost**2 if hessian is None else _output_error(weight, value, hessian),
             coverage=None if stats is None else round(stats.coverage, 4),
             lent=0 if stats is None else stats.lent,
+            weight_error=lost,
         )
         results.append((_with_input_scale(part, scheme, stats), outcome))
     return results
