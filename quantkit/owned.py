@@ -40,9 +40,8 @@ def _shown(folder: Path) -> tuple[int, int]:
 def make_private(folder: Path) -> str | None:
     """Make a folder for this user alone (its parents as usual), unless it is there. Why it may not be trusted, or None.
     Raises OSError when it cannot be made."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
-        folder.mkdir(0o700)
+        folder.mkdir(0o700, parents=True)
     return distrust(folder) or (None if folder.is_dir() else f"{folder} is no folder")
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import pipeline
+from quantkit import conversion, pipeline
 from quantkit.errors import CheckpointError, ConfigError, OutputError, QuantkitError, VerificationError
+from quantkit.formats.atomic import temporary_name
 from quantkit.formats.reader import CheckpointReader
 from quantkit.scheme import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
@@ -324,15 +325,11 @@ def test_no_settings_of_the_caller_reach_the_numbers(undisturbed: Path, tmp_path
 
 def test_temporary_names_do_not_hang_on_the_process_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two containers that share a disk both have a process 7."""
-    from quantkit.formats.atomic import temporary_name
-
     monkeypatch.setattr(os, "getpid", lambda: 7)
     assert len({temporary_name(tmp_path / "a") for _ in range(9)}) == 9
 
 
 def test_conversion_keeps_what_is_good(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quantkit import conversion
-
     monkeypatch.setattr(conversion, "MAX_SHARD_BYTES", 60_000)
     quantkit.quantize(undisturbed / "model", tmp_path / "source", ROUNDED)
     quantkit.convert(tmp_path / "source", tmp_path / "whole", "bf16")

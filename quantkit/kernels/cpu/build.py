@@ -76,7 +76,7 @@ def _compile(compiler: str, source: Path, target: Path) -> str | None:
     """Compile into target's folder, which appears at once and complete. Returns the reason why not, or None."""
     parent = target.parent.parent
     if reason := make_private(parent):
-        return f"{reason}: remove it"
+        return f"the kernels cannot be built in {parent}: {reason}; remove it"
     with tempfile.TemporaryDirectory(prefix=".build-", dir=parent) as temporary:
         folder = Path(temporary) / "new"
         folder.mkdir(0o700)
