@@ -23,6 +23,7 @@ from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
 from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
 from quantkit.formats.reader import CheckpointReader
+from quantkit.formats.sets import weight_sets
 from quantkit.formats.table import FORMATS
 from quantkit.formats.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
 from quantkit.host import peak_memory
@@ -167,7 +168,7 @@ def _shards(pieces: list[_Piece]) -> tuple[tuple[ShardPlan, tuple[_Piece, ...]],
 
 def _notes(reader: CheckpointReader, before: Schemes, after: Schemes, target: Format | None) -> list[str]:
     pairs = {(old, after[key]) for key, old in before.items() if old is not None}
-    notes = []
+    notes = weight_sets(reader.folder)
     if target is None and (rounding := sorted({old.name for old, _ in pairs if old.activation})):
         notes.append(f"{', '.join(rounding)} rounds inputs; in BF16 they stay as they are")
     if any(new and old.weight.symmetric and not new.weight.symmetric for old, new in pairs):

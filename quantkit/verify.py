@@ -19,8 +19,11 @@ from quantkit.formats import compressed_tensors
 from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.reader import CheckpointReader, load_json
+from quantkit.formats.sets import weight_sets
+from quantkit.kept import share
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.stored import head_problem
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Kind, Scheme
 
@@ -34,12 +37,14 @@ _WORST_ERROR = {(Kind.INT, 4): 0.5, (Kind.INT, 8): 0.1, (Kind.FLOAT, 8): 0.1}
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given."""
+    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given. bf16_share: see
+    `kept.share`."""
 
     files: int
     tensors: int
     linears: int
     errors: dict[str, dict[str, float]]
+    bf16_share: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -48,6 +53,7 @@ class VerifyReport:
             "tensors": self.tensors,
             "linears": self.linears,
             "errors": self.errors,
+            "bf16_share": self.bf16_share,
         }
 
 
@@ -84,7 +90,7 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         shown = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
         raise (VerificationError if problems else CheckpointError)(shown, "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in errors.items()}
-    return VerifyReport(files, len(reader.entries), len(schemes), summary)
+    return VerifyReport(files, len(reader.entries), len(schemes), summary, share(reader, spec, schemes))
 
 
 def _stored(
@@ -251,6 +257,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     for row in roles.values():
         row["bits_per_weight"] = round(8 * row["bytes"] / row["weights"], 3)
     total = {key: sum(row[key] for row in roles.values()) for key in ("tensors", "weights", "bytes")}
+    differing = head_problem(reader, spec) if isinstance(spec, ModelSpec) else None
     return {
         "path": str(folder),
         "architecture": spec.architecture,
@@ -260,5 +267,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "shards": len(reader.shards),
         "roles": roles,
         "total": {**total, "bits_per_weight": round(8 * total["bytes"] / total["weights"], 3)},
+        "bf16_share": share(reader, spec, schemes),
+        "notes": [*weight_sets(folder), *([differing] if differing else [])],
         "unknown_bytes": sum(entry.nbytes for entry in reader.entries.values()) - counted,
     }

@@ -1,7 +1,7 @@
 """Hunyuan-Large's config.json (`model_type` "hunyuan") as a transformers config class, for both engines that need one.
 
-The fields that matter are checked by `quantkit.model`, which refuses a value or a key that it does not compute. What a missing
-key means there it must mean here.
+The fields that matter are checked by `quantkit.model`, which refuses a value or a key that it does not compute. A missing
+key must mean here what it means there.
 """
 
 from typing import Any

@@ -79,8 +79,8 @@ def _one_spelling(config: dict[str, Any]) -> dict[str, Any]:
 class DecoderConfig(BaseModel):
     """The fields of a config.json that change the mathematics. A value outside what is written is refused, not guessed.
 
-    So is one of another type (OUT's config.json repeats it, and engines would not read it), and a key that is neither a field
-    nor known to be harmless. A field that may be missing means then what it means to transformers' class.
+    So is one of another type (OUT's config.json repeats it, and engines would not read it), and a key that is neither a
+    field nor known to be harmless. A field that may be missing means then what it means to transformers' class.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)

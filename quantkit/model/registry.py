@@ -48,7 +48,7 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
 
 
 def unknown_key(where: str, model_type: str, key: str, value: object) -> ConfigError:
-    """The refusal of a key that nobody has looked into. There is no option to let it pass: what it means would be guessed."""
+    """The refusal of a key that nobody has looked into. No option lets it pass: what it means would be guessed."""
     return ConfigError(
         f"{where}: '{key}' is {repr(value)[:80]}, and quantkit does not know what that changes in a {model_type} model",
         "if it changes nothing that the model computes, take it out of config.json; else quantkit must learn it: "
