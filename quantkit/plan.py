@@ -23,7 +23,7 @@ from quantkit.kept import check_meant, share
 from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Layer, Linear, ModelSpec, Role
-from quantkit.model.stored import HEAD, head_problem
+from quantkit.model.stored import HEAD, HEAD_FIX, head_problem
 from quantkit.scheme import BF16, Recipe, Scheme, Strategy
 
 __all__ = ["Plan", "Unit", "make_plan", "summary"]
@@ -245,7 +245,7 @@ def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
                 "check config.json against the weights",
             )
     if problem := head_problem(reader, spec):
-        raise CheckpointError(f"{reader.folder}: {problem}")
+        raise CheckpointError(f"{reader.folder}: {problem}", HEAD_FIX)
 
 
 def _assign(

@@ -26,7 +26,7 @@ from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
-from quantkit.model.stored import head_problem
+from quantkit.model.stored import HEAD_FIX, head_problem
 from quantkit.qtensor import QuantizedTensor
 from quantkit.sampling import GREEDY, Sampling, sample
 from quantkit.scheme import Scheme
@@ -83,7 +83,7 @@ def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict
             seen = f"{entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}"
             problems.append(f"{seen}, expected {' or '.join(dtypes)} {shape}")
     if isinstance(spec, ModelSpec) and not problems and (differing := head_problem(reader, spec)):
-        problems.append(differing)
+        problems.append(f"{differing}; {HEAD_FIX}")
     return problems
 
 

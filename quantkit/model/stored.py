@@ -7,9 +7,10 @@ import torch
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.spec import ModelSpec
 
-__all__ = ["HEAD", "head_problem"]
+__all__ = ["HEAD", "HEAD_FIX", "head_problem"]
 
 HEAD = "lm_head.weight"
+HEAD_FIX = f"say tie_word_embeddings: false in config.json to run the stored head, or take '{HEAD}' out to run the embedding"
 
 
 def head_problem(reader: CheckpointReader, spec: ModelSpec) -> str | None:
@@ -29,6 +30,5 @@ def head_problem(reader: CheckpointReader, spec: ModelSpec) -> str | None:
         return None
     return (
         f"tie_word_embeddings is true, but '{HEAD}' differs from '{spec.embedding}': transformers 5 would run the stored "
-        "head, transformers 4 and vLLM the embedding; say tie_word_embeddings: false in config.json to run the stored head, "
-        f"or take '{HEAD}' out to run the embedding"
+        "head, transformers 4 and vLLM the embedding"
     )
