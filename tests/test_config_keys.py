@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from quantkit.engines.hunyuan_config import HunyuanLargeConfig
 from quantkit.errors import ConfigError
@@ -248,6 +248,12 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
             continue
         compared.add(key)
     assert {"tie_word_embeddings", "hidden_act", "is_encoder_decoder"} <= compared
+
+
+def test_what_transformers_takes_out_of_a_config_is_harmless() -> None:
+    """Settings of generation, which it removes when it reads a config, and what its base class has for every model."""
+    removed = {*GenerationConfig()._get_default_generation_params(), *PreTrainedConfig().to_dict()}
+    assert removed and not DecoderConfig.unknown(removed)
 
 
 def test_no_key_is_both_used_and_harmless() -> None:

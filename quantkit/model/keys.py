@@ -41,7 +41,8 @@ HARMLESS = _keys(
             "diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
             "length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences "
             "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
-            "forced_bos_token_id forced_eos_token_id"
+            "forced_bos_token_id forced_eos_token_id encoder_repetition_penalty num_assistant_tokens "
+            "num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind target_lookbehind"
         ),
         "of a classifier, whose tensors would be refused": (
             "id2label label2id num_labels problem_type finetuning_task task_specific_params classifier_dropout"

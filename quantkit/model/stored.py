@@ -17,7 +17,7 @@ def head_problem(reader: CheckpointReader, spec: ModelSpec) -> str | None:
     """What is wrong where the config ties the head to the embedding and another head is stored; None where nothing is.
 
     Engines disagree there, for every architecture: transformers 5 compares the two and does not tie them when they differ;
-    transformers 4 and vLLM run the embedding (some of vLLM's classes whichever was loaded last). Equal ones are no problem.
+    transformers 4 and vLLM run the embedding (vLLM's Qwen3-MoE whichever was loaded last). Equal ones are no problem.
     Shapes that differ are found elsewhere.
     """
     if spec.head is not None or HEAD not in reader.entries or spec.embedding not in reader.entries:
