@@ -64,12 +64,11 @@ def check_meant(
     linears = {ref.weight: ref for ref in spec.linears()}
     total, untold = 0, dict[tuple[str, str], int]()
     for name, entry in reader.entries.items():
-        if entry.dtype not in FLOATS or name not in linears and (isinstance(spec, ModelSpec) or not entry.shape):
-            continue
-        if not _is_inside(reader, spec, name):
+        ref = linears.get(name)
+        always = ref is None and isinstance(spec, ModelSpec)  # a router
+        if entry.dtype not in FLOATS or always or not _is_inside(reader, spec, name):
             continue
         total += entry.nbytes
-        ref = linears.get(name)
         if (ref is None or schemes[ref.key] is None) and not _is_told(reader, recipe, name, ref):
             group = template(target(name)), _option(spec, target(name), ref)
             untold[group] = untold.get(group, 0) + entry.nbytes

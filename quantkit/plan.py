@@ -264,8 +264,9 @@ def _assign(
                 "choose a --group-size that divides it, another scheme, or BF16 for its role",
             )
         schemes[ref.key] = scheme
-    nameable = [ref.key for ref in spec.linears()] if chosen is None else [target(name) for name in reader.entries]
+    keepable = schemes if chosen is None else [target(name) for name in reader.entries]
     for rule in recipe.rules:
+        nameable = keepable if rule.scheme == BF16 or chosen is None else chosen.keys
         if not any(fnmatchcase(key, rule.match) for key in nameable):
             raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
     _no_accident(recipe, spec, schemes)

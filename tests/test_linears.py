@@ -158,6 +158,17 @@ def test_what_engines_fuse_must_agree(pattern: str, make: Make) -> None:
     assert "get different schemes" in message and all(name in message for name in JOINED[pattern])
 
 
+@pytest.mark.parametrize("match", ["*.gate_up_proj", "*.mlp.experts.*", "model.layers.0.mlp.gate"])
+def test_a_rule_for_what_no_pattern_takes_is_refused(match: str, make: Make) -> None:
+    """It would do nothing, and its user would believe that it was done."""
+    folder = make(tensors=FUSED)
+    keep = [{"match": name, "scheme": "BF16"} for name in ("*.gate_up_proj", "*.experts.*")]
+    rule = {"match": match, "scheme": "W8A16"}
+    with pytest.raises(ConfigError, match="matches no linear"):
+        planned(folder, "*.self_attn.?_proj", rules=[*keep, rule], group_size=32)
+    assert planned(folder, "*.self_attn.?_proj", rules=keep)[0]
+
+
 def test_keep_must_match_something(make: Make) -> None:
     assert "rule '*.nothing' matches no linear" in refused(
         "plan", make(), "--linears", "*", "--scheme", "W8A8", "--keep", "*.nothing"

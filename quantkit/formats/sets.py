@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from quantkit.formats.reader import INDEX, SINGLE, load_json
@@ -15,7 +16,9 @@ def weight_sets(folder: Path) -> list[str]:
     It is said and not refused: the two are often the same weights (shards that were merged, say), the index decides without
     doubt, and vLLM decides alike. transformers looks for model.safetensors first, and for an adapter before that.
     """
-    notes = []
+    notes: list[str] = []
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
+        return notes
     if (folder / INDEX).is_file():
         listed = load_json(folder / INDEX).get("weight_map")
         if (folder / SINGLE).is_file() and isinstance(listed, dict) and SINGLE not in listed.values():
