@@ -68,7 +68,9 @@ def quantize(
     """
     from quantkit import pipeline
     from quantkit.errors import ConfigError, counted
-    from quantkit.formats.folder import without_tokenizer
+    from quantkit.formats.folder import find_model, without_tokenizer
+    from quantkit.formats.sets import weight_sets
+    from quantkit.kept import share_line
     from quantkit.progress import console, layer_line, plan_table, size
 
     recipe = read_recipe(recipe_file, options)
@@ -79,6 +81,8 @@ def quantize(
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
         return
+    for note in weight_sets(find_model(model)):
+        click.echo(f"warning: {note}", err=True)
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
     for line in record["recovered"]:
@@ -93,7 +97,8 @@ def quantize(
         saved = record["source_bytes"] / record["output_bytes"]
         console().print(
             f"{out}: {size(record['source_bytes'])} -> {size(record['output_bytes'])} ({saved:.2f}x smaller), verified; "
-            f"{counted(len(record['fallbacks']), 'fallback')}, {counted(record['lent_tokens'], 'linear')} with lent tokens",
+            f"{counted(len(record['fallbacks']), 'fallback')}, {counted(record['lent_tokens'], 'linear')} with lent tokens; "
+            f"{share_line(record['bf16_share'])}",
             soft_wrap=True,
         )
 
@@ -287,6 +292,7 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: something of it does not.
     """
     from quantkit.errors import ConfigError, counted
+    from quantkit.kept import share_line
     from quantkit.verify import verify as run
 
     if engine:
@@ -310,7 +316,7 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     errors = "".join(f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items())
     unknown = "".join(f"\n  not checked: {words}" for words in report.not_checked)
     verdict = "nothing wrong was seen" if unknown else "sound"
-    click.echo(f"{out}: {verdict}. {counts}.{errors}{unknown}")
+    click.echo(f"{out}: {verdict}. {counts}; {share_line(report.bf16_share)}.{errors}{unknown}")
 
 
 if __name__ == "__main__":

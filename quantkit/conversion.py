@@ -25,6 +25,7 @@ from quantkit.formats.fingerprint import Watch
 from quantkit.formats.folder import carried, complete, find_model, write_json
 from quantkit.formats.origin import STATEMENT, DigestingReader, content_digest, read_statement, tensor_digest
 from quantkit.formats.reader import CheckpointReader
+from quantkit.formats.sets import weight_sets
 from quantkit.formats.table import FORMATS
 from quantkit.formats.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
 from quantkit.host import peak_memory, plain_arithmetic
@@ -183,7 +184,7 @@ def _shards(pieces: list[_Piece]) -> tuple[tuple[ShardPlan, tuple[_Piece, ...]],
 
 def _notes(reader: CheckpointReader, before: Schemes, after: Schemes, target: Format | None) -> list[str]:
     pairs = {(old, after[key]) for key, old in before.items() if old is not None}
-    notes = published_notes(reader.folder, reader.config)
+    notes = [*weight_sets(reader.folder), *published_notes(reader.folder, reader.config)]
     if target is None and (rounding := sorted({old.name for old, _ in pairs if old.activation})):
         notes.append(f"{', '.join(rounding)} rounds inputs; in BF16 they stay as they are")
     if any(new and old.weight.symmetric and not new.weight.symmetric for old, new in pairs):

@@ -39,6 +39,9 @@ def recipe_options(function: F) -> F:
                 "--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches."
             ),
             click.option(
+                "--keep", multiple=True, metavar="GLOB", help="Linears that stay in BF16 on purpose; before rules."
+            ),
+            click.option(
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
             click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]"),

@@ -304,6 +304,7 @@ class _Job:
             "coverage": coverage,
             "source_bytes": self.plan.source_bytes,
             "output_bytes": self.plan.output_bytes,
+            "bf16_share": self.plan.kept_share,
             "fallbacks": fallbacks,
             "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
             "linears": linears,

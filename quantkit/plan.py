@@ -11,16 +11,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from quantkit.chosen import Chosen, choose, joined, target
 from quantkit.coverage import Coverage, Fate, account, bystanders
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.folder import without_tokenizer
 from quantkit.formats.reader import CheckpointReader
+from quantkit.formats.sets import weight_sets
 from quantkit.formats.writer import ShardPlan
+from quantkit.kept import check_meant, share
 from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Layer, Linear, ModelSpec, Role
+from quantkit.model.stored import HEAD, HEAD_FIX, head_problem
 from quantkit.published import published_notes
 from quantkit.scheme import BF16, Recipe, Scheme, Strategy
 
@@ -56,6 +60,7 @@ class Plan:
     coverage: Coverage
     source_bytes: int
     output_bytes: int
+    kept_share: dict[str, float]
     notes: tuple[str, ...]
 
     @property
@@ -131,9 +136,13 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
             f"{where} says the model is already quantised", "start from the BF16 model, or use 'quantkit convert --to bf16'"
         )
     spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
+    chosen = None
     if isinstance(spec, ModelSpec):
         _check_names(reader, spec)
-    schemes = _assign(spec, recipe)
+    else:
+        chosen = choose(reader, spec, recipe)
+    schemes = _assign(reader, spec, recipe, chosen)
+    check_meant(reader, spec, recipe, schemes)
     units = _units(reader, spec, schemes)
     plan = Plan(
         spec=spec,
@@ -143,7 +152,13 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         coverage=_covered(reader, spec, schemes, units),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
         output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
-        notes=tuple(_unused(recipe, schemes) + published_notes(reader.folder, reader.config))
+        kept_share=share(reader, spec, schemes),
+        notes=(
+            *weight_sets(reader.folder),
+            *(chosen.notes if chosen else ()),
+            *_unused(recipe, schemes),
+            *published_notes(reader.folder, reader.config),
+        )
         + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
     )
     if isinstance(spec, NamedSpec):
@@ -171,6 +186,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tape_bytes": plan.tape_bytes,
         "shards": sum(len(unit.shards) for unit in plan.units),
         "calibrated": plan.calibrated,
+        "bf16_share": plan.kept_share,
         "notes": list(plan.notes),
         "recipe": plan.recipe.model_dump(),
     }
@@ -198,16 +214,9 @@ def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
             "name linears by role (--experts, --attention, ...) or by 'rules' in a recipe",
         )
     spec = spec_by_name(reader)
-    keys = [ref.key for ref in spec.linears()]
     for ref in spec.linears():
         if ref.weight not in reader.entries or reader.entries[ref.weight].dtype not in FLOATS:
             raise ConfigError(f"'{ref.key}' in {reader.folder} is already quantised", "start from the BF16 model")
-    for pattern in recipe.linears:
-        if not any(fnmatchcase(key, pattern) for key in keys):
-            raise ConfigError(
-                f"pattern '{pattern}' matches no matrix of {reader.folder}; there are {len(keys)}, such as {keys[:3]}",
-                "name linears as in 'model.layers.*.mlp.*_proj', without '.weight'",
-            )
     return spec
 
 
@@ -231,10 +240,16 @@ def _check_by_name(plan: Plan) -> None:
 
 def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
     expected = spec.tensors()
-    if "lm_head.weight" in reader.entries:  # a tied head may be stored once more; it is carried over
-        expected["lm_head.weight"] = expected[spec.embedding]
+    if HEAD in reader.entries:  # a tied head may be stored once more; it is carried over
+        expected[HEAD] = expected[spec.embedding]
     missing = sorted(expected.keys() - reader.entries.keys())
     extra = sorted(reader.entries.keys() - expected.keys())
+    if missing == [HEAD] and not extra:
+        raise CheckpointError(
+            f"{reader.folder} has no '{HEAD}', and config.json does not tie the head: tie_word_embeddings is "
+            f"{reader.config.get('tie_word_embeddings', 'not given, which means false')}",
+            "say tie_word_embeddings: true in config.json if the head is the embedding, or fetch the missing shard",
+        )
     if missing or extra:
         raise CheckpointError(
             f"{reader.folder}: tensors do not match architecture {spec.architecture}: {len(missing)} missing "
@@ -249,13 +264,18 @@ def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
                 f"{' or '.join(FLOATS)} {shape}",
                 "check config.json against the weights",
             )
+    if problem := head_problem(reader, spec):
+        raise CheckpointError(f"{reader.folder}: {problem}", HEAD_FIX)
 
 
-def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | None]:
+def _assign(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, recipe: Recipe, chosen: Chosen | None
+) -> dict[str, Scheme | None]:
+    """chosen: the linears that a run by name takes."""
     _nothing_idle(recipe, spec)
     schemes: dict[str, Scheme | None] = {}
     for ref in spec.linears():
-        scheme = recipe.scheme_of(ref)
+        scheme = recipe.scheme_of(ref) if chosen is None or ref.key in chosen.keys else None
         problem = scheme.misfit(ref.out_features, ref.in_features) if scheme else None
         if problem:
             assert scheme
@@ -264,8 +284,10 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
                 "choose a --group-size that divides it, another scheme, or BF16 for its role",
             )
         schemes[ref.key] = scheme
+    keepable = schemes if chosen is None else [target(name) for name in reader.entries]
     for rule in recipe.rules:
-        if not any(fnmatchcase(ref.key, rule.match) for ref in spec.linears()):
+        nameable = keepable if rule.scheme == BF16 or chosen is None else chosen.keys
+        if not any(fnmatchcase(key, rule.match) for key in nameable):
             raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
     _no_accident(recipe, spec, schemes)
     if not any(schemes.values()):
@@ -273,6 +295,8 @@ def _assign(spec: ModelSpec | NamedSpec, recipe: Recipe) -> dict[str, Scheme | N
     for layer in spec.layers:
         for group in layer.same_input():
             _same_scheme(group, schemes, "engines fuse them into one weight")
+    for refs, why in joined(spec) if isinstance(spec, NamedSpec) else ():
+        _same_scheme(refs, schemes, why)
     for moe in spec.moes():
         _same_scheme([ref for e in moe.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
     return schemes

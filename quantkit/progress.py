@@ -15,6 +15,7 @@ from rich.text import Text
 
 from quantkit.errors import counted, shown_lines
 from quantkit.evals.words import size
+from quantkit.kept import share_line
 from quantkit.pipeline import Step
 
 __all__ = [
@@ -69,7 +70,7 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
         f"{size(plan['source_bytes'])} -> {size(plan['output_bytes'])} in {counted(plan['shards'], 'shard')}; "
         f"scratch disk {size(plan['tape_bytes'])}"
         + ("" if plan["calibrated"] else "; no calibration needed")
-        + "".join(f"\n{note}" for note in plan["notes"])
+        + "".join(f"\n{line}" for line in (share_line(plan["bf16_share"]), *plan["notes"]))
     )
     return Group(table, engine_table(plan["engine"])) if "engine" in plan else table
 
@@ -134,6 +135,7 @@ def inspect_table(found: dict[str, Any]) -> Table:
         scheme = ", ".join(row.get("schemes", []))
         cells = [f"{row['tensors']:,}", f"{row['weights']:,}", size(row["bytes"]), f"{row['bits_per_weight']:.3f}"]
         table.add_row(role, scheme, *cells, style="bold" if role == "total" else None)
+    table.caption = "\n".join([share_line(found["bf16_share"]), *found["notes"]])
     return table
 
 

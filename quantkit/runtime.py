@@ -26,6 +26,7 @@ from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
+from quantkit.model.stored import HEAD_FIX, head_problem
 from quantkit.qtensor import QuantizedTensor
 from quantkit.sampling import GREEDY, Sampling, sample
 from quantkit.scheme import Scheme
@@ -81,6 +82,8 @@ def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict
         if entry and (not (entry.shape == shape or one) or entry.dtype not in dtypes):
             seen = f"{entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}"
             problems.append(f"{seen}, expected {' or '.join(dtypes)} {shape}")
+    if isinstance(spec, ModelSpec) and not problems and (differing := head_problem(reader, spec)):
+        problems.append(f"{differing}; {HEAD_FIX}")
     return problems
 
 

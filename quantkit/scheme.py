@@ -249,6 +249,18 @@ class Recipe(BaseModel):
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _kept_by_rules(cls, fields: Any) -> Any:
+        """`keep: [GLOB, ...]` is short for rules that say BF16, before all others."""
+        if not isinstance(fields, dict) or "keep" not in fields:
+            return fields
+        keep, rules = fields["keep"], fields.get("rules", ())
+        if not isinstance(keep, list | tuple) or not isinstance(rules, list | tuple):
+            raise ValueError(f"keep is {keep!r}, and must be a list of globs")
+        first = [{"match": glob, "scheme": BF16} for glob in keep]
+        return {**{key: value for key, value in fields.items() if key != "keep"}, "rules": [*first, *rules]}
+
     @field_validator("scheme", "experts", "shared_experts", "attention")
     @classmethod
     def _known(cls, value: str | None) -> str | None:

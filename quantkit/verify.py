@@ -21,9 +21,12 @@ from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.origin import STATEMENT, read_statement
 from quantkit.formats.reader import CheckpointReader, load_json
+from quantkit.formats.sets import weight_sets
 from quantkit.host import plain_arithmetic
+from quantkit.kept import share
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import ModelSpec
+from quantkit.model.stored import head_problem
 from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme
 from quantkit.verify_linears import Found, check_linears
@@ -37,7 +40,8 @@ _OWN_FOLDER = "eval"  # what `eval` writes into an OUT
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given.
+    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given. bf16_share: see
+    `kept.share`.
 
     not_checked: what could not be, in words. Only where it is empty is the checkpoint known to be what it should be.
     """
@@ -46,6 +50,7 @@ class VerifyReport:
     tensors: int
     linears: int
     errors: dict[str, dict[str, float]]
+    bf16_share: dict[str, float]
     not_checked: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -56,6 +61,7 @@ class VerifyReport:
             "linears": self.linears,
             "errors": self.errors,
             "not_checked": list(self.not_checked),
+            "bf16_share": self.bf16_share,
         }
 
 
@@ -92,7 +98,8 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         listed = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
         raise (VerificationError if problems else CheckpointError)(listed, "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in linears.errors.items()}
-    return VerifyReport(files, len(reader.entries), len(schemes), summary, tuple(_not_checked(original, said, linears)))
+    unchecked = tuple(_not_checked(original, said, linears))
+    return VerifyReport(files, len(reader.entries), len(schemes), summary, share(reader, spec, schemes), unchecked)
 
 
 def _said(
@@ -264,6 +271,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     for row in roles.values():
         row["bits_per_weight"] = round(8 * row["bytes"] / row["weights"], 3)
     total = {key: sum(row[key] for row in roles.values()) for key in ("tensors", "weights", "bytes")}
+    differing = head_problem(reader, spec) if isinstance(spec, ModelSpec) else None
     return {
         "path": str(folder),
         "architecture": spec.architecture,
@@ -273,5 +281,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         "shards": len(reader.shards),
         "roles": roles,
         "total": {**total, "bits_per_weight": round(8 * total["bytes"] / total["weights"], 3)},
+        "bf16_share": share(reader, spec, schemes),
+        "notes": [*weight_sets(folder), *([differing] if differing else [])],
         "unknown_bytes": sum(entry.nbytes for entry in reader.entries.values()) - counted,
     }

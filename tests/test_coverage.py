@@ -94,7 +94,7 @@ def test_routed_experts_stay_bf16_only_on_purpose(model: Path, tmp_path: Path) -
     message = not_quantized(model, *options)
     assert "routed expert 'model.layers.0.mlp.experts.0.gate_proj' would stay in BF16" in message and "--experts" in message
     assert "would stay in BF16" in refused("plan", model, *options)
-    quantkit.quantize(model, tmp_path / "a", Recipe(scheme="BF16", attention="W8A8", experts="BF16"))
+    quantkit.quantize(model, tmp_path / "a", Recipe(scheme="W8A8", experts="BF16"))
     rules = [{"match": "model.layers.0.*", "scheme": "BF16"}]
     record = quantkit.quantize(model, tmp_path / "b", Recipe.of({"scheme": "W8A8", "rules": rules}))
     assert record["coverage"]["kept"]["experts"]["tensors"] == 4 * 3

@@ -23,6 +23,8 @@ LEVELS = [
         "text",
         "bench",
         "coverage",
+        "chosen",
+        "kept",
         "published",
         "engines",
         "verify",

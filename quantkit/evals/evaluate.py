@@ -24,6 +24,7 @@ from quantkit.evals.samples import generations, worst_tokens
 from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.evals.sections import divergence, kv_cache, layer_rows, moe, probe
 from quantkit.formats.folder import find_model
+from quantkit.formats.sets import weight_sets
 from quantkit.host import pick_device, plain_arithmetic
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
@@ -119,8 +120,8 @@ class _Job:
     place: torch.device
 
     def notes(self) -> list[str]:
-        """That files are not what they were written as (the figures are of what is there now), that the baseline has lost
-        something itself, and that the text is not unseen."""
+        """That a folder holds two sets of weights, that files are not what they were written as (the figures are of what is
+        there now), that the baseline has lost something itself, and that the text is not unseen."""
         pairs = zip(self.models, self.held, strict=True)
         changed = [
             f"{m.folder}: {name} does not have the hash that {SUMS} states" for m, held in pairs for name in held.changed
@@ -132,7 +133,8 @@ class _Job:
         seen = (
             f"{share:.1%} of the evaluation text stands in the calibration text: the figures are better than on other text"
         )
-        return [*changed, *([said] if schemes else []), *([seen] if share >= _SEEN else [])]
+        sets = [note for model in self.models for note in weight_sets(model.folder)]
+        return [*sets, *changed, *([said] if schemes else []), *([seen] if share >= _SEEN else [])]
 
 
 def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Extent, place: torch.device) -> _Job:

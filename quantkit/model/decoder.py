@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from quantkit.model.keys import HARMLESS
 from quantkit.model.spec import GQA, MLP, Attention, Layer, Linear, Llama3, ModelSpec, MoE, Role, Rope, Yarn
 
 __all__ = ["KIND", "DecoderConfig", "Llama3Scaling", "Scaling", "YarnScaling", "decoder", "gqa", "mlp", "rope"]
@@ -78,10 +79,14 @@ def _one_spelling(config: dict[str, Any]) -> dict[str, Any]:
 class DecoderConfig(BaseModel):
     """The fields of a config.json that change the mathematics. A value outside what is written is refused, not guessed.
 
-    So is one of another type: OUT's config.json repeats it, and engines would not read it.
+    So is one of another type (OUT's config.json repeats it, and engines would not read it), and a key that is neither a
+    field nor known to be harmless. A field that may be missing means then what it means to transformers' class.
     """
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    classes: ClassVar[tuple[str, ...]]  # what `architectures` may name: engines choose their code by it
+    harmless: ClassVar[Mapping[str, str]] = {}  # of this model, beside HARMLESS
+    architectures: list[str] | None = None
     hidden_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0, le=1000)
     vocab_size: int = Field(gt=0)
@@ -106,11 +111,33 @@ class DecoderConfig(BaseModel):
     attn_logit_softcapping: None = None
     final_logit_softcapping: None = None
     clip_qkv: None = None
+    layer_types: list[Literal["full_attention"]] | None = None
+    partial_rotary_factor: float | None = Field(default=None, ge=1, le=1)
+    rope_interleaved: Literal[False] = False
+    is_encoder_decoder: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+    cross_attention_hidden_size: None = None
+    pruned_heads: dict[str, list[int]] = Field(default_factory=dict, max_length=0)
 
     @model_validator(mode="before")
     @classmethod
-    def _rope(cls, config: Any) -> Any:
-        return _one_spelling(config) if isinstance(config, dict) else config
+    def _rope_and_harmless(cls, config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {k: value for k, value in _one_spelling(config).items() if k not in HARMLESS and k not in cls.harmless}
+
+    @classmethod
+    def unknown(cls, keys: Iterable[str]) -> list[str]:
+        """Those of a config.json's keys that are neither used nor known to be harmless."""
+        known = {"rope_parameters", *cls.model_fields, *HARMLESS, *cls.harmless}
+        return [key for key in keys if key not in known]
+
+    @field_validator("architectures")
+    @classmethod
+    def _its_own_class(cls, names: list[str] | None) -> list[str] | None:
+        if names and (other := [name for name in names if name not in cls.classes]):
+            raise ValueError(f"{other[0]!r} is another model's class than {' or '.join(cls.classes)}")
+        return names
 
     @property
     def head_size(self) -> int:

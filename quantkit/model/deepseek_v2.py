@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from quantkit.model.decoder import DecoderConfig, YarnScaling, decoder, mlp
+from quantkit.model.keys import OF_DEEPSEEK_V2
 from quantkit.model.spec import MLA, MLP, Linear, ModelSpec, MoE, Role, Rope, Router
 
 __all__ = ["build"]
@@ -21,15 +22,17 @@ _INNER_EPS = 1e-6  # of the norms of latents: the released code does not take it
 
 
 class DeepseekV2Config(DecoderConfig):
+    classes = ("DeepseekV2ForCausalLM",)
+    harmless = OF_DEEPSEEK_V2
     rope_scaling: YarnScaling | None = None
-    head_dim: int | None = None  # written by transformers with a meaning of its own; not read
     q_lora_rank: int | None = Field(gt=0)
     kv_lora_rank: int = Field(gt=0)
     qk_nope_head_dim: int = Field(gt=0)
     qk_rope_head_dim: int = Field(ge=4, multiple_of=2)
+    qk_head_dim: int | None = None  # the sum of both, as transformers writes it
     v_head_dim: int = Field(gt=0)
     n_routed_experts: int = Field(gt=1, le=1000)
-    n_shared_experts: int | None = Field(default=None, ge=0)
+    n_shared_experts: int | None = Field(ge=0)
     num_experts_per_tok: int = Field(gt=0)
     moe_intermediate_size: int = Field(gt=0)
     first_k_dense_replace: int = Field(ge=0)
@@ -48,6 +51,8 @@ class DeepseekV2Config(DecoderConfig):
                 f"num_key_value_heads {self.num_key_value_heads} is not num_attention_heads {self.num_attention_heads}: "
                 "latent attention makes a key for every head"
             )
+        if self.qk_head_dim not in (None, self.qk_nope_head_dim + self.qk_rope_head_dim):
+            raise ValueError(f"qk_head_dim {self.qk_head_dim} is not the sum of qk_nope_head_dim and qk_rope_head_dim")
         groups, best = self.groups()
         if self.n_routed_experts % groups or not 1 <= best <= groups:
             raise ValueError(f"topk_group {best} of n_group {groups} groups of n_routed_experts {self.n_routed_experts}")

@@ -18,7 +18,11 @@ __all__ = ["build", "build_hunyuan", "is_a13b"]
 
 
 class A13BConfig(HunyuanConfig):
-    moe_topk: int = Field(default=1, gt=1)
+    """transformers' class always normalises query and key, always renormalises, and does not read the keys that say so."""
+
+    classes = ("HunYuanMoEV1ForCausalLM",)
+    moe_topk: int = Field(gt=1)
+    use_qk_norm: Literal[True] = True
     use_cla: Literal[False] = False
     use_mixed_mlp_moe: Literal[True] = True
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, Self
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from quantkit.model.decoder import KIND, DecoderConfig, Scaling, decoder, gqa, mlp
+from quantkit.model.keys import OF_HUNYUAN
 from quantkit.model.spec import GQA, MLP, ModelSpec, MoE, Role, Rope, Router
 
 __all__ = ["HunyuanConfig", "build", "build_spec"]
@@ -20,22 +21,31 @@ __all__ = ["HunyuanConfig", "build", "build_spec"]
 class NtkScaling(Scaling):
     """Only the static NTK form is released: base = theta * alpha ** (d / (d - 2)), whatever the length.
 
-    The keys of other forms stand beside it in released configs, and mean nothing here.
+    The keys of other forms, from `factor` on, stand beside it in released configs, and mean nothing where alpha is given.
     """
 
-    model_config = ConfigDict(extra="ignore")
     rope_type: Literal["dynamic"] = Field(validation_alias=KIND)
     alpha: float = Field(gt=0, le=1e9)
-    factor: float = 1.0
+    factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
 
 
 class HunyuanConfig(DecoderConfig):
-    """Keys of both Hunyuan MoE models. `use_mla` and skipped MoE layers never are features of a released one."""
+    """Keys of both Hunyuan MoE models. `use_mla` and skipped MoE layers never are features of a released one.
 
+    What a missing key means is what it means to the released configuration class.
+    """
+
+    classes = ("HunYuanForCausalLM",)
+    harmless = OF_HUNYUAN
     rms_norm_eps: float = Field(default=1e-5, gt=0)
     rope_scaling: NtkScaling | None = None
-    tie_word_embeddings: bool = True
-    use_qk_norm: bool = True
+    attention_head_dim: int | None = None  # another name of head_dim
+    add_classification_head: Literal[False] = False
+    use_qk_norm: bool = False
     use_cla: bool = False
     cla_share_factor: int = Field(default=1, gt=0)
     num_experts: int = Field(default=1, gt=0, le=1000)
@@ -69,7 +79,9 @@ class HunyuanConfig(DecoderConfig):
         return value[0]
 
     @model_validator(mode="after")
-    def _enough_experts(self) -> Self:
+    def _go_together(self) -> Self:
+        if self.attention_head_dim not in (None, self.head_size):
+            raise ValueError(f"attention_head_dim {self.attention_head_dim} is not head_dim {self.head_size}")
         if 1 < self.num_experts < self.moe_topk:
             raise ValueError(f"moe_topk {self.moe_topk} is more than num_experts {self.num_experts}")
         return self

@@ -16,6 +16,7 @@ __all__ = ["build"]
 
 
 class LlamaConfig(DecoderConfig):
+    classes = ("LlamaForCausalLM", "LLaMAForCausalLM")
     rope_scaling: Llama3Scaling | None = None
 
     @model_validator(mode="before")

@@ -17,6 +17,7 @@ __all__ = ["build"]
 
 
 class MixtralConfig(DecoderConfig):
+    classes = ("MixtralForCausalLM",)
     rope_theta: float = Field(gt=1)
     rope_scaling: None = None
     num_local_experts: int = Field(gt=1, le=1000)

@@ -11,12 +11,15 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from quantkit.model.decoder import DecoderConfig, decoder, gqa, mlp, rope
+from quantkit.model.keys import OF_QWEN3_MOE
 from quantkit.model.spec import MLP, ModelSpec, MoE, Role, Router
 
 __all__ = ["build"]
 
 
 class Qwen3MoeConfig(DecoderConfig):
+    classes = ("Qwen3MoeForCausalLM",)
+    harmless = OF_QWEN3_MOE
     rope_theta: float = Field(gt=1)
     rope_scaling: None = None
     use_sliding_window: Literal[False] = False
@@ -37,7 +40,7 @@ class Qwen3MoeConfig(DecoderConfig):
         count = config["num_local_experts"]
         if config.get("num_experts", count) != count:
             raise ValueError("num_experts is given beside another num_local_experts")
-        return {**config, "num_experts": count}
+        return {**{key: value for key, value in config.items() if key != "num_local_experts"}, "num_experts": count}
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

@@ -11,7 +11,7 @@ from quantkit.errors import ConfigError, shown
 from quantkit.model import deepseek_v2, hunyuan_a13b, llama, mixtral, qwen3_moe
 from quantkit.model.spec import ModelSpec
 
-__all__ = ["ARCHITECTURES", "build_spec"]
+__all__ = ["ARCHITECTURES", "build_spec", "unknown_key"]
 
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
     "hunyuan": hunyuan_a13b.build_hunyuan,
@@ -39,7 +39,18 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         field = ".".join(str(part) for part in first["loc"])
         value = "missing" if first["type"] == "missing" else repr(first["input"])  # whose input is the whole config
         seen = f"'{field}' is {value}: " if field else ""  # no field: two that do not go together
+        if first["type"] == "extra_forbidden":
+            raise unknown_key(where, name, field, first["input"]) from error
         raise ConfigError(
             f"{where}: {seen}{first['msg']}",
             "quantkit refuses what its reference model does not compute; check config.json",
         ) from error
+
+
+def unknown_key(where: str, model_type: str, key: str, value: object) -> ConfigError:
+    """The refusal of a key that nobody has looked into. No option lets it pass: what it means would be guessed."""
+    return ConfigError(
+        f"{where}: '{key}' is {repr(value)[:80]}, and quantkit does not know what that changes in a {model_type} model",
+        "if it changes nothing that the model computes, take it out of config.json; else quantkit must learn it: "
+        "a field of the model's config class, or a line with the reason in quantkit/model/keys.py",
+    )
