@@ -17,7 +17,9 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
 from quantkit.calib.tape import Tape
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.coverage import reconcile
 from quantkit.errors import CalibrationError, ConfigError, OutputError, VerificationError
@@ -87,16 +89,19 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     without enough space is a note: the plan may be for another machine."""
     ready = _prepare(model, out, recipe, device)
     plan, shortage = ready.plan, ready.shortage()
-    return {**summary(plan), "notes": [*plan.notes, *([shortage] if shortage else [])]}
+    return {**summary(plan), "notes": [*plan.notes, *ready.text_notes, *([shortage] if shortage else [])]}
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated."""
+    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated; text:
+    what they were made of (`tokens.beginning`)."""
 
     reader: CheckpointReader
     plan: Plan
     ids: Tensor | None
+    text: dict[str, Any] | None
+    text_notes: tuple[str, ...]
     target: Path
     device: torch.device
     start: float
@@ -131,26 +136,28 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     refuse_present(target)
     reader = CheckpointReader(source)
     plan = make_plan(reader, recipe)
-    return _Ready(reader, plan, _calibration_ids(reader, plan) if plan.calibrated else None, target, place, start)
+    ids, text, notes = _calibration(reader, plan) if plan.calibrated else (None, None, ())
+    return _Ready(reader, plan, ids, text, notes, target, place, start)
 
 
-def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
+def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+    """Windows, what they were made of, and what to tell of it."""
     recipe = plan.recipe
-    tokenizer = tokens.load_tokenizer(reader.folder)
-    texts = tokens.documents(recipe.calibration, reader.folder)
+    tokenizer, texts = load_text_tokenizer(reader.folder, recipe.add_bos), read_documents(recipe.calibration)
     ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
     if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
             f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
             "use the tokenizer that belongs to this model",
         )
-    return ids
+    note = texts.note(recipe.calibration)
+    return ids, tokens.beginning(tokenizer, texts), (note,) if note else ()
 
 
 class _Job:
     def __init__(self, ready: _Ready) -> None:
         self.start, self.device, self.target = ready.start, ready.device, ready.target
-        self.reader, self.plan, self.ids = ready.reader, ready.plan, ready.ids
+        self.reader, self.plan, self.ids, self.ready = ready.reader, ready.plan, ready.ids, ready
         self.partial, self.work, self.key = ready.partial, ready.partial / ".work", ready.key()
         self.journal = Journal(self.work, self.key)
         self.resumed_at, self.layers_done = len(self.journal.units), 0
@@ -242,6 +249,7 @@ class _Job:
             "model": str(self.reader.folder),
             "recipe": self.plan.recipe.model_dump(),
             "calibration_tokens": 0 if self.ids is None else self.ids.numel(),
+            "calibration_text": self.ready.text,
             "roles": self.plan.by_role(),
             "coverage": coverage,
             "source_bytes": self.plan.source_bytes,
@@ -253,7 +261,7 @@ class _Job:
             "seconds": round(sum(unit["seconds"] for unit in self.journal.units), 2),
             "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
             "peak_memory_bytes": peak_memory(),
-            "notes": list(self.plan.notes),
+            "notes": [*self.plan.notes, *self.ready.text_notes],
         }
 
 

@@ -17,7 +17,7 @@ __all__ = [
     *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Decision", "Divergence"),
     *("Figure", "Finite", "GateResult", "Histogram", "KVCache", "LayerRow", "LinearRow", "Moe", "MoeLayer", "Needle"),
     *("Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size", "SizeRow", "SpeedRow", "Status", "Task"),
-    *("UnitSums", "Verdict", "WorstToken"),
+    *("TextTokens", "UnitSums", "Verdict", "WorstToken"),
 ]
 
 SCHEMA_VERSION = 2
@@ -74,6 +74,21 @@ class Overlap(_Part):
     note: str
 
 
+class TextTokens(_Part):
+    """How the evaluation text became ids: documents (of them conversations, written by the chat template), rows skipped as
+    empty or null, the first ids of the first document, and whether raw text gets the beginning-of-text token (bos; null:
+    no file names one), with the reason."""
+
+    documents: int
+    conversations: int
+    skipped_rows: dict[str, int]
+    first_ids: list[int]
+    first_tokens: list[str]
+    bos_id: int | None
+    bos_added: bool | None
+    bos_why: str
+
+
 class Provenance(_Part):
     """What was compared with what, on what, and how to do it again."""
 
@@ -90,6 +105,7 @@ class Provenance(_Part):
     calibration_digest: str | None
     text: str
     text_digest: str
+    text_tokens: TextTokens | None = None
     seq_len: int
     windows: int
     tokens: int
