@@ -186,25 +186,21 @@ def test_what_a_row_says_reaches_the_template_or_is_refused() -> None:
 
 
 def test_templates_have_limits() -> None:
-    """Each costs its own process, and the next conversation has another."""
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    """Time costs the process, and the next conversation has another."""
+    one = chat(TURNS, seconds=0.5)
     for template, words in {
-        endless: "ran for more than 0.5 s",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "ran for more than 0.5 s",
         "{{ 'x' * 10**10 }}": "more memory",
         "{% for a in range(20000) %}{{ 'x' * 1000 }}{% endfor %}": "writes 20,000,000 characters",
         "{{ raise_exception('no system role') }}": "refuses these messages: no system role",
         "{% for %}": "refuses",
         "{{ messages[0].__class__.__mro__ }}": "refuses",
     }.items():
-        one = chat(template, seconds=0.5)
-        with pytest.raises(CalibrationError, match=words):
+        one.settings = chat(template).settings
+        with pytest.raises(CalibrationError, match=f"a.jsonl line 3: the chat template of MODEL .*{words}"):
             one.render(Conversation(MESSAGES, where="a.jsonl line 3"))
-    assert one.settings is not None
-    survivor = chat(endless, seconds=0.5)
-    with pytest.raises(CalibrationError, match="a.jsonl line 3"):
-        survivor.render(Conversation(MESSAGES, where="a.jsonl line 3"))
-    object.__setattr__(survivor.settings, "template", TURNS)
-    assert survivor.render(Conversation(MESSAGES[1:2])) == "<user>hi  there, 人"
+    one.settings = chat(TURNS).settings
+    assert one.render(Conversation(MESSAGES[1:2])) == "<user>hi  there, 人"
 
 
 def test_many_conversations_cost_one_process() -> None:
@@ -267,15 +263,13 @@ def test_a_panic_when_ids_are_read_back_is_an_error() -> None:
         (2, None, {2}),
         ([2, 3], [3, 4], {2, 3, 4}),
         (None, 5, {5}),
-        (0, {}, {0}),
+        (0, [], {0}),
         (None, None, set()),
     ],
 )
 def test_end_tokens_are_those_of_both_files(config_: object, generation: Any, ends: set[int], tmp_path: Path) -> None:
     if generation is not None:
-        (tmp_path / "generation_config.json").write_text(
-            json.dumps({"eos_token_id": generation} if generation != {} else {})
-        )
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
     assert end_tokens(tmp_path, {"eos_token_id": config_}) == ends
 
 

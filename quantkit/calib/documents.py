@@ -36,7 +36,7 @@ _CALLS = ("function_call", "tool_call")
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in transformers' form ({"role", "content", ...}), and what else their row holds. where: file and row of it."""
+    """Messages in transformers' form ({"role", "content", ...}), and what else their row holds. where: file and row."""
 
     messages: list[dict[str, Any]]
     variables: dict[str, Any] = field(default_factory=dict)
