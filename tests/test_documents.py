@@ -81,6 +81,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] 
         [*MESSAGES, {"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
         {},
     ),
+    "empty text, but messages": ({"text": "", "messages": MESSAGES}, MESSAGES, {}),
     "no text, but messages": ({"text": None, "messages": MESSAGES, "tools": []}, MESSAGES, {}),
 }
 
@@ -109,6 +110,9 @@ def test_parquet_with_messages(tmp_path: Path) -> None:
     assert found.skipped == {"null": 1, "empty": 1} and found.conversations == len(found) == 2
     assert isinstance(found[0], Conversation) and found[0].messages[0] == {**MESSAGES[0], "name": None}
     assert found[0].variables == {}
+    pyarrow.parquet.write_table(pyarrow.table({"text": [None, "a"], "messages": [MESSAGES, None]}), tmp_path / "b.parquet")
+    (first, second) = read_documents(str(tmp_path / "b.parquet"))
+    assert isinstance(first, Conversation) and second == "a"
 
 
 def test_empty_and_null_rows_are_counted(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row), of the text column alone where there is one."""
+    """(where, row), of the text column alone where nothing else could be a document."""
     import pyarrow
     import pyarrow.parquet
 
@@ -153,7 +153,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             fix = f"rename the one that holds text, or give columns {LAYOUTS}"
             raise CalibrationError(f"{path} has columns {names}, none of them {', '.join(_KEYS)}", fix)
         number = 0
-        for batch in file.iter_batches(columns=["text"] if "text" in names else None):
+        plain = set(names) & set(_KEYS) == {"text"}
+        for batch in file.iter_batches(columns=["text"] if plain else None):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
@@ -188,7 +189,7 @@ def _of_row(row: Any, where: str) -> Document | Skipped:
     if not row:
         return Skipped.EMPTY
     held = {str(key): value for key, value in row.items() if value is not None}
-    layout = next((key for key in _KEYS if key in held), None)
+    layout = next((key for key in _KEYS if held.get(key)), next((key for key in _KEYS if key in held), None))
     if layout is None and any(key in row for key in _KEYS):
         return Skipped.NULL
     if layout is None:
@@ -204,7 +205,7 @@ def _of_row(row: Any, where: str) -> Document | Skipped:
     messages = _alpaca(held, where) if layout == "instruction" else [_message(one, where) for one in value]
     if not messages:
         return Skipped.EMPTY
-    own = _ALPACA if layout == "instruction" else (layout,)
+    own = (*_ALPACA, *_KEYS) if layout == "instruction" else _KEYS
     return _conversation(messages, {key: value for key, value in held.items() if key not in own}, where)
 
 

@@ -22,8 +22,9 @@ from quantkit.evals.context import long_context
 from quantkit.evals.provenance import Contents, Said, contents, linear_rows, overlap, provenance, run_record, size
 from quantkit.evals.run import BATCH_TOKENS, Evaluation
 from quantkit.evals.samples import generations, worst_tokens
-from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, TextTokens, Verdict
+from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.evals.sections import divergence, kv_cache, layer_rows, moe, probe
+from quantkit.evals.text_schema import TextTokens
 from quantkit.formats.folder import find_model
 from quantkit.host import pick_device
 from quantkit.model.cache import KVFormat

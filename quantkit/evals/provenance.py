@@ -22,7 +22,8 @@ from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CalibrationError
-from quantkit.evals.schema import LinearRow, Overlap, Provenance, Size, SizeRow, TextTokens
+from quantkit.evals.schema import LinearRow, Overlap, Provenance, Size, SizeRow
+from quantkit.evals.text_schema import TextTokens
 from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader, load_json
 from quantkit.runtime import Model

@@ -12,12 +12,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit.evals.task_schema import TaskRun
+from quantkit.evals.text_schema import TextTokens
 
 __all__ = [
     *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Decision", "Divergence"),
     *("Figure", "Finite", "GateResult", "Histogram", "KVCache", "LayerRow", "LinearRow", "Moe", "MoeLayer", "Needle"),
     *("Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size", "SizeRow", "SpeedRow", "Status", "Task"),
-    *("TextTokens", "UnitSums", "Verdict", "WorstToken"),
+    *("UnitSums", "Verdict", "WorstToken"),
 ]
 
 SCHEMA_VERSION = 2
@@ -72,21 +73,6 @@ class Overlap(_Part):
     ngram: int
     share: float | None
     note: str
-
-
-class TextTokens(_Part):
-    """How the evaluation text became ids: documents (of them conversations, written by the chat template), rows skipped as
-    empty or null, the first ids of the first document, and whether raw text gets the beginning-of-text token (bos; null:
-    no file names one), with the reason."""
-
-    documents: int
-    conversations: int
-    skipped_rows: dict[str, int]
-    first_ids: list[int]
-    first_tokens: list[str]
-    bos_id: int | None
-    bos_added: bool | None
-    bos_why: str
 
 
 class Provenance(_Part):
