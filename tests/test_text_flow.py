@@ -23,7 +23,7 @@ from quantkit.evals.samples import generations
 from quantkit.sampling import Sampling
 from quantkit.text import complete, stream_text
 from tests.conftest import byte_tokenizer
-from tests.test_bad_input import refused
+from tests.test_bad_input import not_quantized, refused
 from tests.tokenizer_layouts import LAYOUTS, MESSAGES, write_tokenizer
 
 QUICK = ("--group-size", "32", "--samples", "4", "--seq-len", "16", "--quiet")
@@ -94,6 +94,14 @@ def test_raw_text_and_the_option(llama: Path, tmp_path: Path) -> None:
         list(stream_text(model, "a", 1, add_bos=add))
         complete(model, ["a", "b"], 1, add_bos=add)
     assert seen[0] == seen[1] == [bos, *seen[2]] and seen[2] == seen[3]
+
+
+def test_a_template_beyond_its_limits_is_refused(llama: Path, tmp_path: Path) -> None:
+    (llama / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES}))
+    message = not_quantized(llama, "--calibration", path, *QUICK)
+    assert f"{path} line 1: the chat template of {llama} wants more memory" in message
 
 
 def test_bos_that_the_model_lacks_is_refused(model: Path, tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     CheckpointError when there is none to be read."""
     path = folder / "tokenizer.json"
     if not path.is_file() and (folder / hy_tiktoken.FILE).is_file():
-        return hy_tiktoken.load(folder / hy_tiktoken.FILE)
+        with guarded(f"{folder / hy_tiktoken.FILE} is not a tokenizer", "fetch the file again"):
+            return hy_tiktoken.load(folder / hy_tiktoken.FILE)
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor {hy_tiktoken.FILE}",
@@ -80,7 +81,7 @@ class TextTokenizer:
     CheckpointError with the file and the reason."""
 
     def __init__(self, tokenizer: Tokenizer, bos: Bos = Bos(), chat: Chat | None = None, name: str = "tokenizer") -> None:
-        self.bos, self.chat, self.name = bos, chat, name
+        self.bos, self.chat, self.name = bos, chat or Chat(name), name
         self._tokenizer = tokenizer
         self._written = bos.token is not None and _written(tokenizer, bos, name)  # by the post-processor
 
@@ -103,7 +104,7 @@ class TextTokenizer:
 
     def render(self, conversation: Conversation, **how: bool) -> str:
         """The text of a conversation. how: add_generation_prompt, continue_final_message."""
-        return (self.chat or Chat(self.name)).render(conversation, **how)
+        return self.chat.render(conversation, **how)
 
     def _plain(self, text: str) -> list[int]:
         with self._guard("encode the text"):
@@ -170,8 +171,8 @@ def load_text_tokenizer(folder: Path, add_bos: bool | None = None) -> TextTokeni
         settings = settings_of(folder, tokenizer)
     if settings is not None:
         tokenizer = settings.tokenizer
-    chat = Chat(str(folder), settings) if settings is not None else None
-    return TextTokenizer(tokenizer, _bos(folder, tokenizer, settings.special if settings else {}, add_bos), chat, file)
+    bos = _bos(folder, tokenizer, settings.special if settings else {}, add_bos)
+    return TextTokenizer(tokenizer, bos, Chat(str(folder), settings), file)
 
 
 def _bos(folder: Path, tokenizer: Tokenizer, special: dict[str, str], wanted: bool | None) -> Bos:

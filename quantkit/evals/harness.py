@@ -21,7 +21,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from quantkit.calib.chat import Chat
 from quantkit.calib.documents import Conversation
 from quantkit.calib.tokenizer import end_tokens, load_text_tokenizer
 from quantkit.errors import ConfigError, NotFiniteError
@@ -91,8 +90,7 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         self._templated = bool(chat_template)
-        chat = self.encoder.chat or Chat(str(self.model.folder))
-        return chat.template("a task") if chat_template else None
+        return self.encoder.chat.template("a task") if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages through the model's own template; without a prompt for an answer, the last message is to be continued."""
