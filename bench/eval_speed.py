@@ -19,6 +19,8 @@ import torch
 
 import quantkit
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.evals.divergence import chunks
 from quantkit.evals.evaluate import Extent, measure
 from quantkit.evals.run import BATCH_TOKENS
@@ -31,8 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "eval_speed.json"
 
 @torch.inference_mode()
 def forwards(folders: list[Path], windows: int, seq_len: int) -> None:
-    texts = tokens.documents("stdlib-held-out", folders[0])
-    data = tokens.evaluation_set(tokens.load_tokenizer(folders[0]), texts, seq_len, windows)
+    texts = read_documents("stdlib-held-out")
+    data = tokens.evaluation_set(load_text_tokenizer(folders[0]), texts, seq_len, windows)
     for folder in folders:
         model = Model(folder, torch.device("cpu"), hold=False)
         for ids in data.ids.split(max(1, BATCH_TOKENS // seq_len)):

@@ -11,7 +11,7 @@ import click
 
 from quantkit import __version__, cli_eval
 from quantkit.command import Main, as_json, command, show
-from quantkit.options import deployment, engine_options, read_recipe, recipe_options
+from quantkit.options import bos_option, deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
 
@@ -77,7 +77,7 @@ def quantize(
     screen = console(stderr=True)
     if held_out and recipe.linears:
         raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
-    extent = cli_eval.held_out_extent(held_out, model) if held_out else None
+    extent = cli_eval.held_out_extent(held_out, model, recipe.add_bos) if held_out else None
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
         return
@@ -89,6 +89,8 @@ def quantize(
         click.echo(f"warning: {line}", err=True)
     if not recipe.linears and (missing := without_tokenizer(out)):
         click.echo(f"warning: {missing}", err=True)
+    if skipped := (record["calibration_text"] or {}).get("skipped_rows"):
+        click.echo(f"note: of {recipe.calibration}, rows were skipped: {json.dumps(skipped)}", err=True)
     if held_out:
         cli_eval.say_verdict(cli_eval.evaluate_and_write(out, model, held_out, device, extent))
     if as_json:
@@ -179,6 +181,7 @@ main.add_command(cli_eval.report)
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
 @click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice(["float32", "bf16", "fp8"]))
+@bos_option
 @kernels_option
 @click.option("--device", default="cpu", show_default=True)
 @command
@@ -190,6 +193,7 @@ def generate(
     top_p: float,
     seed: int,
     kv_cache: str,
+    add_bos: bool | None,
     kernels: Kernels,
     device: str,
 ) -> None:
@@ -213,7 +217,7 @@ def generate(
             kernels,
             progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
         )
-    how = Sampling(temperature, top_p, seed), KVFormat(kv_cache)
+    how = Sampling(temperature, top_p, seed), KVFormat(kv_cache), add_bos
     if len(prompts) > 1:
         for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):
             click.echo(f"{prompt}{text}\n")

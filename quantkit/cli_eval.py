@@ -15,7 +15,7 @@ import click
 
 from quantkit.command import as_json, command, show
 from quantkit.errors import shown
-from quantkit.options import read_tasks, task_options
+from quantkit.options import bos_option, read_tasks, task_options
 
 if TYPE_CHECKING:
     from quantkit.evals.evaluate import Extent
@@ -62,6 +62,7 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
     "--context", default=0, type=click.IntRange(min=0), help="Also windows of so many tokens, and needles in them."
 )
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(min=0), help="Prompts that both continue.")
+@bos_option
 @click.option("--speed", is_flag=True, help="Also time this machine's kernels on the model's matrices.")
 @click.option("--save", type=FOLDER, metavar="FOLDER", help="Where reports go. [default: QUANTIZED/eval]")
 @task_options
@@ -127,7 +128,7 @@ def say_verdict(found: Report) -> None:
     console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
 
 
-def held_out_extent(text: str, model: str) -> Extent:
+def held_out_extent(text: str, model: str, add_bos: bool | None = None) -> Extent:
     """What `quantize --held-out` measures: the default, in windows that the model can read. Raises QuantkitError for a text
     that cannot be evaluated: before hours of other work."""
     from quantkit.evals.evaluate import Extent, read_text
@@ -135,7 +136,7 @@ def held_out_extent(text: str, model: str) -> Extent:
     from quantkit.formats.reader import load_json
 
     folder = find_model(model)
-    config, extent = load_json(folder / "config.json"), Extent()
+    config, extent = load_json(folder / "config.json"), Extent(add_bos=add_bos)
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int):
         extent = replace(extent, seq_len=min(extent.seq_len, limit))
@@ -263,6 +264,7 @@ def _command(quantized: Path, baseline: str | Path, text: str, extent: Extent, d
     words += ["--kv-cache", extent.kv_cache.value] if extent.kv_cache else []
     words += ["--context", extent.context] if extent.context else []
     words += ["--speed"] if extent.speed else []
+    words += [] if extent.add_bos is None else ["--add-bos" if extent.add_bos else "--no-add-bos"]
     words += plan.words() if plan else []
     words += ["--device", device] if device != "cpu" else []
     return shlex.join(map(str, words))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from quantkit.evals.tasks import Plan
     from quantkit.scheme import Recipe
 
-__all__ = ["deployment", "engine_options", "read_recipe", "read_tasks", "recipe_options", "task_options"]
+__all__ = ["bos_option", "deployment", "engine_options", "read_recipe", "read_tasks", "recipe_options", "task_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,6 +24,13 @@ def _all(function: F, options: list[Callable[[F], F]]) -> F:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+bos_option = click.option(
+    "--add-bos/--no-add-bos",
+    default=None,
+    help="Whether raw text begins with the model's BOS token. [default: as it was trained]",
+)
 
 
 def recipe_options(function: F) -> F:
@@ -45,12 +52,11 @@ def recipe_options(function: F) -> F:
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
             click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]"),
-            click.option(
-                "--calibration", metavar="FILE|NAME", help=".txt, .jsonl, .parquet, or a named text. [default: stdlib]"
-            ),
+            click.option("--calibration", metavar="FILE|NAME", help="A text: docs/formats.md. [default: stdlib]"),
             click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),
             click.option("--seed", type=int, help="Which windows are drawn, 0 or more. [default: 0]"),
+            bos_option,
             click.option(
                 "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win."
             ),
@@ -137,4 +143,5 @@ def read_tasks(options: dict[str, Any], items: Path | None, device: str, kv_cach
     from quantkit.evals.tasks import Options, plan_tasks
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    return plan_tasks(names, suite, Options(**given, kernels=kernels, kv_cache=kv_cache or "bf16", device=device))
+    run = Options(**given, kernels=kernels, kv_cache=kv_cache or "bf16", device=device, add_bos=options.get("add_bos"))
+    return plan_tasks(names, suite, run)

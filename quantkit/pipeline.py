@@ -15,7 +15,9 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
 from quantkit.calib.tape import Tape
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.coverage import reconcile
 from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats.atomic import sha256
@@ -94,18 +96,20 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     without enough space is a note: the plan may be for another machine."""
     ready = _prepare(model, out, recipe, device)
     plan, shortage = ready.plan, ready.shortage()
-    return {**summary(plan), "notes": [*plan.notes, *([shortage] if shortage else [])]}
+    return {**summary(plan), "notes": [*plan.notes, *ready.text_notes, *([shortage] if shortage else [])]}
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated.
-    changed: of `published_files`."""
+    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated; text:
+    what they were made of (`tokens.beginning`). changed: of `published_files`."""
 
     reader: DigestingReader
     source: Watch
     plan: Plan
     ids: Tensor | None
+    text: dict[str, Any] | None
+    text_notes: tuple[str, ...]
     changed: dict[str, bytes | None]
     target: Path
     device: torch.device
@@ -141,28 +145,29 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     carried(folder, changed)
     source = Watch(folder, reader.shards)
     plan = make_plan(reader, recipe)
-    ids = _calibration_ids(reader, plan) if plan.calibrated else None
-    return _Ready(reader, source, plan, ids, changed, target, place, start)
+    ids, text, notes = _calibration(reader, plan) if plan.calibrated else (None, None, ())
+    return _Ready(reader, source, plan, ids, text, notes, changed, target, place, start)
 
 
-def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
+def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+    """Windows, what they were made of, and what to tell of it."""
     recipe = plan.recipe
-    tokenizer = tokens.load_tokenizer(reader.folder)
-    texts = tokens.documents(recipe.calibration, reader.folder)
+    tokenizer, texts = load_text_tokenizer(reader.folder, recipe.add_bos), read_documents(recipe.calibration)
     ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
     if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
             f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
             "use the tokenizer that belongs to this model",
         )
-    return ids
+    note = texts.note(recipe.calibration)
+    return ids, tokens.beginning(tokenizer, texts), (note,) if note else ()
 
 
 class _Job:
     def __init__(self, ready: _Ready, key: dict[str, str]) -> None:
         self.start, self.target, self.source = ready.start, ready.target, ready.source
-        self.reader, self.plan, self.ids, self.key = ready.reader, ready.plan, ready.ids, key
-        self.partial, self.changed = partial_of(ready.target), ready.changed
+        self.reader, self.plan, self.ids, self.key, self.ready = ready.reader, ready.plan, ready.ids, key, ready
+        self.partial = partial_of(ready.target)
         self.work = self.partial / WORK
         self.place = Place(ready.reader, ready.plan, ready.ids, ready.device, self.partial, self.work)
         self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
@@ -255,7 +260,7 @@ class _Job:
         config = published_config(self.reader.config, self.plan.quantization_config)
         hashes = {name: digest for unit in self.journal.units.values() for name, digest in unit["shards"].items()}
         shards = (shard for unit in self.plan.units for shard in unit.shards)
-        complete(self.partial, self.reader.folder, config, shards, hashes, self.changed, self._made())
+        complete(self.partial, self.reader.folder, config, shards, hashes, self.ready.changed, self._made())
         try:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
@@ -300,6 +305,7 @@ class _Job:
             "model": str(self.reader.folder),
             "recipe": self.plan.recipe.model_dump(),
             "calibration_tokens": 0 if self.ids is None else self.ids.numel(),
+            "calibration_text": self.ready.text,
             "roles": self.plan.by_role(),
             "coverage": coverage,
             "source_bytes": self.plan.source_bytes,
@@ -314,5 +320,5 @@ class _Job:
             "seconds": round(sum(unit["seconds"] for unit in self.journal.units.values()), 2),
             "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
             "peak_memory_bytes": peak_memory(),
-            "notes": list(self.plan.notes),
+            "notes": [*self.plan.notes, *self.ready.text_notes],
         }

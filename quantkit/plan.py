@@ -31,6 +31,7 @@ from quantkit.scheme import BF16, Recipe, Scheme, Strategy
 __all__ = ["Plan", "Unit", "make_plan", "summary"]
 
 MAX_SHARD_BYTES = 5_000_000_000
+_TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a recipe decides nothing without calibration
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Plan:
         said = self.recipe.model_dump(mode="json")
         said |= {role: said[role] or self.recipe.scheme for role in ("experts", "shared_experts", "attention")}
         if not self.calibrated:
-            return {name: value for name, value in said.items() if name not in ("calibration", "samples", "seq_len", "seed")}
+            return {name: value for name, value in said.items() if name not in _TEXT}
         return {**said, "calibration": Path(self.recipe.calibration).name}
 
     @property

@@ -248,6 +248,7 @@ class Recipe(BaseModel):
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
+    add_bos: bool | None = None  # whether raw text gets a beginning-of-text token; None: as the model was trained
 
     @model_validator(mode="before")
     @classmethod

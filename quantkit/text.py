@@ -6,10 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from quantkit.calib.tokens import load_tokenizer
+from quantkit.calib.tokenizer import TextTokenizer, end_tokens, load_text_tokenizer
 from quantkit.errors import ConfigError
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
@@ -24,24 +22,26 @@ def stream_text(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     kv_format: KVFormat = KVFormat.BF16,
+    add_bos: bool | None = None,
 ) -> Iterator[str]:
     """Continue a prompt: pieces of text that are whole characters, until max_tokens or an end token.
 
-    End tokens are config.json's eos_token_id. Raises ConfigError for a prompt without a token, and where it and max_tokens
-    are more than the model's positions, before the first piece is asked for.
+    End tokens are the eos_token_id of config.json and of generation_config.json. add_bos: whether the prompt begins with the
+    model's beginning-of-text token; None: as it was trained. Raises ConfigError for a prompt without a token, and where it
+    and max_tokens are more than the model's positions, before the first piece is asked for.
     """
-    tokenizer = load_tokenizer(model.folder)
+    tokenizer, ends = load_text_tokenizer(model.folder, add_bos), end_tokens(model.folder, model.config)
     ids = torch.tensor([_encode(tokenizer, prompt)])
     model.check_room(ids.shape[1], max_tokens)
-    return _pieces(tokenizer, islice(model.stream(ids, sampling, kv_format), max_tokens), _ends(model))
+    return _pieces(tokenizer, islice(model.stream(ids, sampling, kv_format), max_tokens), ends)
 
 
-def _pieces(tokenizer: Tokenizer, tokens: Iterator[torch.Tensor], ends: set[object]) -> Iterator[str]:
-    decoder = DecodeStream(ids=[], skip_special_tokens=True)
+def _pieces(tokenizer: TextTokenizer, tokens: Iterator[torch.Tensor], ends: frozenset[int]) -> Iterator[str]:
+    step = tokenizer.stream()
     for token in tokens:
         if token.item() in ends:
             return
-        piece = decoder.step(tokenizer, int(token.item()))
+        piece = step(int(token.item()))
         if piece:
             yield piece
 
@@ -52,12 +52,13 @@ def complete(
     max_tokens: int,
     sampling: Sampling = GREEDY,
     kv_format: KVFormat = KVFormat.BF16,
+    add_bos: bool | None = None,
 ) -> list[str]:
     """Continue several prompts at once, as one batch: what follows each, until max_tokens or an end token.
 
     Raises as `stream_text` does.
     """
-    tokenizer, ends = load_tokenizer(model.folder), _ends(model)
+    tokenizer, ends = load_text_tokenizer(model.folder, add_bos), end_tokens(model.folder, model.config)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, encoded))
     model.check_room(width, max_tokens)
@@ -75,13 +76,8 @@ def complete(
     return [tokenizer.decode(row) for row in drawn]
 
 
-def _ends(model: Model) -> set[object]:
-    end = model.config.get("eos_token_id")
-    return set(end) if isinstance(end, list) else {end}
-
-
-def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(prompt).ids
+def _encode(tokenizer: TextTokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
     if not ids:
         raise ConfigError("the prompt holds no token", "give some text")
     return ids

@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.evals import context
@@ -44,8 +46,8 @@ def report(pair: tuple[Path, Path]) -> Report:
 
 
 def windows(model: Path, length: int, count: int = 6) -> torch.Tensor:
-    texts = tokens.documents("stdlib-held-out", model)
-    return tokens.calibration_windows(tokens.load_tokenizer(model), texts, count, length, 0)
+    texts = read_documents("stdlib-held-out")
+    return tokens.calibration_windows(load_text_tokenizer(model), texts, count, length, 0)
 
 
 def both(pair: tuple[Path, Path]) -> list[Model]:

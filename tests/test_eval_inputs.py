@@ -16,6 +16,8 @@ from click.testing import CliRunner
 import quantkit
 from quantkit import cli_eval
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.cli import main
 from quantkit.errors import NotFiniteError
 from quantkit.evals import evaluate, run_code, tasks
@@ -185,9 +187,7 @@ def test_held_out_windows_are_no_longer_than_the_model_reads(make_model: Callabl
 
 def test_the_first_broken_layer_is_that_of_all_batches(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     models = both(pair)
-    data = tokens.evaluation_set(
-        tokens.load_tokenizer(pair[1]), tokens.documents("stdlib-held-out", pair[1]), 32, 4
-    )  # fmt: skip
+    data = tokens.evaluation_set(load_text_tokenizer(pair[1]), read_documents("stdlib-held-out"), 32, 4)
     real = Evaluation._side_by_side
 
     def broken(self: Evaluation, batch: Any, live: Any) -> Iterator[Any]:

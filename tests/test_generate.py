@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import quantkit
-from quantkit.calib.tokens import load_tokenizer
+from quantkit.calib.tokenizer import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError, NotFiniteError
 from quantkit.model.cache import KV, Cache, KVFormat

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from quantkit.calib import corpus
-from quantkit.calib.tokens import documents
+from quantkit.calib.documents import read_documents
 from tests.test_bad_input import QUICK, accepted, not_quantized, refused
 
 
@@ -56,10 +56,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]
 
 def test_data_sets_by_name(hub: list[tuple[str, str]], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(["", " = Title = \n", " Some words of it . \n"] * 40)
-    assert documents("wikitext2", model) == documents("wikitext2-test", model) == [text]
-    assert documents("c4", model) == [f"document {i} " * 8 for i in range(50)]
+    assert list(read_documents("wikitext2")) == list(read_documents("wikitext2-test")) == [text]
+    assert list(read_documents("c4")) == [f"document {i} " * 8 for i in range(50)]
     monkeypatch.setattr(corpus, "MAX_DOCUMENTS", 3)
-    assert len(documents("c4", model)) == 3
+    assert len(read_documents("c4")) == 3
     assert {repository for repository, _ in hub} == {"Salesforce/wikitext", "allenai/c4"}
     accepted(
         *("quantize", model, "-o", tmp_path / "out", "--calibration", "wikitext2", "--group-size", "32"),

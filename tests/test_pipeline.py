@@ -183,7 +183,7 @@ def test_eval_against_arithmetic_by_hand(model: Path, tmp_path: Path) -> None:
     text = tmp_path / "t.txt"
     text.write_text("for x in range(10): print(x)")
     result = run("eval", tmp_path / "out", "--baseline", model, "--text", text, "--seq-len", 64)
-    from quantkit.calib.tokens import load_tokenizer
+    from quantkit.calib.tokenizer import load_tokenizer
 
     ids = torch.tensor([load_tokenizer(model).encode(text.read_text()).ids])
     p = quantkit.load(model, kernels="reference").logits(ids)[0, :-1].double().softmax(-1)

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.cli import main
 from quantkit.evals.evaluate import Extent, measure
 from quantkit.evals.gates import decide, parse_gate
@@ -103,7 +105,7 @@ def test_one_scale_of_one_matrix_is_found(folder: Path) -> None:
 def test_output_error_against_a_direct_computation(good: Report, folder: Path) -> None:
     """One expert of layer 0: its inputs there are the baseline's, so both models can be run apart."""
     base, quant = (quantkit.load(path, kernels="reference") for path in (MODEL, folder / "good"))
-    data = tokens.evaluation_set(tokens.load_tokenizer(MODEL), tokens.documents("stdlib-held-out", MODEL), 96, 16)
+    data = tokens.evaluation_set(load_text_tokenizer(MODEL), read_documents("stdlib-held-out"), 96, 16)
     from quantkit.evals.trace import BaselineTrace
 
     scored = (torch.arange(data.ids.shape[1])[None, :] < data.lengths[:, None] - 1).flatten()
@@ -120,7 +122,7 @@ def test_output_error_against_a_direct_computation(good: Report, folder: Path) -
 
 def test_kl_and_forced_routing_against_whole_logits(good: Report, folder: Path) -> None:
     base, quant = (quantkit.load(path, kernels="reference") for path in (MODEL, folder / "good"))
-    data = tokens.evaluation_set(tokens.load_tokenizer(MODEL), tokens.documents("stdlib-held-out", MODEL), 96, 16)
+    data = tokens.evaluation_set(load_text_tokenizer(MODEL), read_documents("stdlib-held-out"), 96, 16)
     scored = torch.arange(data.ids.shape[1])[None, :] < data.lengths[:, None] - 1
     p, q = (model.logits(data.ids)[scored].double().log_softmax(-1) for model in (base, quant))
     kl = (p.exp() * (p - q)).sum(-1)
@@ -360,9 +362,9 @@ def test_long_context_in_pieces_equals_one_pass_and_needles_are_recalled(
     from quantkit.runtime import Model
 
     models = [Model(path, torch.device("cpu")) for path in (MODEL, folder / "good")]
-    texts = tokens.documents("stdlib-held-out", MODEL)
+    texts = read_documents("stdlib-held-out")
     monkeypatch.setattr(context, "_PIECE_TOKENS", 128)
-    ids = tokens.calibration_windows(tokens.load_tokenizer(MODEL), texts, 6, 420, 0)
+    ids = tokens.calibration_windows(load_text_tokenizer(MODEL), texts, 6, 420, 0)
     found = context.long_context(models, ids, KVFormat.FLOAT32)
     p = [model.logits(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double() for model in models]
     for bucket in found.positions:

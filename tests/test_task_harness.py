@@ -14,6 +14,7 @@ import torch
 
 from tests.architectures import TINY
 from tests.conftest import random_weights, write_checkpoint
+from tests.tokenizer_layouts import MESSAGES, write_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: make tasks-test")
 transformers = pytest.importorskip("transformers")
@@ -21,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+from quantkit.errors import ConfigError  # noqa: E402
 from quantkit.evals.harness import QuantkitLM  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
@@ -150,6 +152,27 @@ def test_the_beginning_of_text_is_written_once(tmp_path: Path) -> None:
     first = model.encoder.decode([7])
     assert model.tok_encode("ab")[0] == 7 and model.tok_encode(first + "ab").count(7) == 1
     assert model.prefix_token_id == 7
+
+
+def test_ids_are_transformers_s_with_and_without_the_template(tmp_path: Path) -> None:
+    """Through a template none is added, also not where the template writes no beginning of text."""
+    for layout in ("llama-3", "deepseek"):
+        folder = write_tokenizer(checkpoint(tmp_path / layout, vocab_size=258), layout)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+        model, theirs = QuantkitLM(folder, kernels="reference"), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        bos = theirs.bos_token_id
+        assert model.ends == {0, 3, 4} and model.prefix_token_id == bos
+        assert model.tok_encode("ab") == [bos, *theirs.encode("ab", add_special_tokens=False)]
+        assert model.chat_template(True) == theirs.chat_template
+        text = model.apply_chat_template(MESSAGES)
+        assert model.tok_encode(text) == theirs.apply_chat_template(MESSAGES, tokenize=True)["input_ids"]
+        context, continuation = model._encode_pair(text, "yes")
+        assert context + continuation == theirs.encode(text + "yes", add_special_tokens=False)
+        model.chat_template(False)
+        assert model.tok_encode("ab")[0] == bos
+    with pytest.raises(ConfigError, match="generation_config.json"):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [[3]]}))
+        QuantkitLM(folder, kernels="reference")
 
 
 def local_task(folder: Path, count: int = 12) -> Path:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 import quantkit
-from quantkit.calib.tokens import documents, evaluation_set, load_tokenizer
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
+from quantkit.calib.tokens import evaluation_set
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.spec import MoE
 from quantkit.verify import inspect
@@ -40,7 +42,7 @@ def test_card_states_what_training_recorded() -> None:
 
 def test_perplexity_and_router_balance_on_held_out_text() -> None:
     model, record = quantkit.load(MODEL), json.loads((MODEL / "training.json").read_text())
-    data = evaluation_set(load_tokenizer(MODEL), documents("stdlib-held-out", MODEL), seq_len=512, max_windows=32)
+    data = evaluation_set(load_text_tokenizer(MODEL), read_documents("stdlib-held-out"), seq_len=512, max_windows=32)
     counts = torch.zeros(4, 16)
     hidden = torch.empty(0)
     with torch.inference_mode():

@@ -7,41 +7,16 @@ import json
 import unicodedata
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 
 from quantkit.calib import corpus, hy_tiktoken
-from quantkit.calib.tokens import calibration_windows, digest, documents, evaluation_set, load_tokenizer
+from quantkit.calib.tokenizer import TextTokenizer, load_tokenizer
+from quantkit.calib.tokens import calibration_windows, digest, evaluation_set
 from quantkit.errors import CalibrationError, CheckpointError
 from tests.conftest import byte_tokenizer
 
 TEXTS = ["def f(x):\n    return x\n", "The quick brown fox.", "人人生而自由"]
-
-
-def test_every_file_format_gives_the_same_documents(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS) + "\n\n")
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "other": [1, 2, 3]}), tmp_path / "a.parquet")
-    for name in ("a.jsonl", "a.parquet"):
-        assert documents(str(tmp_path / name), model) == TEXTS
-    (tmp_path / "a.txt").write_text(TEXTS[0])
-    assert documents(str(tmp_path / "a.txt"), model) == TEXTS[:1]
-
-
-def test_messages_go_through_the_models_template(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "chat.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}))
-    with pytest.raises(CalibrationError, match="no chat template"):
-        documents(str(path), model)
-    (model / "chat_template.jinja").write_text(
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
-    )
-    (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
-    assert documents(str(path), model) == ["<user>hi<|end|><assistant>ho<|end|>"]
-    (model / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
-    with pytest.raises(CalibrationError, match="refuses"):
-        documents(str(path), model)
 
 
 def test_calibration_and_held_out_modules_do_not_overlap() -> None:
@@ -53,7 +28,7 @@ def test_calibration_and_held_out_modules_do_not_overlap() -> None:
 
 def test_calibration_windows_are_full_distinct_and_seeded() -> None:
     texts = [f"document {i}: " + "words and words " * (i + 3) for i in range(40)]
-    windows = [calibration_windows(byte_tokenizer(), texts, 16, 32, seed) for seed in (0, 0, 1)]
+    windows = [calibration_windows(TextTokenizer(byte_tokenizer()), texts, 16, 32, seed) for seed in (0, 0, 1)]
     assert windows[0].shape == (16, 32) and windows[0].dtype is torch.int64
     assert torch.equal(windows[0], windows[1]) and not torch.equal(windows[0], windows[2])
     assert digest(windows[0]) == digest(windows[1]) != digest(windows[2])
@@ -61,11 +36,11 @@ def test_calibration_windows_are_full_distinct_and_seeded() -> None:
     text = byte_tokenizer().decode(windows[0][0].tolist())
     assert all(part in every for part in text.split("document")[1:-1])
     with pytest.raises(CalibrationError, match=r"windows of 500, and 100 are asked for"):
-        calibration_windows(byte_tokenizer(), texts, 100, 500, 0)
+        calibration_windows(TextTokenizer(byte_tokenizer()), texts, 100, 500, 0)
 
 
 def test_evaluation_takes_documents_in_turn_and_pads() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = TextTokenizer(byte_tokenizer())
     texts = ["a" * 25, "b" * 7, "", "c", "d" * 40]
     data = evaluation_set(tokenizer, texts, seq_len=10, max_windows=5)
     # first windows of a, b and d, then the second ones; documents of fewer than two tokens cannot be scored

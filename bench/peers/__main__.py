@@ -25,7 +25,9 @@ import click
 from rich.table import Table
 
 import quantkit
-from quantkit.calib.tokens import calibration_windows, documents, load_tokenizer
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
+from quantkit.calib.tokens import calibration_windows
 from quantkit.errors import QuantkitError
 from quantkit.progress import console, print_tables
 
@@ -181,7 +183,7 @@ def main(
     names = [Path(text).stem for text in texts]
     job = Job(model.resolve(), calibration, samples, seq_len, group_size, threads)
     versions = {tool: version(tool, python) for tool, python in pythons.items()}
-    ids = calibration_windows(load_tokenizer(model), documents(calibration, model), samples, seq_len, SEED)
+    ids = calibration_windows(load_text_tokenizer(model), read_documents(calibration), samples, seq_len, SEED)
     wanted = [(tool, method) for tool in pythons for method in METHODS[tool] if not only or f"{tool}/{method}" in only]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -3,144 +3,53 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from quantkit.calib import hy_tiktoken
-from quantkit.calib.corpus import NAMED, named_documents
-from quantkit.errors import CalibrationError, CheckpointError
-from quantkit.formats.reader import load_json
+from quantkit.calib.documents import Document, Documents
+from quantkit.calib.tokenizer import TextTokenizer
+from quantkit.errors import CalibrationError
 
-__all__ = ["EvalSet", "calibration_windows", "chat_tokenizer", "digest", "documents", "evaluation_set", "load_tokenizer"]
+__all__ = ["EvalSet", "beginning", "calibration_windows", "digest", "evaluation_set"]
 
-_FORMATS = "a .txt, .jsonl (with 'text' or 'messages') or .parquet file (with a 'text' column)"
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json of a model folder, or Hunyuan's hy.tiktoken. Raises CheckpointError when there is none to be read."""
-    path = folder / "tokenizer.json"
-    if not path.is_file() and (folder / hy_tiktoken.FILE).is_file():
-        return hy_tiktoken.load(folder / hy_tiktoken.FILE)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has neither tokenizer.json nor {hy_tiktoken.FILE}",
-            "add one: quantkit runs no tokenizer code that comes with a model",
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception for a file it cannot parse
-        raise CheckpointError(f"{path} is not a tokenizer: {error}", "fetch the file again") from error
-    tokenizer.no_truncation()  # the file may ask for them, for a use of its own
-    tokenizer.no_padding()
-    return tokenizer
+_SHOWN = 8
 
 
-def documents(source: str, folder: Path) -> list[str]:
-    """The documents of a file or of a named corpus. `folder`: the model's, whose chat template `messages` need."""
-    if source in NAMED:
-        return named_documents(source)
-    path = Path(source)
-    if not os.path.isfile(path):
-        raise CalibrationError(f"text '{source}' is neither a file nor one of {', '.join(NAMED)}", f"give {_FORMATS}")
-    try:
-        if path.suffix == ".txt":
-            return [path.read_text("utf-8")]
-        if path.suffix == ".jsonl":
-            return _jsonl(path, folder)
-        if path.suffix == ".parquet":
-            return _parquet(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read as UTF-8 text: {error}", f"give {_FORMATS}") from error
-    raise CalibrationError(f"{path} ends in '{path.suffix}'", f"give {_FORMATS}")
-
-
-def _jsonl(path: Path, folder: Path) -> list[str]:
-    texts = []
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path} line {number} is not JSON: {error}", "one JSON object a line") from error
-        if isinstance(row, dict) and isinstance(row.get("text"), str):
-            texts.append(row["text"])
-        elif isinstance(row, dict) and isinstance(row.get("messages"), list):
-            texts.append(_chat(row["messages"], folder, f"{path} line {number}"))
-        else:
-            raise CalibrationError(f"{path} line {number} {_misfit(row)}", "give {'text': string} or {'messages': list}")
-        try:
-            texts[-1].encode()
-        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
-            raise CalibrationError(f"{path} line {number} is not Unicode text: {error}", "repair or drop it") from error
-    return texts
-
-
-def _misfit(row: object) -> str:
-    """What a line of JSON has in place of a string 'text' or a list 'messages'."""
-    if not isinstance(row, dict):
-        return f"is of type {type(row).__name__}, not an object"
-    seen = [f"'{key}' of type {type(row[key]).__name__}" for key in ("text", "messages") if key in row]
-    return f"has {' and '.join(seen)}" if seen else "has neither 'text' nor 'messages'"
-
-
-def chat_tokenizer(folder: Path, where: str) -> Any:
-    """transformers' PreTrainedTokenizerFast with the model's own chat template, which it renders in sandboxed Jinja.
-
-    where: what asks for it, for the message. Raises CalibrationError when the folder has no template.
-    """
-    from transformers import PreTrainedTokenizerFast  # seconds to import
-
-    config = load_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    template = folder / "chat_template.jinja"
-    source = template.read_text("utf-8") if template.exists() else config.get("chat_template")
-    if not isinstance(source, str):
-        fix = "give plain 'text' instead, or add the chat_template.jinja of the model's chat version to the folder"
-        raise CalibrationError(f"{where} has 'messages', but {folder} has no chat template", fix)
-    special = {k: v for k, v in config.items() if k in ("bos_token", "eos_token", "pad_token") and isinstance(v, str)}
-    return PreTrainedTokenizerFast(tokenizer_object=load_tokenizer(folder), chat_template=source, **special)
-
-
-def _chat(messages: list[Any], folder: Path, where: str) -> str:
-    """Messages through the model's own chat template."""
-    tokenizer = chat_tokenizer(folder, where)
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template may raise anything; it is data of the model
-        raise CalibrationError(f"{where}: the chat template refuses these messages: {error}", "check roles") from error
-
-
-def _parquet(path: Path) -> list[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        names = pyarrow.parquet.read_schema(path).names
-        if "text" not in names:
-            raise CalibrationError(f"{path} has columns {names}, none of them 'text'", "rename the one that holds text")
-        values = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CalibrationError(f"{path} cannot be read: {error}", "give a parquet file with a 'text' column") from error
-    if other := {type(value).__name__ for value in values} - {"str", "NoneType"}:
-        raise CalibrationError(f"column 'text' of {path} holds {', '.join(sorted(other))}", "give a column of strings")
-    return [value for value in values if value]
+def beginning(tokenizer: TextTokenizer, documents: Documents) -> dict[str, Any]:
+    """What a text is and how its ids begin, for records: documents (of them conversations) and skipped rows, the first ids
+    of the first document, and whether raw text gets the beginning-of-text token, with the reason."""
+    ids = tokenizer.encode_document(documents[0], _SHOWN) if documents else []
+    written = bool(documents) and documents.conversations == len(documents)
+    return {
+        "documents": len(documents),
+        "conversations": documents.conversations,
+        "skipped_rows": documents.skipped,
+        "first_ids": ids,
+        "first_tokens": [tokenizer.token(token) for token in ids],
+        "bos_id": tokenizer.bos.id,
+        "bos_added": False if written else tokenizer.bos.added,
+        "bos_why": "all are conversations: the chat template writes what they begin with" if written else tokenizer.bos.why,
+    }
 
 
 def calibration_windows(
-    tokenizer: Tokenizer, texts: list[str], samples: int, seq_len: int, seed: int, name: str = "given"
+    tokenizer: TextTokenizer,
+    texts: Sequence[Document],
+    samples: int,
+    seq_len: int,
+    seed: int,
+    name: str = "given",
+    each: int | None = None,
 ) -> Tensor:
     """int64 [samples, seq_len]: documents in random order, joined, cut into windows, `samples` of them drawn at random.
 
     Documents are taken until they give twice the tokens needed, so that a huge corpus costs no more than a large one.
-    Raises CalibrationError when all of them give too few.
+    each: at most so many tokens of a document. Raises CalibrationError when all of them give too few.
     """
     generator = np.random.default_rng(seed)
     parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
@@ -148,7 +57,7 @@ def calibration_windows(
     for index in generator.permutation(len(texts)):
         if total >= wanted:
             break
-        parts.append(np.array(tokenizer.encode(texts[index]).ids, dtype=np.int64))
+        parts.append(np.array(tokenizer.encode_document(texts[index], each), dtype=np.int64))
         total += len(parts[-1])
     count = total // seq_len
     if count < samples:
@@ -177,22 +86,46 @@ class EvalSet:
         return hashlib.sha256("".join(digest(part) for part in (self.ids, self.lengths, self.unit)).encode()).hexdigest()
 
 
-def evaluation_set(tokenizer: Tokenizer, texts: list[str], seq_len: int, max_windows: int, name: str = "given") -> EvalSet:
-    """The first windows of every document in turn, until `max_windows`. Raises CalibrationError when there is none."""
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    cuts = [[ids[i : i + seq_len] for i in range(0, len(ids), seq_len)] for ids in encoded]
-    # Round-robin: every document gives its first window before any gives its second.
-    order = sorted((w, d) for d, windows in enumerate(cuts) for w in range(len(windows)) if len(windows[w]) >= 2)
-    chosen = sorted((d, w) for w, d in order[:max_windows])
+def evaluation_set(
+    tokenizer: TextTokenizer, texts: Sequence[Document], seq_len: int, max_windows: int, name: str = "given"
+) -> EvalSet:
+    """The first windows of every document in turn, until `max_windows`. Raises CalibrationError when there is none.
+
+    Of a document only as much is encoded as its windows need.
+    """
+    chosen = sorted(_in_turn(tokenizer, texts, seq_len, max_windows))
     if not chosen:
         raise CalibrationError(f"the evaluation text '{name}' has no document of two tokens or more", "give more text")
-    ids = torch.zeros(len(chosen), max(len(cuts[d][w]) for d, w in chosen), dtype=torch.int64)
-    for row, (d, w) in enumerate(chosen):
-        ids[row, : len(cuts[d][w])] = torch.tensor(cuts[d][w])
-    lengths = torch.tensor([len(cuts[d][w]) for d, w in chosen])
-    several = len({d for d, _ in chosen}) > 1
-    unit = torch.tensor([d for d, _ in chosen]) if several else torch.arange(len(chosen))
+    ids = torch.zeros(len(chosen), max(len(window) for *_, window in chosen), dtype=torch.int64)
+    for row, (*_, window) in enumerate(chosen):
+        ids[row, : len(window)] = torch.tensor(window)
+    lengths = torch.tensor([len(window) for *_, window in chosen])
+    several = len({d for d, *_ in chosen}) > 1
+    unit = torch.tensor([d for d, *_ in chosen]) if several else torch.arange(len(chosen))
     return EvalSet(ids, lengths, unit, "document" if several else "window")
+
+
+def _in_turn(
+    tokenizer: TextTokenizer, texts: Sequence[Document], seq_len: int, max_windows: int
+) -> list[tuple[int, int, list[int]]]:
+    """(document, window, ids) round-robin: every document gives its first window before any gives its second."""
+    chosen: list[tuple[int, int, list[int]]] = []
+    live, known, index = list(range(len(texts))), dict[int, list[int]](), 0
+    while live and len(chosen) < max_windows:
+        longer = []
+        for d in live:
+            stop = (index + 1) * seq_len
+            if len(known.get(d, [])) < stop:  # twice as much as before: each document is encoded a few times at most
+                known[d] = tokenizer.encode_document(texts[d], stop if index == 0 else 2 * stop)
+            window = known[d][stop - seq_len : stop]
+            if len(window) >= 2:
+                chosen.append((d, index, window))
+            if len(window) == seq_len:
+                longer.append(d)
+            if len(chosen) == max_windows:
+                break
+        live, index = longer, index + 1
+    return chosen
 
 
 def digest(ids: Tensor) -> str:

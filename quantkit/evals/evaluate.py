@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from quantkit.bench import bench, matrices_of
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import TextTokenizer, end_tokens, has_tokenizer, load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CheckpointError, ConfigError, NotFiniteError
 from quantkit.evals.cache import BaselineCache
@@ -23,6 +24,7 @@ from quantkit.evals.run import BATCH_TOKENS, Evaluation
 from quantkit.evals.samples import generations, worst_tokens
 from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.evals.sections import divergence, kv_cache, layer_rows, moe, probe
+from quantkit.evals.text_schema import TextTokens
 from quantkit.formats.folder import find_model
 from quantkit.formats.sets import weight_sets
 from quantkit.host import pick_device, plain_arithmetic
@@ -40,7 +42,8 @@ _SEEN = 0.05  # of its runs of tokens; what all code or all chats begin with is 
 @dataclass(frozen=True)
 class Extent:
     """What to measure. cache: folder for the baseline's results. kv_cache: the quantised model keeps K and V so (None: not
-    rounded). context: length of the long windows, 0 for none. samples: prompts to continue. speed: time the kernels."""
+    rounded). context: length of the long windows, 0 for none. samples: prompts to continue. speed: time the kernels.
+    add_bos: whether raw text begins with the beginning-of-text token (None: as the model was trained)."""
 
     seq_len: int = 512
     windows: int = 64
@@ -49,6 +52,7 @@ class Extent:
     context: int = 0
     samples: int = 3
     speed: bool = False
+    add_bos: bool | None = None
 
 
 @plain_arithmetic()
@@ -65,7 +69,7 @@ def measure(
 ) -> Report:
     """Everything that report.json holds but gates and tasks, in float32, activations rounded as the schemes say.
 
-    text: a file or named corpus (see `calib.tokens.documents`); its documents are cut into windows of `seq_len` tokens, at
+    text: a file or named corpus (see `calib.documents`); its documents are cut into windows of `seq_len` tokens, at
     most `windows` of them. progress is called with (windows done, windows in all), warn with each note that is known before
     the models run. Raises QuantkitError.
     """
@@ -80,9 +84,10 @@ def measure(
     run.run(step, progress)
     linears = linear_rows(models, record)
     scored = len(run.scores) + run.broken
-    said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command)
-    samples, notes, unwritten = _generate(models, data, job.tokenizer, extent, run.broken > 0)
-    context = long_context(models, job.long_ids, kv or KVFormat.FLOAT32) if job.long_ids is not None else None
+    said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command, job.read.began)
+    samples, notes, unwritten = _generate(models, data, job.read.tokenizer, extent, run.broken > 0)
+    long_ids = job.read.long_ids
+    context = long_context(models, long_ids, kv or KVFormat.FLOAT32) if long_ids is not None else None
     finite, where = _finite(run, context, scored, unwritten)
     return Report(
         verdict=Verdict(status="undecided", reasons=["no gate has been applied"]),
@@ -97,7 +102,7 @@ def measure(
         layers=layer_rows(run, linears),
         linears=linears,
         moe=moe(run, linears),
-        worst_tokens=worst_tokens(run.worst, data, job.tokenizer),
+        worst_tokens=worst_tokens(run.worst, data, job.read.tokenizer),
         samples=samples,
         notes=[*job.notes(), *notes, *where],
         size=size(models[0].folder, models[1].folder, record, round(time.monotonic() - begun, 2)).model_copy(
@@ -108,16 +113,18 @@ def measure(
 
 @dataclass(frozen=True)
 class _Job:
-    """What is known before the models run. held, record, overlap: see `provenance`. long_ids: int64 [windows, length]."""
+    """What is known before the models run. held, record, overlap: see `provenance`."""
 
     models: list[Model]
-    tokenizer: Tokenizer
-    data: EvalSet
-    long_ids: Tensor | None
+    read: HeldOut
     held: list[Contents]
     record: dict[str, Any]
     overlap: Overlap
     place: torch.device
+
+    @property
+    def data(self) -> EvalSet:
+        return self.read.data
 
     def notes(self) -> list[str]:
         """That a folder holds two sets of weights, that files are not what they were written as (the figures are of what is
@@ -134,7 +141,8 @@ class _Job:
             f"{share:.1%} of the evaluation text stands in the calibration text: the figures are better than on other text"
         )
         sets = [note for model in self.models for note in weight_sets(model.folder)]
-        return [*sets, *changed, *([said] if schemes else []), *([seen] if share >= _SEEN else [])]
+        doubtful = [*([said] if schemes else []), *([seen] if share >= _SEEN else [])]
+        return [*sets, *changed, *self.read.notes, *doubtful]
 
 
 def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Extent, place: torch.device) -> _Job:
@@ -148,22 +156,25 @@ def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Ext
     record = run_record(models[1].folder)
     known = overlap(record, models[0].folder, read.data)
     held = [contents(model.folder) for model in models]
-    return _Job(models, read.tokenizer, read.data, read.long_ids, held, record, known, place)
+    return _Job(models, read, held, record, known, place)
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text as an evaluation reads it. long_ids: int64 [windows, extent.context], None where none are asked for."""
+    """Text as an evaluation reads it. long_ids: int64 [windows, extent.context], None where none are asked for. notes: what
+    to tell of it."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     data: EvalSet
     long_ids: Tensor | None
+    began: TextTokens
+    notes: tuple[str, ...]
 
 
 def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -> HeldOut:
     """Cut text into windows by the tokenizer of the model in `folder`, whose config.json `config` is. Raises QuantkitError,
     also where a window is longer than the model's positions."""
-    tokenizer, texts = tokens.load_tokenizer(folder), tokens.documents(text, folder)
+    tokenizer, texts = load_text_tokenizer(folder, extent.add_bos), read_documents(text)
     data = tokens.evaluation_set(tokenizer, texts, extent.seq_len, extent.windows, text)
     limit = config.get("max_position_embeddings")
     for option, length in (("--seq-len", data.ids.shape[1]), ("--context", extent.context)):
@@ -172,8 +183,11 @@ def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -
             raise ConfigError(f"{option}: {seen}", f"give {option} {limit} or less")
     long_ids = None
     if extent.context:
-        long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text)
-    return HeldOut(tokenizer, data, long_ids)
+        each = 2 * _CONTEXT_WINDOWS * extent.context
+        long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text, each)
+    note = texts.note(text)
+    began = TextTokens.model_validate(tokens.beginning(tokenizer, texts))
+    return HeldOut(tokenizer, data, long_ids, began, (note,) if note else ())
 
 
 def _finite(run: Evaluation, context: Context | None, scored: int, unwritten: int) -> tuple[Finite, list[str]]:
@@ -215,13 +229,14 @@ def evaluate(
     seq_len: int = 512,
     windows: int = 64,
     device: str = "cpu",
+    add_bos: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """KL(baseline || quantized) in nats, perplexity of both, agreement of top-1 and of router choices, error by layer.
 
-    As `measure`, whose report `figures` abridges. Raises QuantkitError.
+    As `measure`, whose report `figures` abridges. add_bos: see `Extent`. Raises QuantkitError.
     """
-    extent = Extent(seq_len=seq_len, windows=windows, samples=0)
+    extent = Extent(seq_len=seq_len, windows=windows, samples=0, add_bos=add_bos)
     return figures(measure(quantized, baseline, text, extent, device=device, progress=progress))
 
 
@@ -261,7 +276,7 @@ def figures(report: Report) -> dict[str, Any]:
     }
 
 
-def _check_pair(models: list[Model], tokenizer: Tokenizer) -> None:
+def _check_pair(models: list[Model], tokenizer: TextTokenizer) -> None:
     base, quant = (model.spec for model in models)
     fix = "give the BF16 model that the checkpoint was made from as --baseline"
     folders = f"{models[0].folder} and {models[1].folder}"
@@ -269,16 +284,14 @@ def _check_pair(models: list[Model], tokenizer: Tokenizer) -> None:
         raise ConfigError(f"{folders} have different vocabularies: {base.vocab} and {quant.vocab} tokens", fix)
     if base != quant:
         raise ConfigError(f"{folders} are not the same model: their architecture or sizes differ", fix)
-    try:
-        other = tokens.load_tokenizer(models[1].folder)
-    except CheckpointError:
+    if not has_tokenizer(models[1].folder):
         return  # it came without a tokenizer: the baseline's serves
-    if other.get_vocab() != tokenizer.get_vocab():
+    if load_text_tokenizer(models[1].folder).vocabulary() != tokenizer.vocabulary():
         raise ConfigError(f"{folders} have different vocabularies: their tokenizers differ", fix)
 
 
 def _generate(
-    models: list[Model], data: EvalSet, tokenizer: Tokenizer, extent: Extent, broken: bool
+    models: list[Model], data: EvalSet, tokenizer: TextTokenizer, extent: Extent, broken: bool
 ) -> tuple[list[Any], list[str], int]:
     """Samples; a note where there are none although they were asked for; and how many tokens had no finite logits."""
     if not extent.samples or broken:
@@ -288,7 +301,8 @@ def _generate(
         return [], [f"no text was generated: it would keep {held:,} bytes of weights in memory"], 0
     kept = [Model(model.folder, model.device) for model in models]
     try:
-        return generations(kept, data, tokenizer, extent.samples, extent.kv_cache), [], 0
+        ends = end_tokens(models[0].folder, models[0].config)
+        return generations(kept, data, tokenizer, extent.samples, extent.kv_cache, ends), [], 0
     except NotFiniteError as error:
         if error.folder == models[0].folder:
             raise

@@ -21,11 +21,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from quantkit.calib.tokens import chat_tokenizer, load_tokenizer
+from quantkit.calib.documents import Conversation
+from quantkit.calib.tokenizer import end_tokens, load_text_tokenizer
 from quantkit.errors import ConfigError, NotFiniteError
 from quantkit.evals.divergence import chunks
 from quantkit.formats.folder import find_model
-from quantkit.formats.reader import load_json
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model, load
 from quantkit.sampling import Sampling
@@ -41,8 +41,8 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
     """`--model quantkit --model_args pretrained=FOLDER,kernels=auto,kv_cache=bf16,max_length=4096,...`.
 
     batch_size: rows at once; without it as many as 4096 tokens hold. max_new_tokens: an upper bound on what tasks ask for.
-    add_bos: put the beginning-of-text id before every text; otherwise the tokenizer decides. truncated counts texts of
-    which only the end fitted into max_length.
+    add_bos: whether a text begins with the beginning-of-text id; otherwise as the model was trained. Text that the chat
+    template wrote is taken as it is. truncated counts texts of which only the end fitted into max_length.
     """
 
     def __init__(
@@ -64,25 +64,16 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
             device = "cpu"
         folder = find_model(str(pretrained))
         self.model: Model = load(folder, device, kernels)  # type: ignore[arg-type]
-        self.encoder, self.kv_format = load_tokenizer(folder), KVFormat(kv_cache)
+        self.encoder, self.kv_format = load_text_tokenizer(folder, add_bos), KVFormat(kv_cache)
         fixed = batch_size not in (None, "auto") and not str(batch_size).startswith("auto")
         self.rows = int(batch_size) if fixed else max_batch_size  # type: ignore[arg-type]
         config = self.model.config
         self.max_length = int(max_length or config.get("max_position_embeddings") or _MAX_LENGTH)
-        self.max_new_tokens, self.add_bos, self.progress = max_new_tokens, add_bos, progress
+        self.max_new_tokens, self.progress = max_new_tokens, progress
         self.truncated = 0
-        ends = config.get("eos_token_id")
-        self.ends: set[int] = set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
-        self._bos = self._special("bos_token", config.get("bos_token_id"))
+        self.ends = end_tokens(folder, config)
+        self._templated = False  # whether the harness asks through the chat template
         self._device = self.model.device
-
-    def _special(self, key: str, otherwise: int | None) -> int | None:
-        """A special token's id: tokenizer_config.json's, as transformers has it, else config.json's."""
-        path = self.model.folder / "tokenizer_config.json"
-        value = load_json(path).get(key) if path.exists() else None
-        text = value.get("content") if isinstance(value, dict) else value
-        found: int | None = self.encoder.token_to_id(text) if isinstance(text, str) else None
-        return otherwise if found is None else found
 
     @property
     def eot_token_id(self) -> int:
@@ -91,37 +82,29 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        return self.eot_token_id if self._bos is None else self._bos
+        return self.eot_token_id if self.encoder.bos.id is None else self.encoder.bos.id
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.model.folder.resolve()).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return chat_tokenizer(self.model.folder, "a task").chat_template if chat_template else None
+        self._templated = bool(chat_template)
+        return self.encoder.chat.template("a task") if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages through the model's own template; without a prompt for an answer, the last message is to be continued."""
-        tokenizer = chat_tokenizer(self.model.folder, "a task")
-        return str(
-            tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
+        self._templated = True
+        return self.encoder.render(
+            Conversation([dict(message) for message in chat_history], where="a task"),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text. Never two beginnings of text: a chat template may have written one already."""
-        special = self.add_bos if add_special_tokens is None else add_special_tokens
-        ids: list[int] = self.encoder.encode(string, add_special_tokens=special is not False).ids
-        if special and self._bos is not None and ids[:1] != [self._bos]:
-            ids = [self._bos, *ids]
-        if add_special_tokens is None and self._bos is not None:
-            while ids[:2] == [self._bos, self._bos]:
-                ids = ids[1:]
-        return ids
+        """Ids of a text. Special tokens are not added to what the chat template wrote."""
+        written = self._templated if add_special_tokens is None else not add_special_tokens
+        return self.encoder.encode_written(string) if written else self.encoder.encode(string)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)

@@ -99,6 +99,10 @@ def _facts(report: Report) -> list[str]:
         f"- Fallbacks: {len(fallbacks)} of {len(of)} quantised linears.",
         f"- Text: {origin.tokens:,} tokens, {origin.units} {_safe(origin.unit)}s of {_safe(origin.text)}.",
     ]
+    if text := origin.text_tokens:
+        begun = " ".join(map(str, text.first_ids))
+        known = "not known" if text.bos_added is None else "added to raw text" if text.bos_added else "not added"
+        lines.append(f"- Its ids begin {begun}; BOS token: {known} ({_safe(text.bos_why)}).")
     if report.moe.not_finite:
         lines.append(f"- Output not finite: {'; '.join(report.moe.not_finite[:20])}.")
     if expert:

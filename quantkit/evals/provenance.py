@@ -18,9 +18,12 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CalibrationError
 from quantkit.evals.schema import LinearRow, Overlap, Provenance, Size, SizeRow
+from quantkit.evals.text_schema import TextTokens
 from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader, load_json
 from quantkit.runtime import Model
@@ -82,6 +85,7 @@ class Said:
     seq_len: int
     kv_cache: str | None
     command: str
+    text_tokens: TextTokens
 
 
 def provenance(
@@ -112,6 +116,7 @@ def provenance(
         calibration_digest=record["job"].get("tokens") or None if record else None,
         text=said.text,
         text_digest=data.digest(),
+        text_tokens=said.text_tokens,
         seq_len=said.seq_len,
         windows=len(data.ids),
         tokens=scored,
@@ -137,8 +142,7 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
         return Overlap(ngram=_NGRAM, share=0.0, note="no calibration text was used")
     recipe = Recipe.of(record["recipe"], "run.json")
     try:
-        texts = tokens.documents(recipe.calibration, model)
-        tokenizer = tokens.load_tokenizer(model)
+        texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
         seen = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
     except CalibrationError as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")

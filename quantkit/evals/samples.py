@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from quantkit.calib.tokenizer import TextTokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.evals.schema import Sample, WorstToken
 from quantkit.model.cache import KVFormat
@@ -48,11 +48,11 @@ class Worst:
         self.seen = sorted(self.seen, key=lambda s: (-s.kl, s.window, s.position))[: self.keep]
 
 
-def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False))
+def _text(tokenizer: TextTokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special=False)
 
 
-def worst_tokens(worst: Worst, data: EvalSet, tokenizer: Tokenizer) -> list[WorstToken]:
+def worst_tokens(worst: Worst, data: EvalSet, tokenizer: TextTokenizer) -> list[WorstToken]:
     """In context, as text. A token that is part of a character shows as the replacement character."""
     found = []
     for s in worst.seen:
@@ -72,9 +72,16 @@ def worst_tokens(worst: Worst, data: EvalSet, tokenizer: Tokenizer) -> list[Wors
     return found
 
 
-def generations(models: list[Model], data: EvalSet, tokenizer: Tokenizer, count: int, kv: KVFormat | None) -> list[Sample]:
-    """Greedy continuations of text from `count` windows, by baseline and quantised model, until a dozen tokens
-    after the last of them has divided, or 48."""
+def generations(
+    models: list[Model],
+    data: EvalSet,
+    tokenizer: TextTokenizer,
+    count: int,
+    kv: KVFormat | None,
+    ends: frozenset[int] = frozenset(),
+) -> list[Sample]:
+    """Greedy continuations of text from `count` windows, by baseline and quantised model, until one of `ends`, a dozen
+    tokens after the last of them has divided, or 48."""
     long = (data.lengths > _PROMPT).nonzero().flatten()
     if not count or not len(long):
         return []
@@ -86,25 +93,32 @@ def generations(models: list[Model], data: EvalSet, tokenizer: Tokenizer, count:
         for model, how in zip(models, (KVFormat.FLOAT32, kv or KVFormat.FLOAT32), strict=True)
     ]
     drawn: list[list[Tensor]] = [[], []]
-    since = 0
+    since, ended = 0, torch.zeros(len(chosen), 2, dtype=torch.bool)
     for pair in islice(zip(*streams, strict=True), _NEW):
         for side, token in zip(drawn, pair, strict=True):
             side.append(token.cpu())
         divided = torch.stack([(a != b).flatten() for a, b in zip(*drawn, strict=True)]).any(0)
         since += bool(divided.all())
-        if since > _AFTER:
+        ended |= torch.tensor([[int(token) in ends for token in side[-1]] for side in drawn]).T
+        if since > _AFTER or ended.all():
             break
-    base, quant = (torch.cat(side, dim=1) for side in drawn)
-    return [_sample(tokenizer, *row) for row in zip(prompts.tolist(), base.tolist(), quant.tolist(), strict=True)]
+    rows = ([_until(row, ends) for row in torch.cat(side, dim=1).tolist()] for side in drawn)
+    return [_sample(tokenizer, *row) for row in zip(prompts.tolist(), *rows, strict=True)]
 
 
-def _sample(tokenizer: Tokenizer, prompt: list[int], base: list[int], quant: list[int]) -> Sample:
-    same = next((i for i, (a, b) in enumerate(zip(base, quant, strict=True)) if a != b), len(base))
+def _until(ids: list[int], ends: frozenset[int]) -> list[int]:
+    """Up to and with the first that ends a text."""
+    return next((ids[: i + 1] for i, token in enumerate(ids) if token in ends), ids)
+
+
+def _sample(tokenizer: TextTokenizer, prompt: list[int], base: list[int], quant: list[int]) -> Sample:
+    shorter = min(len(base), len(quant))
+    same = next((i for i, (a, b) in enumerate(zip(base, quant, strict=False)) if a != b), shorter)
     return Sample(
         prompt=_text(tokenizer, prompt),
         common=_text(tokenizer, base[:same]),
         baseline=_text(tokenizer, base[same:]),
         quantized=_text(tokenizer, quant[same:]),
         same=same,
-        of=len(base),
+        of=max(len(base), len(quant)),
     )

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from quantkit.evals.task_schema import TaskRun
+from quantkit.evals.text_schema import TextTokens
 
 __all__ = [
     *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Decision", "Divergence"),
@@ -90,6 +91,7 @@ class Provenance(_Part):
     calibration_digest: str | None
     text: str
     text_digest: str
+    text_tokens: TextTokens | None = None
     seq_len: int
     windows: int
     tokens: int

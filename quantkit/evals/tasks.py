@@ -51,6 +51,7 @@ class Options:
     kernels: str = "auto"
     kv_cache: str = "bf16"
     device: str = "cpu"
+    add_bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,7 @@ def _answers(
         kv_cache=kv_cache,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
+        add_bos=options.add_bos,
         progress=progress,
     )
     # As the harness's own entry does: tasks draw from these generators, and both models must be asked the same.
