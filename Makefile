@@ -48,6 +48,7 @@ bench: $(TOOLS)
 	$(BIN)/python bench/cpu_kernels.py --threads 2 --out bench/results/cpu_kernels_2_threads.json
 	$(BIN)/python bench/cpu_moe.py
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/decode_attention.py
 	$(BIN)/python -m bench.plan_scale
 
 # Benchmark tasks through lm-evaluation-harness, which `make test` skips: some 0.7 GB of packages beside torch. Its own `hf`

@@ -31,7 +31,7 @@ def seconds_per_token(models: dict[str, Any], rounds: int, tokens: int) -> dict[
     """Median over rounds; every round gives each model a fresh prompt of 8 tokens and counts what follows the first."""
     measured: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():  # a long prompt meets every expert, so that all are read and packed
-        model.logits(torch.randint(0, model.spec.vocab, (1, 1024), generator=torch.Generator().manual_seed(0)))
+        model.logits(torch.randint(0, model.spec.vocab, (1, 1024), generator=torch.Generator().manual_seed(0)), last=1)
     for i in range(rounds + 1):
         for name, model in models.items():
             stream = model.stream(torch.arange(8 * i, 8 * i + 8)[None])

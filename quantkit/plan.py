@@ -327,10 +327,12 @@ def _unused(recipe: Recipe, schemes: dict[str, Scheme | None]) -> list[str]:
 
 def _no_accident(recipe: Recipe, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> None:
     """Routed experts hold nearly all weights: they stay in BF16 only where the recipe says so of them."""
+    if not any(schemes.values()) or recipe.experts == BF16:
+        return
     for ref in spec.linears():
-        if ref.role is not Role.EXPERTS or schemes[ref.key] is not None or recipe.experts == BF16:
+        if ref.role is not Role.EXPERTS or schemes[ref.key] is not None:
             continue
-        if any(schemes.values()) and not any(fnmatchcase(ref.key, rule.match) for rule in recipe.rules):
+        if not any(fnmatchcase(ref.key, rule.match) for rule in recipe.rules):
             raise ConfigError(
                 f"routed expert '{ref.key}' would stay in BF16 because the general scheme is BF16",
                 "give --experts a scheme, or say --experts BF16 if that is meant",

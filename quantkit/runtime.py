@@ -25,7 +25,7 @@ from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import LayerTrace, Weights, forward, head
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
+from quantkit.model.spec import MLA, MLP, Linear, ModelSpec, MoE
 from quantkit.model.stored import HEAD_FIX, head_problem
 from quantkit.qtensor import QuantizedTensor
 from quantkit.sampling import GREEDY, Sampling, sample
@@ -98,12 +98,25 @@ class CheckpointWeights(Weights):
         self.schemes, self.format = schemes_of(reader), format_of(reader)
         self._plain: dict[str, Tensor] = {}
         self._quantized: dict[str, QuantizedTensor] = {}
+        self._input_scales: dict[str, Tensor | None] = {}
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
         if scheme is None:
             return F.linear(x, self.tensor(ref.weight).to(x.dtype))
         return reference.linear(x, self.quantized(ref, scheme), scheme.activation)
+
+    def matrix(self, ref: Linear) -> Tensor:
+        scheme = self.schemes.get(ref.key)
+        return self.tensor(ref.weight) if scheme is None else self.quantized(ref, scheme).dequantize().to(self.device)
+
+    def read(self, ref: Linear, x: Tensor) -> Tensor:
+        scheme = self.schemes.get(ref.key)
+        if scheme is None or scheme.activation is None:
+            return x
+        if scheme.static and ref.key not in self._input_scales:
+            self._input_scales[ref.key] = self._decode(ref, scheme).input_scale
+        return reference.round_activation(x, scheme.activation, self._input_scales.get(ref.key)).to(x.dtype)
 
     def quantized(self, ref: Linear, scheme: Scheme) -> QuantizedTensor:
         if ref.key in self._quantized:
@@ -126,7 +139,8 @@ class CheckpointWeights(Weights):
 
 
 class KernelWeights(CheckpointWeights):
-    """The same on the kernels that `kernels.dispatch` chooses. No BF16 copy of a quantised weight is ever made.
+    """The same on the kernels that `kernels.dispatch` chooses. No BF16 copy of a quantised weight is ever made, but for
+    latent attention's kv_b, which decoding multiplies by its halves, one of them transposed (DeepSeek-V2: 34 MB a layer).
 
     Weights are packed when first used (`pack` does it for all) and kept in that form alone. Experts of one scheme and shape
     go into one call, the shared expert among them when it is alike. Linears that are not quantised are multiplied in the
@@ -137,6 +151,7 @@ class KernelWeights(CheckpointWeights):
         super().__init__(reader, device, hold=True)
         self.backends = backends
         self._linears: dict[str, QuantLinear | None] = {}
+        self._matrices: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, int], QuantExperts | None] = {}
 
     def choice(self, ref: Linear) -> dispatch.Choice:
@@ -150,6 +165,14 @@ class KernelWeights(CheckpointWeights):
             return F.linear(x.to(weight.dtype), weight).to(x.dtype)
         kernel = self._linear(ref, scheme)
         return kernel(x) if kernel else super().linear(ref, x)
+
+    def matrix(self, ref: Linear) -> Tensor:
+        scheme = self.schemes.get(ref.key)
+        if scheme is None:
+            return self.tensor(ref.weight)
+        if ref.key not in self._matrices:
+            self._matrices[ref.key] = self._decode(ref, scheme).dequantize().bfloat16()
+        return self._matrices[ref.key]
 
     def mlp(self, spec: MLP, x: Tensor) -> Tensor:
         kernel = self._experts((spec,))
@@ -173,6 +196,8 @@ class KernelWeights(CheckpointWeights):
         for layer in spec.layers:
             for ref in layer.attention.linears():
                 self._linear(ref, self.schemes[ref.key])
+            if isinstance(layer.attention, MLA):
+                self.matrix(layer.attention.kv_b)
             if isinstance(mlp := layer.mlp, MLP):
                 self._pack((mlp,))
             elif not (mlp.shared and self._experts((*mlp.experts, mlp.shared))):
@@ -277,15 +302,16 @@ class Model:
 
     @torch.inference_mode()
     @plain_arithmetic()
-    def logits(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
+    def logits(self, input_ids: Tensor, cache: Cache | None = None, last: int | None = None) -> Tensor:
         """int64 [batch, time] -> float32 [batch, time, vocab]. With a cache, the ids continue what it holds.
 
-        Raises ConfigError for ids of another dtype or shape, or outside the vocabulary.
+        last: of that many positions at the end only; those of a long prompt are gigabytes. Raises ConfigError for ids of
+        another dtype or shape, or outside the vocabulary.
         """
         hidden = torch.empty(0)
         for trace in self.layers(input_ids, cache):
             hidden = trace.hidden
-        return self.head(hidden)
+        return self.head(hidden if last is None else hidden[:, -last:])
 
     def stream(
         self,
@@ -307,7 +333,7 @@ class Model:
         cache, generator = Cache(kv_format, at), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
         for drawn in count(1):
-            logits = self.logits(following, cache)[:, -1]
+            logits = self.logits(following, cache, last=1)[:, -1]
             if not torch.isfinite(logits).all():
                 raise NotFiniteError(self.folder, f"the logits of new token {drawn} are not finite")
             following = sample(logits, sampling, generator)

@@ -81,3 +81,19 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert build.cache_folder() == tmp_path / "quantkit"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the standard says to ignore it
     assert build.cache_folder() == Path.home() / ".cache" / "quantkit"
+
+
+def test_what_a_model_does_not_use_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For INT4 the shared part and INT4's kernels, both at once."""
+    asked, both = [], threading.Barrier(2, timeout=30)
+
+    def fake(cache: Path, source: Path) -> tuple[Path | None, str]:
+        asked.append(source.name)
+        both.wait()
+        return None, f"no {source.name}"
+
+    monkeypatch.setattr(build, "build", fake)
+    monkeypatch.setattr(build, "load", build.load.__wrapped__)
+    assert build.kernels.__wrapped__(build.KERNELS.index("int4")) == "no quantkit_cpu.cpp"
+    assert sorted(asked) == ["int4.cpp", "quantkit_cpu.cpp"]
+    assert {path.stem for path in build.SOURCE.parent.glob("*.cpp")} == {"quantkit_cpu", *build.KERNELS}

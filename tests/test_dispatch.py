@@ -26,7 +26,7 @@ CPU, SHAPE = torch.device("cpu"), (64, 128)
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "load", lambda: "no compiler: 'g++' is not on PATH")
+    monkeypatch.setattr(build, "kernels", lambda number: "no compiler: 'g++' is not on PATH")
 
 
 def test_choice_and_its_reason(no_library: None) -> None:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import quantkit
 from quantkit.calib.tokenizer import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError, NotFiniteError
+from quantkit.model import attention
 from quantkit.model.cache import KV, Cache, KVFormat
 from quantkit.runtime import Kernels
 from quantkit.sampling import Sampling, sample
@@ -53,18 +55,17 @@ def test_without_top_p_no_token_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert bool((seen[0] > 0).all())
 
 
-def test_one_group_of_layers_holds_its_keys(make_model: Callable[..., Path]) -> None:
-    """Decoded keys and values of earlier layers are let go."""
-    model = quantkit.load(make_model(), kernels="reference")
-    alive: list[weakref.ref[torch.Tensor]] = []
+def test_one_group_of_layers_holds_its_keys(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a cache, keys and values of earlier layers are let go."""
+    model, alive, plain = quantkit.load(make_model(), kernels="reference"), [], attention.keep
 
-    class Watched(Cache):
-        def append(self, layer: int, kv: KV) -> KV:
-            found = super().append(layer, kv)
-            alive.append(weakref.ref(found[0]))
-            return found
+    def watched(*given: Any) -> KV:
+        kv = plain(*given)
+        alive.append(weakref.ref(kv[0]))
+        return kv
 
-    for _ in model.layers(torch.arange(1, 13).view(2, 6), Watched(KVFormat.FP8)):
+    monkeypatch.setattr("quantkit.model.forward.keep", watched)
+    for _ in model.layers(torch.arange(1, 13).view(2, 6)):
         assert sum(ref() is not None for ref in alive) == 1
     assert len(alive) > 1
 

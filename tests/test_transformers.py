@@ -127,6 +127,23 @@ def test_every_architecture_agrees(name: str, scheme: str, tmp_path: Path) -> No
     assert distance < (1e-4 if scheme == "FP8_DYNAMIC" else 0.01) and distance < relative(logits, base) / 2
 
 
+KEPT = {"match": "model.layers.[02].self_attn.*", "scheme": "BF16"}
+RULES = [KEPT, {"match": "model.layers.1.self_attn.*", "scheme": "W8A16"}]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_sets_of_layers_are_read(name: str, tmp_path: Path) -> None:
+    """What a recipe's rules make of the config: names such as model.layers.(?:0|2).self_attn.q_proj."""
+    config = {**TINY[name], "num_hidden_layers": 4}
+    folder = write_checkpoint(tmp_path / "model", config, random_weights(config))
+    recipe = {"scheme": "W4A16", "method": "rtn", "group_size": 32, "rules": RULES}
+    quantkit.quantize(folder, tmp_path / "out", Recipe.of(recipe))
+    assert "(?:0|2)" in (tmp_path / "out" / "config.json").read_text()
+    logits, base = theirs(tmp_path / "out"), quantkit.load(folder, kernels="reference").logits(IDS)
+    distance = relative(emulated(tmp_path / "out"), logits)
+    assert distance < 0.01 and distance < relative(logits, base) / 2
+
+
 def test_fp8_dynamic_agrees(a13b: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantkit.quantize(a13b, out, Recipe(scheme="FP8_DYNAMIC"))

@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkit.calib.tape import Tape
 from quantkit.model.attention import Tensors, attention_core, keep, latent, query, query_input, raw_kv
 from quantkit.model.blocks import rms_norm, rope_tables, route
+from quantkit.model.cache import Kept
 from quantkit.model.spec import MLA, MLP, Layer, Linear, ModelSpec, MoE
 from quantkit.stats import LinearStats
 
@@ -130,9 +131,9 @@ def _attention(walk: Walk, layer: Layer, source: Tape, target: Tape, kv: Tape) -
     core = walk.tape("attention", a.o.in_features)
     tables = rope_tables(walk.spec.rope, torch.arange(walk.windows[1], device=walk.device))
     for start, stop in walk.spans(rows):
-        kept = keep(a, windows(kv.read(start, stop)), tables, weights, walk.spec.eps)
+        key, value = keep(a, windows(kv.read(start, stop)), tables, weights, walk.spec.eps)
         q = query(a, windows(inputs(start, stop)), stages.linear, tables, weights, walk.spec.eps)
-        core.write(start, attention_core(a, q, kept, stages.linear).flatten(0, 1))
+        core.write(start, attention_core(a, q, (Kept(key), Kept(value)), stages.linear).flatten(0, 1))
     stages.quantise([a.o], core.read)
     for start, stop in walk.spans(rows):
         target.write(start, source.read(start, stop) + stages.linear(a.o, core.read(start, stop).to(walk.device)).cpu())

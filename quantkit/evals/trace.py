@@ -36,6 +36,12 @@ class _Wrapped(Weights):
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         return self.own.linear(ref, x)
 
+    def matrix(self, ref: Linear) -> Tensor:
+        return self.own.matrix(ref)
+
+    def read(self, ref: Linear, x: Tensor) -> Tensor:
+        return self.own.read(ref, x)
+
 
 class Bf16Products(_Wrapped):
     """The same weights multiplied as engines do: inputs and outputs of every linear rounded to BF16."""

@@ -22,6 +22,8 @@ from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, fp8_block, scheme
 
 __all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or expert, within a name
+_ANY = r"\d+"
 _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
 
@@ -107,16 +109,54 @@ def matrices(
 
 def _template(key: str) -> str:
     """A regular expression, anchored at both ends, for the linears that differ from this one in layer or expert only."""
-    escaped = re.escape(key).replace(r"\-", "-")
-    return "re:^" + re.sub(r"(?<=\.)\d+(?=\\\.)", r"\\d+", escaped) + "$"
+    return _pattern(key, (_ANY,) * len(_NUMBER.findall(key)))
 
 
 def _targets(keys: Iterable[str], everything: Mapping[str, Scheme | None], scheme: Scheme | None) -> list[str]:
-    """Names for a group of linears: a template where all of its linears are in the group, else each by its name."""
-    whole: dict[str, bool] = {}
-    for key, other in everything.items():
-        whole[_template(key)] = whole.get(_template(key), True) and other == scheme
-    return sorted({_template(key) if whole[_template(key)] else key for key in keys})
+    """Patterns for a group of linears and none of the others, by sets of layers and experts; one alone by its name."""
+    wanted = set(keys)
+    families: dict[str, list[str]] = {}
+    for key in everything:
+        families.setdefault(_NUMBER.sub("0", key), []).append(key)
+    found: list[str] = []
+    for members in families.values():
+        numbers = {key: tuple(_NUMBER.findall(key)) for key in members}
+        chosen = {numbers[key] for key in members if key in wanted}
+        for pieces in _cover(chosen, set(numbers.values())) if chosen else ():
+            found.append(_pattern(members[0], pieces))
+    return sorted(found)
+
+
+def _cover(chosen: set[tuple[str, ...]], every: set[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """What the numbers of a name may be, so that the chosen of every are caught: an expression for each number. First
+    numbers that take the same of what follows go together."""
+    if chosen == every:
+        return ((_ANY,) * len(next(iter(every))),)
+    tails: dict[str, tuple[set[tuple[str, ...]], set[tuple[str, ...]]]] = {}
+    for first, *tail in every:
+        taken, known = tails.setdefault(first, (set(), set()))
+        known.add(tuple(tail))
+        if (first, *tail) in chosen:
+            taken.add(tuple(tail))
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for first, (taken, known) in tails.items():
+        if taken:
+            alike.setdefault(_cover(taken, known), []).append(first)
+    found: list[tuple[str, ...]] = []
+    for covers, firsts in alike.items():
+        numbers = _ANY if len(firsts) == len(tails) else "|".join(sorted(firsts, key=lambda n: (len(n), n)))
+        found += [(numbers, *rest) for rest in covers]
+    return tuple(sorted(found))
+
+
+def _pattern(key: str, pieces: tuple[str, ...]) -> str:
+    """The name of key with its numbers changed for `pieces`: plain where each is one number, else an expression."""
+    if pieces and all(piece.isdecimal() for piece in pieces):
+        numbers = iter(pieces)
+        return _NUMBER.sub(lambda _: next(numbers), key)
+    grouped = iter(f"(?:{piece})" if "|" in piece else piece for piece in pieces)
+    words = (re.escape(word).replace(r"\-", "-") for word in _NUMBER.split(key))
+    return "re:^" + "".join(word + next(grouped, "") for word in words) + "$"
 
 
 def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dict[str, Any]:
@@ -236,8 +276,16 @@ def groups(quantization_config: Mapping[str, Any]) -> dict[str, Scheme]:
     return {n: _scheme_of_group(n, g) for n, g in quantization_config.get("config_groups", {}).items()}
 
 
-def _matches(target: str, key: str) -> bool:
-    return re.match(target[3:], key) is not None if target.startswith("re:") else target == key
+class _Names:
+    """Targets or ignored names, as engines match them: a name as a whole, an expression from a name's start."""
+
+    def __init__(self, said: Iterable[str]) -> None:
+        said = list(said)
+        self.names = frozenset(name for name in said if not name.startswith("re:"))
+        self.patterns = [re.compile(name[3:]) for name in said if name.startswith("re:")]
+
+    def catch(self, key: str) -> bool:
+        return key in self.names or any(pattern.match(key) for pattern in self.patterns)
 
 
 def inexact(
@@ -263,8 +311,10 @@ def inexact(
     by_name, raw = groups(quantization_config), quantization_config.get("config_groups", {})
     said: list[tuple[str, Scheme | None]] = [(target, None) for target in quantization_config.get("ignore") or []]
     said += [(t, by_name[n]) for n, g in raw.items() for t in g["targets"] if t != "Linear"]
+    everything = dict.fromkeys([*meant, *modules])
     for entry, scheme in said:
-        hits = [key for key in [*meant, *modules] if _matches(entry, key)]
+        one = _Names([entry])
+        hits = [key for key in (everything if one.patterns else one.names & everything.keys()) if one.catch(key)]
         wrong = [key for key in hits if key not in meant or meant[key] != scheme]
         if wrong:
             problems.append(f"'{shown(entry)}' also catches {len(wrong)} that it should not, such as '{wrong[0]}'")
@@ -304,16 +354,17 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> Schem
                 f"quantization_config has {key} {str(found)[:80]}, which quantkit does not compute", "use another"
             )
     raw = quantization_config.get("config_groups", {})
-    by_name = [(scheme, raw[name]["targets"]) for name, scheme in groups(quantization_config).items()]
-    ignore = quantization_config.get("ignore") or []
-    assigned: Schemes = {}
-    for key in keys:
-        exact = [s for s, targets in by_name if key in targets]
-        matched = [s for s, targets in by_name if any(_matches(t, key) for t in targets)]
-        general = [s for s, targets in by_name if "Linear" in targets]
-        kept = any(_matches(target, key) for target in ignore)
-        assigned[key] = None if kept else next(iter([*exact, *matched, *general]), None)
-    return assigned
+    by_name = [(scheme, _Names(raw[name]["targets"])) for name, scheme in groups(quantization_config).items()]
+    ignored = _Names(quantization_config.get("ignore") or [])
+    general = next((scheme for scheme, targets in by_name if "Linear" in targets.names), None)
+    exact: Schemes = {name: scheme for scheme, targets in reversed(by_name) for name in targets.names}
+
+    def scheme_of(key: str) -> Scheme | None:
+        if ignored.catch(key):
+            return None
+        return exact[key] if key in exact else next((s for s, targets in by_name if targets.catch(key)), general)
+
+    return {key: scheme_of(key) for key in keys}
 
 
 FORMAT = Format(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.model.spec import Llama3, Rope, Router, Yarn
 
-__all__ = ["Routing", "apply_rope", "attend", "deinterleave", "frequencies", "rms_norm", "rope_tables", "route"]
+__all__ = ["Routing", "apply_rope", "deinterleave", "frequencies", "rms_norm", "rope_tables", "route"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -72,27 +72,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def deinterleave(x: Tensor) -> Tensor:
     """[..., d]: even elements, then odd ones. Takes pairs of neighbours to the pairs that `apply_rope` rotates."""
     return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, padding: Tensor | None = None) -> Tensor:
-    """Causal attention; q [b, heads, t, d], k [b, kv_heads, s, d], v [b, kv_heads, s, dv], s >= t, the queries are the last
-    t positions.
-
-    Returns [b, t, heads * dv]. Scale 1/sqrt(d) by default; each key head serves heads / kv_heads query heads. padding:
-    int64 [b], the number of positions at the start of a row that nothing after them sees.
-    """
-    b, heads, t, _ = q.shape
-    s = k.shape[2]
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-    if s == t and padding is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    else:
-        at, of = torch.arange(s, device=q.device), torch.arange(s - t, s, device=q.device)[:, None]
-        visible = at <= of
-        if padding is not None:  # a padded position still sees itself: a softmax over nothing would be NaN
-            visible = (visible & (at >= padding.to(q.device)[:, None, None]) | (at == of))[:, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
-    return out.transpose(1, 2).reshape(b, t, heads * v.shape[-1])
 
 
 @dataclass(frozen=True)

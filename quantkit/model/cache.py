@@ -6,12 +6,14 @@ model, and FP8 loses little on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-__all__ = ["KV", "Cache", "KVFormat"]
+__all__ = ["KV", "Cache", "KVFormat", "Kept"]
 
 KV = tuple[Tensor, Tensor]
 
@@ -22,6 +24,49 @@ class KVFormat(str, Enum):
     FLOAT32 = "float32"
     BF16 = "bf16"
     FP8 = "fp8"
+
+
+_BLOCK = 2**18  # elements of a block: 1 MB of float32, a core's own cache
+_LEAST = 64  # positions of a block
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys or values [batch, heads, time, width] as they lie in memory: floats, or E4M3 codes with a scale
+    [batch, heads, time, 1]. What lies in a cache is a view of it."""
+
+    codes: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All of it at once."""
+        if self.scale is None:
+            return self.codes.to(dtype)
+        return (_plain(self.codes) * self.scale.float()).to(dtype)
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Without the scale, float32, some positions after the other: what is decoded of a long cache stays small.
+
+        float32 is given as it lies there, and so is all at once on a GPU, where a launch costs more than memory.
+        """
+        batch, heads, time, width = self.shape
+        step = max(_LEAST, _BLOCK // (batch * heads * width))
+        if self.codes.dtype is torch.float32 or self.codes.device.type != "cpu":
+            step = time
+        return (_plain(part) for part in self.codes.split(step, dim=2))
+
+
+def _plain(codes: Tensor) -> Tensor:
+    """float32. E4M3 has the bits of the upper byte of a float16 but for one bit of exponent, whose biases differ by 8: a
+    shift and a factor, ten times as fast on a CPU as torch's conversion. NaN is not known here: its scale is NaN too."""
+    if codes.dtype is not torch.float8_e4m3fn:
+        return codes.float()
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))
+    return bits.view(torch.float16).float().mul_(256)
 
 
 class _Buffer:
@@ -39,8 +84,8 @@ class _Buffer:
         scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
         return [(x.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale]
 
-    def append(self, x: Tensor) -> Tensor:
-        """Keep x [batch, heads, new, head_dim] after what is there; the whole of it, decoded, in x.dtype."""
+    def append(self, x: Tensor) -> Kept:
+        """Keep x [batch, heads, new, head_dim] after what is there; a view of the whole of it."""
         new, end = self._encode(x), self.length + x.shape[2]
         if not self.parts or end > self.parts[0].shape[2]:
             room = max(64, 2 * end)
@@ -51,8 +96,7 @@ class _Buffer:
         for part, values in zip(self.parts, new, strict=True):
             part[:, :, self.length : end] = values
         self.length = end
-        held = [part[:, :, :end] for part in self.parts]
-        return held[0].to(x.dtype) if len(held) == 1 else (held[0].float() * held[1].float()).to(x.dtype)
+        return Kept(*(part[:, :, :end] for part in self.parts))
 
     def nbytes(self) -> int:
         return sum(part[:, :, : self.length].numel() * part.element_size() for part in self.parts)
@@ -78,7 +122,7 @@ class Cache:
         """Bytes of what is held, scales included, room to grow not."""
         return sum(buffer.nbytes() for group in self.groups.values() for buffer in group)
 
-    def append(self, layer: int, kv: KV) -> KV:
-        """Add the new positions of one group, each [batch, kv_heads, new, head_dim], and return the whole of it."""
+    def append(self, layer: int, kv: KV) -> tuple[Kept, Kept]:
+        """Add the new positions of one group, each [batch, kv_heads, new, head_dim]; the whole of it, undecoded."""
         key, value = self.groups.setdefault(layer, (_Buffer(self.format), _Buffer(self.format)))
         return key.append(kv[0]), value.append(kv[1])

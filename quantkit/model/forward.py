@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quantkit.model.attention import Tables, attention_core, keep, query, raw_kv
 from quantkit.model.blocks import Routing, rms_norm, rope_tables, route
-from quantkit.model.cache import KV, Cache
-from quantkit.model.spec import MLP, Layer, Linear, ModelSpec, MoE, Role
+from quantkit.model.cache import KV, Cache, Kept
+from quantkit.model.spec import MLA, MLP, Layer, Linear, ModelSpec, MoE, Role
 
 __all__ = ["KV", "Cache", "LayerTrace", "Weights", "forward", "head"]
 
@@ -30,6 +30,14 @@ class Weights(ABC):
     @abstractmethod
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x.dtype."""
+
+    def matrix(self, ref: Linear) -> Tensor:
+        """What `linear` multiplies by, [out, in], any float. A subclass whose weights are not plain overrides this."""
+        return self.tensor(ref.weight)
+
+    def read(self, ref: Linear, x: Tensor) -> Tensor:
+        """x [..., in] as `linear` multiplies it: rounded, where the scheme says so."""
+        return x
 
     def mlp(self, spec: MLP, x: Tensor) -> Tensor:
         """down(silu(gate(x)) * up(x)); x [n, hidden]."""
@@ -59,23 +67,25 @@ class LayerTrace:
 def _layer(
     layer: Layer,
     h: Tensor,
-    kv: KV | None,
+    kv: tuple[Kept, Kept] | None,
     cache: Cache | None,
     tables: Tables,
     weights: Weights,
     eps: float,
-) -> tuple[Tensor, KV, Routing | None]:
+) -> tuple[Tensor, tuple[Kept, Kept], Routing | None]:
     a = layer.attention
     x = rms_norm(h, weights.tensor(layer.input_norm), eps)
     raw = raw_kv(a, x, weights.linear)
     if raw is not None:
-        kv = keep(a, raw, tables, weights, eps)
-        kv = cache.append(layer.index, kv) if cache is not None else kv
+        key, value = keep(a, raw, tables, weights, eps)
+        if cache is not None and isinstance(a, MLA):  # once, so that later positions need no kv_b; twice changes nothing
+            key = weights.read(a.kv_b, key)
+        kv = cache.append(layer.index, (key, value)) if cache is not None else (Kept(key), Kept(value))
     if kv is None:
         raise ValueError(f"layer {layer.index} borrows K/V from layer {a.kv_from}, which has not run")
     q = query(a, x, weights.linear, tables, weights, eps)
     padding = cache.padding if cache is not None else None
-    h = h + weights.linear(a.o, attention_core(a, q, kv, weights.linear, padding))
+    h = h + weights.linear(a.o, attention_core(a, q, kv, weights.linear, padding, weights.matrix))
     x = rms_norm(h, weights.tensor(layer.post_attention_norm), eps).flatten(0, 1)
     block, routing = layer.mlp, None
     if isinstance(block, MoE):
@@ -94,10 +104,10 @@ def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache |
         positions = (positions - cache.padding.to(positions.device)[:, None, None]).clamp(min=0)  # [batch, 1, time]
     tables = rope_tables(spec.rope, positions)
     h = F.embedding(input_ids, weights.tensor(spec.embedding)).float()
-    kv: KV | None = None
+    kv: tuple[Kept, Kept] | None = None
     owner = -1
     for layer in spec.layers:
-        if layer.attention.kv_from != owner:  # decoded K/V of one group of layers at a time
+        if layer.attention.kv_from != owner:  # without a cache, K/V of one group of layers at a time
             kv, owner = None, layer.attention.kv_from
         h, kv, routing = _layer(layer, h, kv, cache, tables, weights, spec.eps)
         yield LayerTrace(layer.index, h, routing)

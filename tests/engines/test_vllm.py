@@ -77,3 +77,17 @@ def test_serves(
     results.works("vllm", name, scheme, kl, wrong)
     assert kl < LIMIT, f"KL {kl:.4f}"
     assert wrong > max(2 * LIMIT, 3 * kl), f"two MLPs that change places give no more than {wrong:.4f}: this shows nothing"
+
+
+def test_sets_of_layers_are_read(vllm: Vllm, tmp_path: Path) -> None:
+    """Rules of a recipe: names in the config such as model.layers.(?:0|2).self_attn.q_proj."""
+    model = make_model("Llama 3.1", tmp_path / "model")
+    rules = [
+        {"match": "model.layers.[02].self_attn.*", "scheme": "BF16"},
+        {"match": "model.layers.[01].*", "scheme": "W8A8"},
+    ]
+    quantkit.quantize(model, tmp_path / "out", Recipe.of({"scheme": "W4A16", "method": "rtn", "rules": rules}))
+    assert "(?:0|2)" in (tmp_path / "out" / "config.json").read_text()
+    answer = vllm.serve(tmp_path / "out", PROMPTS, tmp_path / "answer")
+    assert answer.error is None, answer.error
+    assert divergence(torch.stack(answer.logprobs), logprobs(tmp_path / "out", "w4a8")) < LIMIT

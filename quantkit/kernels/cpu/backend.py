@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.kernels.backend import Backend, Expert
 from quantkit.kernels.cpu import build
-from quantkit.kernels.cpu.linear import Packed, experts, gather, matmul, pack, stack, unfit
+from quantkit.kernels.cpu.linear import Packed, experts, format_of, gather, matmul, pack, stack, unfit
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Kind, Scheme, Strategy
 
@@ -44,11 +44,11 @@ def _experts(parts: Iterable[Expert], activation: Activation | None) -> _Experts
     return _Experts(gather(gate_ups), gather(downs))
 
 
-def _lacks(scheme: Scheme, device: torch.device) -> str | None:
+def _lacks(scheme: Scheme, activation: Activation | None, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"{AVX512.name} runs on the CPU, not on {device}"
-    library = build.load()
-    return library if isinstance(library, str) else None
+    found = build.kernels(format_of(scheme.weight, activation))
+    return found if isinstance(found, str) else None
 
 
 def rounding_of_w4a8(scheme: Scheme) -> Activation:
@@ -68,7 +68,7 @@ AVX512 = Backend(
     hardware=HARDWARE,
     why="weights by table and products summed in float32; INT8 by INT8 in integers",
     takes=lambda scheme, shape: unfit(scheme.weight, scheme.activation),
-    lacks=_lacks,
+    lacks=lambda scheme, device: _lacks(scheme, scheme.activation, device),
     linear=lambda q, scheme: _linear(q, scheme.activation),
     experts=lambda parts, count, scheme: _experts(parts, scheme.activation),
 )
@@ -77,7 +77,7 @@ W4A8 = Backend(
     hardware=HARDWARE,
     why="asked for: inputs rounded to INT8 by groups, integer products",
     takes=_w4a8_takes,
-    lacks=_lacks,
+    lacks=lambda scheme, device: _lacks(scheme, rounding_of_w4a8(scheme), device),
     linear=lambda q, scheme: _linear(q, rounding_of_w4a8(scheme)),
     experts=lambda parts, count, scheme: _experts(parts, rounding_of_w4a8(scheme)),
 )

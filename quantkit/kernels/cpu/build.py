@@ -1,4 +1,5 @@
-"""Just-in-time build of the CPU kernels: one shared library, kept in a cache folder, loaded through ctypes.
+"""Just-in-time build of the CPU kernels: shared libraries, kept in a cache folder, loaded through ctypes. One holds what all
+weight formats share, and one for each format the kernels themselves, which are most of the compiler's work.
 
 Where there can be no library (another processor, no compiler, a compiler that fails) the reason comes back as a string.
 """
@@ -11,14 +12,16 @@ import os
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 from quantkit.owned import distrust, make_private
 
-__all__ = ["FLAGS", "SOURCE", "build", "cache_folder", "load", "missing_cpu_flags"]
+__all__ = ["FLAGS", "KERNELS", "SOURCE", "build", "cache_folder", "kernels", "load", "missing_cpu_flags"]
 
 SOURCE = Path(__file__).with_name("csrc") / "quantkit_cpu.cpp"
+KERNELS = ("int4", "fp8", "int8", "int4_bytes", "int8_bytes")  # a format's number is its place
 # A fixed target, not -march=native: home folders, and the cache with them, may be shared between machines. Floating point
 # stays strict. -fopenmp links libgomp.so.1 by name, which is the one that torch has already loaded.
 FLAGS = (
@@ -121,20 +124,35 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
     return (None, reason) if reason else (target, "")
 
 
-@lru_cache(maxsize=1)
-def load() -> ctypes.CDLL | str:
-    """The loaded library, or the reason why there is none. Built on first use (about 10 seconds), once a machine."""
+def _library(source: Path) -> ctypes.CDLL | str:
     import torch  # noqa: F401  loads the OpenMP runtime that the library shall share
 
-    path, reason = build(cache_folder())
+    path, reason = build(cache_folder(), source=source)
     if path is None:
         return reason
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} cannot be loaded: {error}"
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL | str:
+    """The loaded library, or the reason why there is none. Built on first use, once a machine."""
+    if isinstance(library := _library(SOURCE), str):
+        return library
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.quantkit_matmul.restype = library.quantkit_experts.restype = ctypes.c_int
     library.quantkit_matmul.argtypes = [*[pointer] * 3, size, ctypes.c_int]
     library.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
     return library
+
+
+@lru_cache
+def kernels(number: int) -> ctypes.CDLL | str:
+    """The loaded kernels of a weight format, or the reason why there are none or no library for them. Built on first use,
+    beside `load`'s library if that is not there yet (some seconds)."""
+    with ThreadPoolExecutor(1) as pool:
+        shared = pool.submit(load)
+        found = _library(SOURCE.with_name(f"{KERNELS[number]}.cpp"))
+    return reason if isinstance(reason := shared.result(), str) else found

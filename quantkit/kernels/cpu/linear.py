@@ -13,15 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.kernels.cpu.build import load
+from quantkit.kernels.cpu.build import kernels, load
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Grid, Kind, Strategy
 
-__all__ = ["Packed", "PackedLinear", "experts", "gather", "matmul", "on_huge_pages", "pack", "stack", "unfit"]
+__all__ = ["Packed", "PackedLinear", "experts", "format_of", "gather", "matmul", "on_huge_pages", "pack", "stack", "unfit"]
 
 ROWS = 16  # rows interleaved to a block: the 32-bit lanes of a register
 STEP = 8  # inputs in a step of the kernel
 MAX_CHUNK = 256  # inputs of a row between two applications of the scale, at most
+# Numbers of build.KERNELS.
 FORMATS = {(Kind.INT, 4): 0, (Kind.FLOAT, 8): 1, (Kind.INT, 8): 2}
 BYTES = {4: 3, 8: 4}  # integers that meet activations of 8-bit integers
 ROUNDINGS = {Kind.FLOAT: 1, Kind.INT: 2}
@@ -36,7 +37,7 @@ class PackedLinear:
 
     weight: uint8. scale: [row blocks, scales of a row, 16], bfloat16, or float32 where the checkpoint's are not that. zero:
     int8 like scale, or None. chunk: inputs that are summed before a scale is applied; a scale serves `chunks_per_scale` of
-    them. format: a number of csrc/quantkit_cpu.cpp.
+    them. format: a number of build.KERNELS.
     rounding: 0 the activation becomes bfloat16, 1 FP8, 2 INT8, with one scale for `span` inputs: the largest magnitude's, or
     input_scale [1].
     """
@@ -68,7 +69,7 @@ class _Matrix(ctypes.Structure):
     """`Matrix` of csrc/quantkit_cpu.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "input_scale")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "input_scale", "kernels")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "chunk", "chunks_per_scale", "span")),
         *((name, ctypes.c_int32) for name in ("format", "rounding", "wide")),
     )
@@ -82,7 +83,7 @@ class Packed:
 
     @cached_property
     def matrix(self) -> Any:
-        """A reference to its `_Matrix`, made at the first call. It holds on to what it points to."""
+        """A reference to its `_Matrix`, made at the first call. It holds on to what it points to. Raises as `matmul`."""
         first = self.parts[0]
         columns: dict[str, Any] = {
             "weight": _pointers([part.weight for part in self.parts]),
@@ -94,6 +95,7 @@ class Packed:
             scales = [float(p.input_scale) for p in self.parts if p.input_scale is not None]
             columns["input_scale"] = (ctypes.c_float * len(scales))(*scales)
         fields = {name: ctypes.cast(values, ctypes.c_void_p) for name, values in columns.items() if values is not None}
+        fields["kernels"] = ctypes.cast(_found(kernels(first.format)).quantkit_work, ctypes.c_void_p)
         wide = int(first.scale.dtype is torch.float32)
         numbers = first.chunk, first.chunks_per_scale, first.span, first.format, first.rounding, wide
         names = ("chunk", "chunks_per_scale", "span", "format", "rounding", "wide")
@@ -132,6 +134,16 @@ def _chunk(grid: Grid, inputs: int) -> int:
         return 128
     span = _span(grid, inputs)
     return max(c for c in range(STEP, min(span, MAX_CHUNK) + 1, STEP) if span % c == 0)
+
+
+def _as_bytes(grid: Grid, activation: Activation | None) -> bool:
+    """Whether products are of integers."""
+    return grid.kind is Kind.INT and activation is not None and activation.kind is Kind.INT
+
+
+def format_of(grid: Grid, activation: Activation | None) -> int:
+    """The number in build.KERNELS of what multiplies a grid that is not `unfit`."""
+    return BYTES[grid.bits] if _as_bytes(grid, activation) else FORMATS[grid.kind, grid.bits]
 
 
 def unfit(grid: Grid, activation: Activation | None) -> str | None:
@@ -208,17 +220,16 @@ def pack(q: QuantizedTensor, activation: Activation | None = None) -> PackedLine
         raise ValueError("FP8 codes hold NaN")
     if activation and not activation.dynamic and (q.input_scale is None or not bool(q.input_scale > 0)):
         raise ValueError(f"a static activation needs an input scale above 0, not {q.input_scale}")
-    as_bytes = q.grid.kind is Kind.INT and activation is not None and activation.kind is Kind.INT
     chunk = _chunk(q.grid, inputs)
     padded = -(-inputs // STEP) * STEP
     return PackedLinear(
-        weight=on_huge_pages(_weight(q.codes, q.grid.bits, as_bytes)),
+        weight=on_huge_pages(_weight(q.codes, q.grid.bits, _as_bytes(q.grid, activation))),
         scale=_interleave(_per_row(q.scale if q.scale.dtype is torch.bfloat16 else q.scale.float(), q.grid, rows)),
         zero=None if q.zero is None else _interleave(_per_row(q.zero, q.grid, rows)),
         shape=(rows, inputs),
         chunk=chunk,
         chunks_per_scale=-(-_span(q.grid, inputs) // chunk),
-        format=BYTES[q.grid.bits] if as_bytes else FORMATS[q.grid.kind, q.grid.bits],
+        format=format_of(q.grid, activation),
         rounding=ROUNDINGS[activation.kind] if activation else 0,
         span=(activation.group_size if activation else None) or padded,
         input_scale=q.input_scale if activation and not activation.dynamic else None,
@@ -235,8 +246,8 @@ def stack(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
     return replace(gate, weight=weight, scale=torch.cat([gate.scale, up.scale]), zero=zero, shape=(rows, gate.shape[1]))
 
 
-def _library() -> ctypes.CDLL:
-    if isinstance(library := load(), str):
+def _found(library: ctypes.CDLL | str) -> ctypes.CDLL:
+    if isinstance(library, str):
         raise RuntimeError(f"no CPU kernels: {library}")
     return library
 
@@ -272,7 +283,7 @@ def matmul(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
     tokens = x.numel() // inputs
     out = _output(out, (*x.shape[:-1], rows))
     pointers = ctypes.byref(weight.matrix), x.data_ptr(), out.data_ptr()
-    if _library().quantkit_matmul(*pointers, tokens, torch.get_num_threads()):
+    if _found(load()).quantkit_matmul(*pointers, tokens, torch.get_num_threads()):
         raise MemoryError(f"no memory for the activations of {tokens} tokens")
     return out
 
@@ -294,7 +305,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Packed, down: Pack
         raise ValueError(f"router weights are {weights.dtype} {tuple(weights.shape)}, not float32 {tuple(ids.shape)}")
     out, ids, weights = _output(out, (tokens, hidden)), ids.contiguous(), weights.contiguous()
     pointers = (ctypes.byref(gate_up.matrix), ctypes.byref(down.matrix), *(t.data_ptr() for t in (ids, weights, x, out)))
-    status = _library().quantkit_experts(*pointers, *ids.shape, count, torch.get_num_threads())
+    status = _found(load()).quantkit_experts(*pointers, *ids.shape, count, torch.get_num_threads())
     if status == NO_SUCH_EXPERT:
         raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, there are {count} experts")
     if status:

@@ -2,6 +2,9 @@
 // BF16 dot product and VNNI. Weights come packed (linear.py); formats.h, tiles.h and activations.h say how all this works.
 //
 // A product is a list of jobs (an expert, or a part of its tokens). Threads take work items, a few row blocks of a job each.
+//
+// The kernels of each format are a library of their own (int4.cpp, ...), since most of the compiler's time goes into them and
+// a model needs one or two. They come as a function from a tile's size to its kernel.
 #include <omp.h>
 
 #include <memory>
@@ -18,6 +21,7 @@ struct Matrix {
     const void* const* scale;   // [experts], each bf16 or float32 [blocks, scales, 16]
     const void* const* zero;    // [experts], or null
     const float* input_scale;   // [experts], or null
+    Work (*kernels)(int tile);  // of the format
     int64_t rows, inputs, chunk, chunks_per_scale, span;
     int32_t format, rounding, wide;  // wide: scales are float32
 };
@@ -41,16 +45,6 @@ void in_threads(int threads, bool worth, Body body) {
     }
 }
 
-Work work_of(int format, int tile) {
-    switch (format) {
-        case 0: return work_for<Int4>(tile);
-        case 1: return work_for<Fp8>(tile);
-        case 2: return work_for<Int8>(tile);
-        case 3: return work_for<Int4Bytes>(tile);
-        default: return work_for<Int8Bytes>(tile);
-    }
-}
-
 struct Free {
     void operator()(void* at) const { operator delete(at, kCacheLine); }
 };
@@ -68,7 +62,7 @@ class Product {
 public:
     Product(const Matrix& m, const int64_t* offsets, int64_t experts, int threads)
         : threads_(threads), shape_{m.rows, m.inputs, m.chunk, m.chunks_per_scale, m.format < 3 ? Bf16::kVectors : Bytes::kVectors},
-          how_{static_cast<Rounding>(m.rounding), m.span, m.input_scale}, format_(m.format) {
+          how_{static_cast<Rounding>(m.rounding), m.span, m.input_scale}, format_(m.format), kernels_(m.kernels) {
         for (int64_t e = 0; e < experts; ++e) split(m, static_cast<int>(e), offsets[e], offsets[e + 1]);
         bool several = false;
         for (const Job& job : jobs_) {
@@ -117,7 +111,7 @@ private:
             const Job& job = jobs_[item / slabs];
             const int64_t first = item % slabs * kBlocks;
             uint8_t* plain = plain_.get() + (format_ < 3 ? omp_get_thread_num() * plain_bytes() : 0);
-            work_of(format_, job.tile)(shape_, job, first, std::min(first + kBlocks, shape_.blocks()), plain, y);
+            kernels_(job.tile)(shape_, job, first, std::min(first + kBlocks, shape_.blocks()), plain, y);
         }
     }
 
@@ -145,6 +139,7 @@ private:
     Shape shape_;
     Activation how_;
     int format_;
+    Work (*kernels_)(int);
     int64_t room_ = 0, widest_ = 0;  // tokens of all jobs and of the largest, filled up to whole tiles
     std::vector<Job> jobs_;
     Buffer<uint32_t> words_;

@@ -5,6 +5,7 @@
 // depends on the number of tokens of its job, not on the threads.
 #pragma once
 #include <algorithm>
+#include <iterator>
 
 #include "formats.h"
 

@@ -1,0 +1,35 @@
+"""What a computation costs, counted: the memory that its operations ask for, whatever the machine is busy with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Memory"]
+
+
+class Memory(TorchDispatchMode):
+    """largest, total: bytes of tensors that operations made anew, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:
+                size = x.untyped_storage().nbytes()
+                self.largest, self.total = max(self.largest, size), self.total + size
+        return out
+
+
+def ran(function: Any) -> Memory:
+    with Memory() as memory, torch.inference_mode():
+        function()
+    return memory
