@@ -61,19 +61,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_plan_says_what_loads_and_what_would(models: Path) -> None:
     command = ("plan", models / "a13b", "--group-size", 64, "--engine")
     found = ask(*command, "vllm", code=0)["engine"]
-    assert found["loads"] and found["version"] == "0.32" and {row["verdict"] for row in found["weights"]} == {"loads"}
+    assert found["loads"] and found["version"] == "0.33" and {row["verdict"] for row in found["weights"]} == {"loads"}
+    assert found["verdict"] == "loads" and found["format"] == "compressed-tensors"
     found = ask(*command, "vllm", "--tp", 4, code=1)["engine"]  # 128 / 4 = 32 columns, half a group
     (row,) = [row for row in found["weights"] if row["weight"] == "w2"]
-    assert row["verdict"] == "refused" and row["layers"] == [0, 1] and row["on_device"] == {"rows": [128], "columns": 32}
+    assert (
+        row["verdict"] == "does not load" and row["layers"] == [0, 1] and row["on_device"] == {"rows": [128], "columns": 32}
+    )
     assert [finding["rule"] for finding in row["findings"]] == ["vllm.moe-group-shards"]
     assert {"--group-size 32", "--ep", "--experts FP8_DYNAMIC", "--tp 2"} <= set(row["instead"])
     assert "--group-size 64" not in row["instead"]
     for words in row["instead"][:3]:  # what it proposes is true for the experts
-        again = ask(*command, "vllm", "--tp", 4, *words.split(), code=1 if "group" not in words else 0)["engine"]
+        again = ask(*command, "vllm", "--tp", 4, *words.split(), code=1 if "group" not in words else 3)["engine"]
         assert all(r["verdict"] == "loads" for r in again["weights"] if r["role"] == "experts"), words
     assert ask(*command, "transformers", code=0)["engine"]["loads"]
     assert not ask(*command, "transformers", "--experts", "W8A8", code=1)["engine"]["loads"]
-    assert ask(*command, "vllm==0.32.1", code=0)["engine"]["loads"]
+    assert ask(*command, "vllm==0.32.1", code=0)["engine"]["version"] == "0.32"
+    assert ask(*command, "transformers==5.23.0", code=0)["engine"]["version"] == "5.23"
 
 
 def test_plan_without_an_engine_is_the_dry_run(models: Path, tmp_path: Path) -> None:
@@ -90,7 +94,7 @@ def test_hunyuan_large_loads_where_quantkit_brings_it(models: Path) -> None:
     for engine, rules, code in (
         ("vllm", ["vllm.plugin"], 0),
         ("sglang", ["sglang.architecture"], 1),
-        ("transformers", [], 0),
+        ("transformers", ["transformers.register"], 0),
     ):
         found = ask("plan", models / "large", "--group-size", 32, "--engine", engine, code=code)["engine"]
         assert [f["rule"] for f in found["model"]] == rules and all("'hunyuan'" in f["why"] for f in found["model"])
@@ -99,18 +103,20 @@ def test_hunyuan_large_loads_where_quantkit_brings_it(models: Path) -> None:
     found = ask("plan", models / "large", "--group-size", 32, "--engine", "vllm", "--pp", 2, code=1)["engine"]
     assert "vllm.plugin-stages" in [f["rule"] for f in found["model"]]
     found = ask("plan", models / "large", "--group-size", 32, "--engine", "vllm", "--tp", 2, code=1)["engine"]
-    refused_there = {row["weight"] for row in found["weights"] if row["verdict"] == "refused"}
+    refused_there = {row["weight"] for row in found["weights"] if row["verdict"] == "does not load"}
     assert refused_there == {"w2", "down_proj"}  # 352 / 2 = 5.5 groups of 32, in routed and shared experts
     found = ask("plan", models / "large", "--group-size", 32, "--engine", "vllm", "--tp", 2, "--ep", code=1)["engine"]
-    assert {row["weight"] for row in found["weights"] if row["verdict"] == "refused"} == {"down_proj"}
+    assert {row["weight"] for row in found["weights"] if row["verdict"] == "does not load"} == {"down_proj"}
 
 
 def test_tables_for_people(models: Path) -> None:
     result = CliRunner().invoke(main, ["plan", str(models / "large"), "--group-size", "32", "--engine", "vllm", "--tp", "2"])
-    assert result.exit_code == 1 and "vllm 0.32: does not load" in result.stdout
-    for words in ("vllm 0.32 on gpu, tp 2", "vllm.plugin", "352 / 2 = 176", "would load with --ep"):
+    assert result.exit_code == 1 and "vllm 0.33: does not load" in result.stdout
+    for words in ("vllm 0.33 on gpu, tp 2", "vllm.plugin", "352 / 2 = 176", "would load with --ep"):
         assert words in " ".join(result.stdout.split()), words
-    accepted("verify", models / "int4", "--engine", "vllm", "--tp", "2")
+    accepted("verify", models / "int4", "--engine", "vllm")
+    result = CliRunner().invoke(main, ["verify", str(models / "int4"), "--engine", "vllm", "--tp", "2"])
+    assert result.exit_code == 3 and "vllm 0.33: nobody looked" in result.stdout
 
 
 def test_whole_checkpoints_load(models: Path) -> None:
@@ -181,8 +187,8 @@ def add_zero_point(tensors: dict[str, Tensor]) -> None:
 DAMAGE: dict[str, tuple[str, Change, dict[str, int], str]] = {
     "expert missing": ("int4", drop, {"missing": 9}, f"'{EXPERT}.down_proj.weight_packed' is missing: of "),
     "renamed": ("int4", rename, {"missing": 1, "unmatched": 1}, f"'{EXPERT}.upp_proj.weight_packed': the engine has no"),
-    "scale of another shape": ("int4", narrow, {"scale": 1}, "o_proj.weight_scale' is BF16 (128, 1), the engine wants"),
-    "input scales differ": ("fp8", double, {"refused": 1}, f"'{EXPERT}.up_proj.input_scale' is "),
+    "scale of another shape": ("int4", narrow, {"shape": 1}, "o_proj.weight_scale' is BF16 (128, 1), the engine wants"),
+    "input scales differ": ("fp8", double, {"rule": 1}, f"'{EXPERT}.up_proj.input_scale' is "),
     "router quantised": (
         "int4",
         quantise_router,
