@@ -16,7 +16,8 @@ checkpoint's headers. This file is written by `scripts/engines_doc.py` from `qua
 Every answer is one of four, and the worst of all rules counts: **does not load**, the engine raises, at the first request at
 the latest; **loads and is wrong**, it computes something else; **nobody looked**; **loads** (a rule that says so is a note).
 Exit codes: 0 loads; 1 does not load, or loads and is wrong; 3 nobody looked. In JSON `verdict` has these words, for the
-whole (in `plan` under `engine`) and for each of `weights`, `findings`, `model` and `problems`; `loads` is true for `loads` alone.
+whole (in `plan` under `engine`) and for each of `weights`, `findings`, `model` and `problems`. `loads` is true for one
+answer alone.
 
 Sources: *run* was tried, *read* was found in the engine's code. A rule asks a *plan* (names, shapes, config) or a *file*. A
 version beside a rule: it holds in that one only. An engine without a version is the newest here; one that is not here has

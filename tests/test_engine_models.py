@@ -17,11 +17,21 @@ from tests.architectures import RELEASED
 from tests.engine_models import SIZES, seen
 
 
-def ask(name: str, engine: str, recipe: dict[str, Any], **deployment: Any) -> Assessment:
-    spec = build_spec(RELEASED[name], name)
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+# True sizes, two layers, few experts: every kind of weight that the whole model has.
+SHORT: dict[str, dict[str, Any]] = {
+    f"{name}, short": {**config, "num_hidden_layers": 2, **{key: 8 for key in COUNTS if key in config}}
+    for name, config in RELEASED.items()
+    if "llama" not in name
+}
+
+
+def ask(name: str, engine: str, recipe: dict[str, Any], where: Deployment | None = None, **deployment: Any) -> Assessment:
+    config = SHORT.get(name) or RELEASED[name]
+    spec = build_spec(config, name)
     schemes = {ref.key: Recipe.of(recipe).scheme_of(ref) for ref in spec.linears()}
     written = compressed_tensors.written(schemes, [moe.router.key for moe in spec.moes()])
-    return assess(ENGINES[engine], spec, RELEASED[name], schemes, written, Deployment(**deployment))
+    return assess(ENGINES[engine], spec, config, schemes, written, where or Deployment(**deployment))
 
 
 def refused(found: Assessment) -> set[str]:
@@ -79,6 +89,40 @@ def test_what_is_proposed_for_hunyuan_large() -> None:
     again = ask("hunyuan-large", "vllm", {"experts": "W4A16", **FP8_BESIDE}, tp=8, ep=True)
     assert all(row["verdict"] == "loads" for row in again.rows)
     assert [finding["rule"] for finding in again.model] == ["vllm.plugin"] and again.verdict is Verdict.LOADS
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("scheme", ["W8A16", "FP8_DYNAMIC"])
+def test_routed_experts_come_first(name: str, scheme: str) -> None:
+    """transformers gives all experts the first group with "experts" in a target, DeepSeek's shared_experts included."""
+    spec, recipe = build_spec(SHORT[name], name), Recipe(scheme=scheme, experts="W4A16")
+    schemes = {ref.key: recipe.scheme_of(ref) for ref in spec.linears()}
+    written = compressed_tensors.written(schemes, [moe.router.key for moe in spec.moes()])
+    first, *others = written["config_groups"].values()
+    assert any(".experts" in target for target in first["targets"]) and len(others) == 1
+    found = ask(name, "transformers", {"scheme": scheme, "experts": "W4A16"})
+    assert found.verdict is Verdict.LOADS, refused(found)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SHORT)
+def test_advice_is_for_what_then_loads(engine: str, name: str) -> None:
+    for scheme in ("W4A16", "W8A8", "FP8_BLOCK"):
+        found = ask(name, engine, {"scheme": scheme}, tp=2)
+        for words in dict.fromkeys(words for row in found.rows for words in row["instead"]):
+            assert not any(finding["verdict"] in ("does not load", "loads and is wrong") for finding in found.model)
+            roles = {row["role"] for row in found.rows if words in row["instead"]}
+            again = ask(name, engine, *_followed(scheme, words))
+            assert all(row["verdict"] == "loads" for row in again.rows if row["role"] in roles), (scheme, words)
+
+
+def _followed(scheme: str, words: str) -> tuple[dict[str, Any], Deployment]:
+    """A recipe and a deployment over two devices, changed as advised."""
+    option, _, value = words.replace(" for all", "").removeprefix("--").partition(" ")
+    if option in ("ep", "tp"):
+        return {"scheme": scheme}, Deployment(tp=int(value) if option == "tp" else 2, ep=option == "ep")
+    key = option.replace("-", "_")
+    return {"scheme": scheme, key: int(value) if key == "group_size" else value}, Deployment(tp=2)
 
 
 def test_kv_b_proj_can_be_kept_alone() -> None:

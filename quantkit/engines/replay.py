@@ -15,7 +15,7 @@ from typing import Any
 from quantkit.coverage import bystanders
 from quantkit.engines.assess import Assessment, assess, check_deployment
 from quantkit.engines.held import EXPERT_PARTS, FUSED, Deployment
-from quantkit.engines.rules import Engine, Verdict, View, view_of, worst
+from quantkit.engines.rules import Engine, Place, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
 from quantkit.formats.base import Format, Schemes
 from quantkit.formats.dtypes import FLOATS, TensorPlan
@@ -47,6 +47,12 @@ def parameter(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
     return name, ""
 
 
+def _place(name: str, aliases: Mapping[str, str]) -> Place:
+    if _EXPERT.fullmatch(name):
+        return "expert"
+    return "part" if parameter(name, aliases)[1] else "whole"
+
+
 def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, Any]:
     """What would be unmatched, missing or mis-scaled, and what the rules say. `verdict` is the worst of all that was found.
 
@@ -65,15 +71,15 @@ def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, An
     if form:
         view = view_of(spec, reader.config, schemes, quantization, deployment, name)
         aliases = engine.aliases.get(view.model_type, {})
-        problems += _mapped(reader, spec, _expected(spec, schemes, form), schemes, quantization, aliases)
+        for kind, name, text in _mapped(reader, spec, _expected(spec, schemes, form), schemes, quantization, aliases):
+            problems.append(_problem(kind, text, engine.loader(view, kind, _place(name, aliases))))
         problems += list(_on_file(engine, view, reader))
-    return _report(folder, engine, assessed, problems)
+    return _report(folder, assessed, problems)
 
 
-def _report(folder: Path, engine: Engine, assessed: Assessment, problems: list[dict[str, str]]) -> dict[str, Any]:
+def _report(folder: Path, assessed: Assessment, problems: list[dict[str, str]]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for problem in problems:
-        problem.setdefault("verdict", engine.loader.get(problem["kind"], Verdict.UNKNOWN).value)
         counts[problem["kind"]] = counts.get(problem["kind"], 0) + 1
     verdict = worst([assessed.verdict, *(Verdict(problem["verdict"]) for problem in problems)])
     found = {**assessed.as_dict(), "verdict": verdict.value, "loads": verdict is Verdict.LOADS}
@@ -91,11 +97,11 @@ def _schemes(
         # An engine asks the config, which does not say what scales are stored in.
         return {key: scheme.stored("BF16") if scheme else None for key, scheme in schemes.items()}, form, []
     except ConfigError as error:
-        return dict.fromkeys(keys), None, [_problem("scheme", f"{where}: {error.problem}")]
+        return dict.fromkeys(keys), None, [_problem("scheme", f"{where}: {error.problem}", Verdict.UNKNOWN)]
 
 
-def _problem(kind: str, text: str) -> dict[str, str]:
-    return {"kind": kind, "problem": text}
+def _problem(kind: str, text: str, verdict: Verdict) -> dict[str, str]:
+    return {"kind": kind, "problem": text, "verdict": verdict.value}
 
 
 def _expected(spec: ModelSpec, schemes: Schemes, form: Format) -> dict[str, TensorPlan]:
@@ -115,12 +121,13 @@ def _mapped(
     schemes: Schemes,
     quantization: Mapping[str, Any],
     aliases: Mapping[str, str],
-) -> list[dict[str, str]]:
-    """Map every tensor, and compare with what the parameters want. Scales are copied into the parameter's dtype, so any
-    float does; codes and zero points must be what they are."""
+) -> Iterator[tuple[str, str, str]]:
+    """Map every tensor, and compare with what the parameters want: kind of problem, tensor, and what to say.
+
+    Scales are copied into the dtype of the parameter, so any float does; codes and zero points must be what they are.
+    """
     wanted = {parameter(name, aliases): tensor for name, tensor in expected.items()}
     linears, (never, _) = {ref.key: ref for ref in spec.linears()}, bystanders(spec)
-    problems: list[dict[str, str]] = []
     filled: set[tuple[str, str]] = set()
     for name, entry in reader.entries.items():
         place = parameter(name, aliases)
@@ -128,20 +135,19 @@ def _mapped(
             filled.add(place)
             tensor = wanted[place]
             if entry.dtype not in tensor.dtypes or entry.shape != tensor.shape:
-                problems.append(_misfit(name, entry, tensor))
+                kind = "shape" if entry.shape != tensor.shape else "dtype"
+                yield kind, name, _misfit(name, entry, tensor)
         elif not _harmless(name, spec, quantization):
-            problems.append(_problem("unmatched", _why_unmatched(name, linears, schemes, never)))
+            yield "unmatched", name, _why_unmatched(name, linears, schemes, never)
     for place, tensor in wanted.items():
         if place not in filled and not tensor.optional:
             where = f"of {place[0]}" + (f", part {place[1]}" if place[1] else "")
-            problems.append(_problem("missing", f"'{tensor.name}' is missing: {where}, stays unfilled"))
-    return problems
+            yield "missing", tensor.name, f"'{tensor.name}' is missing: {where}, stays unfilled"
 
 
-def _misfit(name: str, entry: Entry, wanted: TensorPlan) -> dict[str, str]:
-    kind = "shape" if entry.shape != wanted.shape else "dtype"
+def _misfit(name: str, entry: Entry, wanted: TensorPlan) -> str:
     said = f"{' or '.join(wanted.dtypes)} {wanted.shape}"
-    return _problem(kind, f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {said}")
+    return f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {said}"
 
 
 def _harmless(name: str, spec: ModelSpec, quantization: Mapping[str, Any]) -> bool:
@@ -172,8 +178,4 @@ def _on_file(engine: Engine, view: View, reader: CheckpointReader) -> Iterator[d
     for rule in engine.rules:
         if rule.on_file:
             for seen in rule.on_file(view, reader):
-                yield {
-                    **_problem("rule", f"{seen} ({rule.id}: {rule.says})"),
-                    "verdict": rule.verdict.value,
-                    "rule": rule.id,
-                }
+                yield {**_problem("rule", f"{seen} ({rule.id}: {rule.says})", rule.verdict), "rule": rule.id}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.engines.held import Deployment, Held, hold
 from quantkit.formats import compressed_tensors
@@ -14,7 +14,20 @@ from quantkit.model.hunyuan_a13b import is_a13b
 from quantkit.model.spec import ModelSpec
 from quantkit.scheme import Scheme
 
-__all__ = ["Check", "Engine", "FileCheck", "Hit", "Naming", "Rule", "Verdict", "View", "engines", "view_of", "worst"]
+__all__ = [
+    "Check",
+    "Engine",
+    "FileCheck",
+    "Hit",
+    "Naming",
+    "Place",
+    "Rule",
+    "Verdict",
+    "View",
+    "engines",
+    "view_of",
+    "worst",
+]
 
 
 class Verdict(str, Enum):
@@ -77,6 +90,8 @@ class Hit:
 
 
 Check = Callable[[View], Iterable[Hit]]
+Place = Literal["expert", "part", "whole"]  # one of a layer's experts, a part of a fused weight, or all of a parameter
+Loader = Callable[[View, str, Place], Verdict]
 FileCheck = Callable[[View, CheckpointReader], Iterable[str]]
 
 
@@ -120,14 +135,15 @@ class Naming:
 class Engine:
     """An engine in the version that its rules were read from. architectures: model_type to how it is run.
 
-    loader: what it does with a checkpoint whose tensors are not those that it wants, by the kind of problem.
+    loader: what it does with a tensor that is not as it wants it: "missing", "unmatched" (no parameter takes it), or of
+    another "shape" or "dtype", by what the tensor would be.
     """
 
     name: str
     version: str
     architectures: Mapping[str, str]
     rules: tuple[Rule, ...]
-    loader: Mapping[str, Verdict]
+    loader: Loader
     aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 

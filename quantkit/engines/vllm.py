@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from quantkit.engines import checks, on_file, other_formats, vllm_cpu
 from quantkit.engines.held import EXPERT_PARTS
-from quantkit.engines.rules import Engine, Hit, Naming, Rule, Verdict, View, engines
+from quantkit.engines.rules import Engine, Hit, Naming, Place, Rule, Verdict, View, engines
 
 __all__ = ["VLLM"]
 
@@ -286,7 +286,16 @@ def _on_gpu(view: View, check: object) -> list[Hit]:
     return list(check(view)) if view.deployment.on_gpu else []
 
 
-LOADER: dict[str, Verdict] = {}
+def _loader(view: View, kind: str, place: Place) -> Verdict:
+    """read: default_loader.py counts parameters, so that of a fused one a part may be missing unseen. run: what no parameter
+    takes, and other shapes, raise; of experts a scale with one row is spread over all."""
+    if kind == "missing":
+        return Verdict.REFUSED if place == "whole" else Verdict.WRONG
+    if kind == "shape":
+        return Verdict.WRONG if place == "expert" else Verdict.REFUSED
+    return Verdict.REFUSED if kind == "unmatched" else Verdict.UNKNOWN
+
+
 VLLM = engines(
     ("0.32", "0.33"),
     Engine(
@@ -294,7 +303,7 @@ VLLM = engines(
         "",
         ARCHITECTURES,
         RULES,
-        LOADER,
+        _loader,
         aliases={"mixtral": dict(EXPERT_PARTS)},  # read: mixtral.py maps gate_proj, up_proj, down_proj to w1, w3, w2
     ),
 )

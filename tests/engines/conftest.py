@@ -55,6 +55,13 @@ class Vllm:
         )
         self.version, self.platform = self._answer("ready").split()
 
+    @property
+    def hardware(self) -> str:
+        """As `--hardware` names it."""
+        if self.platform.startswith("Zen"):
+            return "zen"
+        return "amx" if torch.cpu._is_amx_tile_supported() else "cpu"
+
     def _answer(self, start: str) -> str:
         assert self.process.stdout
         for line in self.process.stdout:
@@ -124,6 +131,6 @@ def results() -> Iterator[Results]:
 @pytest.fixture(scope="session")
 def vllm(results: Results) -> Iterator[Vllm]:
     engine = Vllm(environment() / "bin" / "python")
-    results.engine("vllm", f"{engine.version} on the CPU ({engine.platform})")
+    results.engine("vllm", f"{engine.version} on the CPU ({engine.platform}, {engine.hardware})")
     yield engine
     engine.stop()
