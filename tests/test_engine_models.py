@@ -16,11 +16,10 @@ from quantkit.scheme import Recipe
 from tests.architectures import RELEASED
 from tests.engine_models import SIZES, seen
 
-
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # True sizes, two layers, few experts: every kind of weight that the whole model has.
 SHORT: dict[str, dict[str, Any]] = {
-    f"{name}, short": {**config, "num_hidden_layers": 2, **{key: 8 for key in COUNTS if key in config}}
+    f"{name}, short": {**config, "num_hidden_layers": 2, **{key: 32 for key in COUNTS if key in config}}
     for name, config in RELEASED.items()
     if "llama" not in name
 }
