@@ -243,20 +243,18 @@ def test_transformers_fills_what_is_missing_with_noise(models: Path, tmp_path: P
 
 def test_another_format_is_judged_as_what_it_is(models: Path, tmp_path: Path) -> None:
     """Not as BF16 that does not load: with its own schemes, names and shapes."""
-    for form, source in (
-        ("gptq", "int4"),
-        ("gptq-v2", "int4"),
-        ("awq", "int4"),
-        ("fp8", "fp8"),
-        ("fp8-transformers", "fp8"),
-    ):
+    of_transformers = {"gptq": REFUSED, "gptq-v2": REFUSED, "awq": WRONG, "fp8": REFUSED, "fp8-transformers": UNKNOWN}
+    schemes = {"awq": "W4A16_ASYM", "fp8": "FP8", "fp8-transformers": "FP8"}
+    for form, of_experts in of_transformers.items():
         out = tmp_path / form
-        quantkit.convert(models / source, out, form)
+        quantkit.convert(models / ("fp8" if "fp8" in form else "int4"), out, form)
         for engine in ENGINES:
-            found = ask("verify", out, "--engine", engine, code=3)
-            assert found["format"] == form and found["problems"] == [] and found["verdict"] == "nobody looked"
-            assert {row["scheme"] for row in found["weights"]} == {"FP8" if "fp8" in form else found["weights"][0]["scheme"]}
-            assert "BF16" not in {row["scheme"] for row in found["weights"]}
+            verdict = of_experts if engine == "transformers" else UNKNOWN
+            found = ask("verify", out, "--engine", engine, code=verdict.exit_code)
+            assert found["format"] == form and found["problems"] == [] and found["verdict"] == verdict.value
+            assert {row["scheme"] for row in found["weights"]} == {schemes.get(form, "W4A16")}
+    found = ask("verify", tmp_path / "fp8-transformers", "--engine", "transformers", "--hardware", "cpu", code=0)
+    assert found["verdict"] == "loads"
     found = ask("verify", tmp_path / "gptq", "--engine", "vllm", "--tp", 8, code=1)  # 4 heads: whatever the format
     assert "vllm.heads" in {finding["rule"] for finding in found["model"]}
     tensors = rewritten(tmp_path, tmp_path / "x", "gptq", lambda t: t.pop(f"{EXPERT}.up_proj.qweight"))

@@ -76,6 +76,8 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm.cpu-cache": (v("llama", hardware="cpu", quantization=FP8_KV), v("llama", quantization=FP8_KV)),
     "vllm.scheme": (v("llama", "FP8_TENSOR"), v("llama", "FP8")),
     "vllm.format": (v("llama", format="gptq"), v("llama")),
+    "vllm.format-dense": (v("llama", format="awq", hardware="amx"), v("llama", format="awq")),
+    "vllm.format-experts": (v("mixtral", format="gptq", hardware="zen"), v("mixtral", hardware="zen")),
     "vllm.cpu-linear": (v("llama", "W8A16", hardware="cpu"), v("llama", "W8A16")),
     "vllm.cpu-sizes": (v("llama", inter=144, hardware="cpu"), v("llama", hardware="cpu")),
     "vllm.cpu-latent": (
@@ -141,6 +143,14 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "transformers.kv-cache": (v("llama", quantization=FP8_KV), v("llama")),
     "transformers.scheme": (v("llama", "FP8_TENSOR"), v("llama", "FP8")),
     "transformers.format": (v("llama", format="fp8"), v("llama")),
+    "transformers.format-dense": (v("llama", format="gptq"), v("llama")),
+    "transformers.format-gptq-experts": (v("mixtral", format="gptq-v2"), v("mixtral", format="awq")),
+    "transformers.format-awq-experts": (v("mixtral", format="awq"), v("llama", format="awq")),
+    "transformers.format-fp8-experts": (v("qwen3_moe", format="fp8"), v("qwen3_moe", format="deepseek-fp8")),
+    "transformers.format-fp8": (
+        v("hunyuan_v1_moe", format="deepseek-fp8", hardware="cpu"),
+        v("hunyuan_v1_moe", format="deepseek-fp8"),
+    ),
 }
 
 
