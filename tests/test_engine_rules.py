@@ -59,6 +59,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm.gpu-fp8-experts": (v("mixtral", "FP8_DYNAMIC", hardware="sm80"), v("mixtral", "FP8_DYNAMIC", hardware="sm90")),
     "vllm.cpu-experts": (v("mixtral", hardware="cpu"), v("mixtral", parts={"experts": "BF16"}, hardware="cpu")),
     "vllm.zen-experts": (v("mixtral", hardware="zen", ep=True), v("mixtral", hardware="zen")),
+    "vllm.amx": (v("mixtral", "W8A8", hardware="amx"), v("mixtral", hardware="amx")),
     "vllm.cpu-kept-experts": (
         v("mixtral", "BF16", tp=2, ep=True, hardware="cpu"),
         v("mixtral", "BF16", tp=2, hardware="cpu"),

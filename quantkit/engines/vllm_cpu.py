@@ -86,6 +86,13 @@ RULES = (
         lambda view: [*checks.schemed(_ZEN_HAS_NOT, experts=True, hardware=("zen",))(view), *_zen_ep(view)],
     ),
     Rule(
+        "vllm.amx",
+        Verdict.UNKNOWN,
+        "With AMX other kernels run than without; of quantised weights only W4A16 was tried there.",
+        "run: Llama and Mixtral in W4A16; read: cpu_moe.py and scaled_mm/cpu.py gate on _is_amx_tile_supported",
+        checks.schemed([name for name in _ALL if name != "W4A16"], hardware=("amx",)),
+    ),
+    Rule(
         "vllm.cpu-kept-experts",
         Verdict.REFUSED,
         "Experts in BF16 that are spread over processes load, and the first request raises.",

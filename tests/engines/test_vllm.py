@@ -22,6 +22,8 @@ from tests.engines.models import CASES, RECIPES, damaged, make_model, recipe, sa
 
 PROMPTS = torch.randint(1, 257, (4, 96), generator=torch.Generator().manual_seed(1))
 LIMIT = 0.01
+# Inputs of FP8_DYNAMIC linears and of INT4 experts are both rounded there, and those of DeepSeek's kv_b_proj are not.
+LIMITS = {"Experts W4A16, rest FP8_DYNAMIC": 0.02}
 # What it says where it has no kernel.
 NO_KERNEL = (
     "WNA16",
@@ -78,5 +80,5 @@ def test_serves(
     kl = divergence(theirs, logprobs(folder, kernels))
     wrong = divergence(theirs, logprobs(damaged(folder, tmp_path / "damaged"), kernels))
     results.works("vllm", name, column, kl, wrong)
-    assert kl < LIMIT, f"KL {kl:.4f}"
+    assert kl < LIMITS.get(column, LIMIT), f"KL {kl:.4f}"
     assert wrong > max(2 * LIMIT, 3 * kl), f"two MLPs that change places give no more than {wrong:.4f}: this shows nothing"
