@@ -13,7 +13,7 @@ from quantkit.engines.rules import Verdict, view_of
 from quantkit.formats import compressed_tensors
 from quantkit.model.registry import ARCHITECTURES, build_spec
 from quantkit.scheme import Recipe
-from tests.architectures import RELEASED
+from tests.architectures import RELEASED, TINY
 from tests.engine_models import SIZES, seen
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -122,6 +122,19 @@ def _followed(scheme: str, words: str) -> tuple[dict[str, Any], Deployment]:
         return {"scheme": scheme}, Deployment(tp=int(value) if option == "tp" else 2, ep=option == "ep")
     key = option.replace("-", "_")
     return {"scheme": scheme, key: int(value) if key == "group_size" else value}, Deployment(tp=2)
+
+
+def test_dense_layers_of_qwen3_moe_need_one_scheme_in_vllm() -> None:
+    """Seen with 0.32: "'MergedColumnParallelLinear' object has no attribute 'data'". The released models have none."""
+    config = TINY["qwen3_moe"]
+    spec = build_spec(config, "dense layers")
+    found = {}
+    for name, recipe in {"one": Recipe(group_size=32), "mixed": Recipe(scheme="FP8_DYNAMIC", experts="W4A16")}.items():
+        schemes = {ref.key: recipe.scheme_of(ref) for ref in spec.linears()}
+        written = compressed_tensors.written(schemes, [moe.router.key for moe in spec.moes()])
+        found[name] = assess(ENGINES["vllm"], spec, config, schemes, written, Deployment())
+    assert found["one"].verdict is Verdict.LOADS
+    assert found["mixed"].verdict is Verdict.REFUSED and "vllm.targets" in refused(found["mixed"])
 
 
 def test_kv_b_proj_can_be_kept_alone() -> None:

@@ -27,7 +27,8 @@ NAMING = Naming(
         "mixtral": frozenset({"qkv_proj"}),
         "deepseek_v2": frozenset({"gate_up_proj", "fused_qkv_a_proj"}),
         "llama": _DENSE,
-        "qwen3_moe": _DENSE,
+        # Its class adds gate_up_proj (of dense layers) in __init__, when the mapping has been copied already.
+        "qwen3_moe": frozenset({"qkv_proj"}),
     },
     experts={"mixtral": ("w1", "w3", "w2")},
 )

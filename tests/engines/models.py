@@ -65,7 +65,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.0,
     },
     "Llama 3.1": {**TINY["llama"], **_SIZES, "head_dim": 64},
-    "Qwen3-MoE": {**TINY["qwen3_moe"], **_SIZES, "head_dim": 64, "moe_intermediate_size": 128},
+    "Qwen3-MoE": {
+        **TINY["qwen3_moe"],
+        **_SIZES,
+        "head_dim": 64,
+        "moe_intermediate_size": 128,
+        # As the released ones. Where schemes are mixed vLLM does not find that of a dense layer here.
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
 }
 # What README recommends: routed experts in INT4, what every token passes through in eight bits.
 _BESIDE = {"Experts W4A16, rest W8A16": "W8A16", "Experts W4A16, rest FP8_DYNAMIC": "FP8_DYNAMIC"}
