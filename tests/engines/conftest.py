@@ -131,6 +131,6 @@ def results() -> Iterator[Results]:
 @pytest.fixture(scope="session")
 def vllm(results: Results) -> Iterator[Vllm]:
     engine = Vllm(environment() / "bin" / "python")
-    results.engine("vllm", f"{engine.version} on the CPU ({engine.platform}, {engine.hardware})")
+    results.engine("vllm", f"{engine.version} on the CPU ({engine.platform})")
     yield engine
     engine.stop()
