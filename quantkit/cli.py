@@ -114,7 +114,7 @@ def quantize(
 def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
     """Show what quantising MODEL would give, from its headers alone, and whether an engine will load that.
 
-    Exit code 0: it loads, 1: something of it does not, 2: bad input.
+    Exit code 0: it loads, 1: it does not, or computes something else, 3: nobody looked, 2: bad input.
 
     \b
     quantkit plan MODEL --experts W4A16 --engine vllm --tp 8 --ep
@@ -138,8 +138,9 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     if chosen:
         found = assess(chosen, made.model, reader.config, made.schemes, made.written, devices)
         data["engine"] = found.as_dict()
+        show(data, plan_table, as_json)
+        sys.exit(found.verdict.exit_code)
     show(data, plan_table, as_json)
-    sys.exit(0 if chosen is None or found.loads else 1)
 
 
 @main.command()
@@ -293,7 +294,8 @@ def bench(
 def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
     """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error.
 
-    With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: something of it does not.
+    With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: it does not, or computes
+    something else, 3: nobody looked.
     """
     from quantkit.errors import ConfigError, counted
     from quantkit.kept import share_line
@@ -302,13 +304,14 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     if engine:
         from quantkit.engines.registry import engine_named
         from quantkit.engines.replay import replay
+        from quantkit.engines.rules import Verdict
         from quantkit.progress import engine_table
 
         if source:
             raise ConfigError("--engine and --source check different things", "run verify once with each")
         found = replay(out, engine_named(engine), deployment(options))
         show(found, engine_table, as_json)
-        sys.exit(0 if found["loads"] else 1)
+        sys.exit(Verdict(found["verdict"]).exit_code)
 
     deployment(options, needed_by="--engine")
     report = run(out, source)

@@ -81,7 +81,9 @@ def engine_options(function: F) -> F:
             click.option("--tp", default=1, show_default=True, help="Tensor parallel devices."),
             click.option("--ep", is_flag=True, help="Expert parallel: each device holds whole experts."),
             click.option("--pp", default=1, show_default=True, help="Pipeline stages."),
-            click.option("--hardware", default="gpu", show_default=True, help="gpu, smNN, cpu (x86) or zen."),
+            click.option("--hardware", default="gpu", show_default=True, help="gpu, smNN, cpu (x86), amx or zen."),
+            click.option("--eager", is_flag=True, help="Not compiled (vLLM's --enforce-eager)."),
+            click.option("--kv-cache", default="auto", show_default=True, help="auto (as the checkpoint says) or fp8."),
         ],
     )
 
@@ -90,9 +92,9 @@ def deployment(options: dict[str, Any], needed_by: str | None = None) -> Deploym
     """Take `engine_options` but the engine out of a command's options. needed_by: what none may be given without."""
     from quantkit.engines.held import Deployment
 
-    found = Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware")})
+    found = Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware", "eager", "kv_cache")})
     if needed_by and found != Deployment():
-        raise ConfigError(f"--tp, --ep, --pp and --hardware say how an engine would run: {found}", f"give {needed_by} too")
+        raise ConfigError(f"--tp, --hardware and their like say how an engine would run: {found}", f"give {needed_by} too")
     return found
 
 

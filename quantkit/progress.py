@@ -87,10 +87,10 @@ def engine_table(found: dict[str, Any]) -> Group:
     lines = [*_findings(found)]
     instead = {row["role"]: row["instead"] for row in found["weights"] if row["instead"]}
     lines += [f"{role} would load with {', or '.join(words)}" for role, words in instead.items()]
-    lines += [f"{problem['kind']}: {problem['problem']}" for problem in found.get("problems", [])]
+    lines += [f"{problem['verdict']} [{problem['kind']}] {problem['problem']}" for problem in found.get("problems", [])]
     more = sum(found.get("counts", {}).values()) - len(found.get("problems", []))
     lines += [f"and {counted(more, 'more problem')}"] if more > 0 else []
-    return Group(table, *lines, f"{found['name']} {found['version']}: {'loads' if found['loads'] else 'does not load'}")
+    return Group(table, *lines, f"{found['name']} {found['version']}: {found['verdict']}")
 
 
 def _findings(found: dict[str, Any]) -> list[str]:

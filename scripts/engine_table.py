@@ -13,17 +13,21 @@ RESULTS = ROOT / "bench" / "results" / "engines.json"
 README = ROOT / "README.md"
 START, END = "<!-- engines: scripts/engine_table.py -->", "<!-- end of engines -->"
 SCHEMES = ("BF16", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
+# Recipes, as tests/engines names them: routed experts in INT4, all else in this.
+BESIDE = {"Experts W4A16, rest W8A16": "W4A16 + `W8A16`", "Experts W4A16, rest FP8_DYNAMIC": "W4A16 + `FP8_DYNAMIC`"}
 ENGINES = {"vllm": "vLLM", "transformers": "transformers"}
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: a row for each model and engine, a column for each scheme, and why something is refused."""
-    lines = ["| | | " + " | ".join(f"`{scheme}`" for scheme in SCHEMES) + " |", "|---" * (2 + len(SCHEMES)) + "|"]
+    """Markdown: a row for each model and engine, a column for each scheme or recipe, and why something is refused."""
+    tried = {column for models in results["cells"].values() for cells in models.values() for column in cells}
+    columns = {**{scheme: f"`{scheme}`" for scheme in SCHEMES}, **{c: text for c, text in BESIDE.items() if c in tried}}
+    lines = ["| | | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
     reasons: dict[str, int] = {}
 
-    def text(cell: dict[str, Any] | None) -> str:
+    def text(cell: dict[str, Any] | None, column: str) -> str:
         if cell is None:
-            return "not tried"
+            return "" if column in BESIDE else "not tried"  # a dense model has no experts
         if cell["status"] == "works":
             return f"{abs(cell['kl']):.4f}"  # a sum of rounding errors may lie below 0
         if cell["status"] == "needs a GPU":
@@ -34,7 +38,7 @@ def table(results: dict[str, Any]) -> str:
     for model in models:
         for engine, name in ENGINES.items():
             cells = results["cells"][engine].get(model, {})
-            lines.append(f"| {model} | {name} | " + " | ".join(text(cells.get(scheme)) for scheme in SCHEMES) + " |")
+            lines.append(f"| {model} | {name} | " + " | ".join(text(cells.get(column), column) for column in columns) + " |")
     versions = "; ".join(f"{name} {results['versions'][engine]}" for engine, name in ENGINES.items())
     lines += ["", f"{versions}. Refused: " + "; ".join(f"({i}) {why}" for why, i in reasons.items()) + "."]
     return "\n".join(lines)

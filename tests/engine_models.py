@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
 from quantkit.engines.held import Deployment
 from quantkit.engines.registry import ENGINES
-from quantkit.engines.rules import View, view_of
+from quantkit.engines.rules import Verdict, View, view_of, worst
 from quantkit.formats import compressed_tensors
-from quantkit.model.spec import MLP, Linear, MoE, Role
-from quantkit.scheme import Scheme, scheme_named
+from quantkit.model.spec import GQA, MLA, MLP, Linear, MoE, Role, Rope, Yarn
+from quantkit.scheme import FP8_TENSOR, Scheme, scheme_named
 
 # hidden, query heads, key/value heads, head_dim, intermediate, experts (of which the view has four)
 SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -23,6 +22,7 @@ SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
     "deepseek_v2": (5120, 128, 128, 128, 1536, 160),
     "llama": (8192, 64, 8, 128, 28672, 0),
 }
+YARN = Yarn(40, 4096, 32, 1, 0.7, 0.7)
 
 
 def mlp(prefix: str, hidden: int, size: int, role: Role, names: tuple[str, str, str]) -> MLP:
@@ -62,7 +62,13 @@ def layer(kind: str, index: int, inter: int | None) -> SimpleNamespace:
     experts = list(block.experts) if isinstance(block, MoE) else [block]
     inner = [*([block.shared] if isinstance(block, MoE) and block.shared else []), *experts]
     linears = [*attention(kind, index), *(ref for part in inner for ref in part.linears())]
-    return SimpleNamespace(index=index, mlp=block, linears=lambda: linears)
+    return SimpleNamespace(index=index, mlp=block, attention=attention_kind(kind), linears=lambda: linears)
+
+
+def attention_kind(kind: str) -> Any:
+    """An attention without linears: rules ask its class and its head size."""
+    settings = {field.name: None for field in fields(MLA if kind == "deepseek_v2" else GQA)}
+    return MLA(**settings) if kind == "deepseek_v2" else GQA(**{**settings, "head_dim": SIZES[kind][3]})  # type: ignore
 
 
 def seen(
@@ -74,22 +80,26 @@ def seen(
     inter: int | None = None,
     config: dict[str, Any] | None = None,
     quantization: dict[str, Any] | None = None,
+    rope: Rope | None = None,
+    format: str = compressed_tensors.FORMAT.name,
     **deployment: Any,
 ) -> View:
     """A view. parts: the scheme of linears with that in their name. config, quantization: changes to those of the model."""
-    spec: Any = SimpleNamespace(layers=[layer(kind, index, inter) for index in range(2)])
-    linears = [ref for one in spec.layers for ref in one.linears()]
+    layers = [layer(kind, index, inter) for index in range(2)]
+    spec: Any = SimpleNamespace(layers=layers, rope=rope or Rope(64, 1e4, YARN))
+    linears = [ref for one_layer in layers for ref in one_layer.linears()]
     spec.linears = lambda: iter(linears)
-    spec.moes = lambda: [one.mlp for one in spec.layers if isinstance(one.mlp, MoE)]
-    schemes: dict[str, Scheme | None] = {ref.key: scheme_named(scheme, group) for ref in linears}
+    spec.moes = lambda: [one_layer.mlp for one_layer in layers if isinstance(one_layer.mlp, MoE)]
+    one = FP8_TENSOR if scheme == FP8_TENSOR.name else scheme_named(scheme, group)
+    schemes: dict[str, Scheme | None] = {ref.key: one for ref in linears}
     for part, name in (parts or {}).items():
         schemes.update({key: scheme_named(name, group) for key in schemes if part in key})
     heads = {"num_attention_heads": SIZES[kind][1], "num_key_value_heads": SIZES[kind][2]}
     counts = {"n_routed_experts": SIZES[kind][5]} if kind == "deepseek_v2" else {"num_experts": SIZES[kind][5]}
-    routers = [one.mlp.router.key for one in spec.layers if isinstance(one.mlp, MoE)]
+    routers = [moe.router.key for moe in spec.moes()]
     written = {**compressed_tensors.written(schemes, routers), **(quantization or {})}
     settings = {"model_type": kind, **heads, **counts, **(config or {})}
-    return view_of(spec, settings, schemes, written, Deployment(**deployment))
+    return view_of(spec, settings, schemes, written, Deployment(**deployment), format)
 
 
 def broken(engine: str, view: View) -> dict[str, list[str]]:
@@ -101,6 +111,6 @@ def broken(engine: str, view: View) -> dict[str, list[str]]:
     return found
 
 
-def loads(engine: str, view: View, ignoring: Iterable[str] = ()) -> bool:
+def verdict(engine: str, view: View) -> Verdict:
     verdicts = {rule.id: rule.verdict for rule in ENGINES[engine].rules}
-    return all(verdicts[rule].loads for rule in broken(engine, view) if rule not in set(ignoring))
+    return worst(verdicts[rule] for rule in broken(engine, view))

@@ -29,9 +29,9 @@ def test_readme_shows_the_results(script: ModuleType) -> None:
 
 
 def test_what_works_is_well_below_what_is_damaged(script: ModuleType) -> None:
-    """vLLM's limit of 0.01 nats, against the same model with two MLPs exchanged."""
+    """vLLM's limit of 0.01 nats (0.02 where INT4 and FP8 meet), against the same model with two MLPs exchanged."""
     results = json.loads((ROOT / "bench" / "results" / "engines.json").read_text())
-    cells = [cell for model in results["cells"]["vllm"].values() for cell in model.values()]
-    works = [cell for cell in cells if cell["status"] == "works"]
+    cells = [(column, cell) for model in results["cells"]["vllm"].values() for column, cell in model.items()]
+    works = [(0.02 if column in script.BESIDE else 0.01, cell) for column, cell in cells if cell["status"] == "works"]
     assert len(works) >= 3 * 6
-    assert all(cell["kl"] < 0.01 and cell["damaged"] > max(0.02, 3 * cell["kl"]) for cell in works)
+    assert all(cell["kl"] < limit and cell["damaged"] > max(0.02, 3 * cell["kl"]) for limit, cell in works)

@@ -41,8 +41,8 @@ def plan(roles: dict[str, Any]) -> RenderableType:
         "on_device": {"rows": [18_304, 18_304], "columns": 6400}, "verdict": "does not load", "findings": [], "instead": [],
     }  # fmt: skip
     engine = {
-        "name": "vllm", "version": "0.32", "hardware": "gpu", "tp": 8, "pp": 1, "ep": True, "model": [], "loads": False,
-        "weights": [row],
+        "name": "vllm", "version": "0.32", "hardware": "gpu", "tp": 8, "pp": 1, "ep": True, "model": [],
+        "verdict": "does not load", "weights": [row],
     }  # fmt: skip
     return plan_table(
         {

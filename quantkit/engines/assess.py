@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.engines.held import Deployment, Held
-from quantkit.engines.rules import Engine, Hit, Rule, Verdict, View, view_of
+from quantkit.engines.held import CPUS, Deployment, Held
+from quantkit.engines.rules import Engine, Hit, Rule, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import Layer, ModelSpec, MoE, Role
@@ -20,29 +20,31 @@ __all__ = ["Assessment", "assess", "check_deployment"]
 
 @dataclass(frozen=True)
 class Assessment:
-    """rows: one for each kind of weight. model: what holds for the model as a whole."""
+    """rows: one for each kind of weight. model: what holds for the model as a whole. format: of the checkpoint."""
 
     engine: Engine
     deployment: Deployment
+    format: str
     rows: list[dict[str, Any]]
     model: list[dict[str, str]]
 
     @property
-    def loads(self) -> bool:
-        found = [finding["verdict"] for finding in self.model]
-        found += [finding["verdict"] for row in self.rows for finding in row["findings"]]
-        return all(Verdict(verdict).loads for verdict in found)
+    def verdict(self) -> Verdict:
+        return worst(Verdict(found["verdict"]) for found in [*self.model, *self.rows])
 
     def as_dict(self) -> dict[str, Any]:
-        deployment = dataclasses.asdict(self.deployment)
-        engine = {"name": self.engine.name, "version": self.engine.version, **deployment, "loads": self.loads}
-        return {**engine, "model": self.model, "weights": self.rows}
+        """`loads` is True for that verdict alone."""
+        engine = {"name": self.engine.name, "version": self.engine.version, **dataclasses.asdict(self.deployment)}
+        verdict = {"format": self.format, "verdict": self.verdict.value, "loads": self.verdict is Verdict.LOADS}
+        return {**engine, **verdict, "model": self.model, "weights": self.rows}
 
 
 def check_deployment(deployment: Deployment, spec: ModelSpec) -> None:
     """Raise ConfigError for a deployment that is none."""
-    if not re.fullmatch(r"gpu|sm\d{2,3}|cpu|zen", deployment.hardware):
-        raise ConfigError(f"unknown hardware '{deployment.hardware}'", "one of gpu, smNN (such as sm90), cpu, zen")
+    if not re.fullmatch(rf"gpu|sm\d{{2,3}}|{'|'.join(CPUS)}", deployment.hardware):
+        raise ConfigError(f"unknown hardware '{deployment.hardware}'", f"one of gpu, smNN (such as sm90), {', '.join(CPUS)}")
+    if deployment.kv_cache not in ("auto", "fp8"):
+        raise ConfigError(f"unknown --kv-cache '{deployment.kv_cache}'", "auto (what the checkpoint says) or fp8")
     if deployment.tp < 1 or deployment.pp < 1:
         raise ConfigError(f"--tp {deployment.tp} --pp {deployment.pp}", "both are at least 1")
     if deployment.pp > len(spec.layers):
@@ -58,31 +60,31 @@ def assess(
     schemes: Mapping[str, Scheme | None],
     quantization: Mapping[str, Any],
     deployment: Deployment,
-    *,
-    raw: bool = False,
+    format: str = compressed_tensors.FORMAT.name,
 ) -> Assessment:
     """Every rule of the engine on this model. config: config.json; quantization: its quantization_config.
 
-    raw: only the rules that ask nothing of the schemes, for a config that holds some which quantkit has not.
-    Raises ConfigError for a deployment that is none.
+    format: of the quantization; for any but compressed-tensors only the rules that ask nothing of the schemes. "" for one
+    that quantkit does not read: then schemes say nothing. Raises ConfigError for a deployment that is none.
     """
     check_deployment(deployment, spec)
-    view = view_of(spec, config, schemes, quantization, deployment)
-    hits = _hits(engine, view, raw)
+    view = view_of(spec, config, schemes, quantization, deployment, format)
+    hits = _hits(engine, view)
     model = [_finding(rule, hit) for rule, hit in hits if hit.held is None]
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for held in view.weights:
         found = [_finding(rule, hit) for rule, hit in hits if hit.held is held]
         key = (held.role, held.name, held.scheme, tuple(finding["rule"] + finding["why"] for finding in found))
-        row = rows.setdefault(key, _row(held, found))
+        row = rows.setdefault(key, _row(held, found, view))
         row["layers"].append(held.layer)
     for row in rows.values():
-        if not all(Verdict(finding["verdict"]).loads for finding in row["findings"]):
+        if row["verdict"] != Verdict.LOADS.value and view.format == compressed_tensors.FORMAT.name:
             row["instead"] = list(_instead(engine, view, Role(row["role"])))
-    return Assessment(engine, deployment, list(rows.values()), model)
+    return Assessment(engine, deployment, format or "unknown", list(rows.values()), model)
 
 
-def _hits(engine: Engine, view: View, raw: bool = False) -> list[tuple[Rule, Hit]]:
+def _hits(engine: Engine, view: View) -> list[tuple[Rule, Hit]]:
+    raw = view.format != compressed_tensors.FORMAT.name
     asked = [rule for rule in engine.rules if rule.raw or not raw]
     return [(rule, hit) for rule in asked if rule.check for hit in rule.check(view)]
 
@@ -91,15 +93,17 @@ def _finding(rule: Rule, hit: Hit) -> dict[str, str]:
     return {"rule": rule.id, "verdict": rule.verdict.value, "why": hit.why, "says": rule.says, "fix": rule.fix}
 
 
-def _row(held: Held, found: list[dict[str, str]]) -> dict[str, Any]:
-    worst = next((v.value for v in Verdict if any(f["verdict"] == v.value for f in found)), "loads")
+def _row(held: Held, found: list[dict[str, str]], view: View) -> dict[str, Any]:
+    scheme = held.scheme.name if held.scheme else "BF16"
     return {
         "role": held.role.value,
         "weight": held.name,
         "linears": [ref.key.rpartition(".")[2] for ref in held.linears],
-        "scheme": held.scheme.name if held.scheme else "BF16",
+        "scheme": scheme if view.format else "unknown",
         "on_device": {"rows": list(held.parts), "columns": held.inputs},
-        "verdict": worst,
+        "verdict": worst(
+            [Verdict(finding["verdict"]) for finding in found] + ([] if view.format else [Verdict.UNKNOWN])
+        ).value,
         "layers": [],
         "findings": found,
         "instead": [],
@@ -107,13 +111,16 @@ def _row(held: Held, found: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def _instead(engine: Engine, view: View, role: Role) -> Iterator[str]:
-    """Changes of one option that leave no weight of that role refused, each tried against the same rules."""
+    """Changes of one option with which every weight of that role loads, and nothing refuses the model as a whole, each
+    tried against the same rules."""
     spec = _thinned(view.spec, view.schemes)
     schemes = {ref.key: view.schemes[ref.key] for ref in spec.linears()}
     for words, changed, deployment in _changes(view, role, schemes):
         trial = view_of(spec, view.config, changed, _config(spec, changed), deployment)
-        hits = [hit for rule, hit in _hits(engine, trial) if not rule.verdict.loads]
-        if not any(hit.held and hit.held.role is role for hit in hits):
+        hits = _hits(engine, trial)
+        of_model = worst(rule.verdict for rule, hit in hits if hit.held is None)
+        of_role = worst(rule.verdict for rule, hit in hits if hit.held and hit.held.role is role)
+        if of_role is Verdict.LOADS and of_model in (Verdict.LOADS, Verdict.UNKNOWN):
             yield words
 
 

@@ -10,7 +10,7 @@ from quantkit.engines.rules import Check, Hit, Naming, View
 from quantkit.errors import shown
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import MoE, Role
-from quantkit.scheme import Kind, Strategy
+from quantkit.scheme import PRESETS, Kind, Strategy
 
 __all__ = [
     "architecture",
@@ -26,6 +26,8 @@ __all__ = [
     "one_expert_scheme",
     "routers_not_ignored",
     "schemed",
+    "smaller_groups",
+    "unheard_of",
     "zero_points",
 ]
 
@@ -102,10 +104,30 @@ def group_size(allowed: Mapping[int, tuple[int, ...]], experts: bool) -> Check:
         for held in _of(view, experts):
             grid = held.scheme.weight if held.scheme and held.scheme.activation is None else None
             sizes = allowed.get(grid.bits) if grid and grid.kind is Kind.INT else None
-            if grid and sizes and grid.group_size not in sizes:
+            if grid and sizes and grid.group_size and grid.group_size not in sizes:
                 yield Hit(held, f"groups of {grid.group_size}, and there are kernels for {', '.join(map(str, sizes))}")
 
     return check
+
+
+def smaller_groups(least: int) -> Check:
+    """Packed integers with groups below that size."""
+
+    def check(view: View) -> Iterator[Hit]:
+        for held in view.weights:
+            size = held.scheme.weight.group_size if held.scheme and held.scheme.activation is None else None
+            if size and size < least:
+                yield Hit(held, f"groups of {size}")
+
+    return check
+
+
+def unheard_of(view: View) -> Iterator[Hit]:
+    """Schemes that other tools write and quantkit only reads: no rule is about them."""
+    for held in view.weights:
+        scheme = held.scheme
+        if scheme and (scheme.name not in PRESETS or scheme.weight.block != PRESETS[scheme.name].weight.block):
+            yield Hit(held, scheme.name + (f" with blocks of {scheme.weight.block}" if scheme.weight.block else ""))
 
 
 def fused_alike(view: View) -> Iterator[Hit]:

@@ -14,7 +14,7 @@ from typing import Any
 from quantkit.model.spec import Layer, Linear, ModelSpec, MoE, Role
 from quantkit.scheme import Scheme
 
-__all__ = ["EXPERT_PARTS", "FUSED", "Deployment", "Held", "Split", "hold"]
+__all__ = ["CPUS", "EXPERT_PARTS", "FUSED", "Deployment", "Held", "Split", "hold"]
 
 
 class Split(str, Enum):
@@ -36,6 +36,7 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
+CPUS = ("cpu", "amx", "zen")
 EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
 
 
@@ -43,18 +44,21 @@ EXPERT_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1
 class Deployment:
     """How a model would be served. ep: each device holds whole experts.
 
-    hardware: gpu (recent enough for anything), smNN (an NVIDIA GPU of compute capability N.N), cpu (x86 without AMX), or zen
-    (the same with AMD's zentorch).
+    hardware: gpu (recent enough for anything), smNN (an NVIDIA GPU of compute capability N.N), cpu (x86 without AMX), amx
+    (x86 with AMX tiles), or zen (AMD with zentorch). eager: without compilation. kv_cache: auto (what the checkpoint says)
+    or fp8.
     """
 
     tp: int = 1
     ep: bool = False
     pp: int = 1
     hardware: str = "gpu"
+    eager: bool = False
+    kv_cache: str = "auto"
 
     @property
     def on_gpu(self) -> bool:
-        return self.hardware not in ("cpu", "zen")
+        return self.hardware not in CPUS
 
     @property
     def capability(self) -> int:

@@ -8,19 +8,24 @@ from quantkit.engines.transformers import TRANSFORMERS
 from quantkit.engines.vllm import VLLM
 from quantkit.errors import ConfigError
 
-__all__ = ["ENGINES", "engine_named"]
+__all__ = ["ENGINES", "VERSIONS", "engine_named"]
 
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (VLLM, SGLANG, TRANSFORMERS)}
+VERSIONS: dict[str, tuple[Engine, ...]] = {rows[-1].name: rows for rows in (VLLM, SGLANG, TRANSFORMERS)}
+ENGINES: dict[str, Engine] = {name: rows[-1] for name, rows in VERSIONS.items()}  # the newest
 
 
 def engine_named(text: str) -> Engine:
-    """`vllm`, or `vllm==0.32`, where a patch release counts as its release. Raises ConfigError for any other."""
+    """`vllm`, the newest that there are rules for, or `vllm==0.32`, where a patch release counts as its release.
+
+    Raises ConfigError for any other.
+    """
     name, given, version = text.partition("==")
     if name not in ENGINES:
         raise ConfigError(f"unknown engine '{name}'", f"there are rules for {', '.join(ENGINES)}")
-    engine = ENGINES[name]
-    if given and version != engine.version and not version.startswith(f"{engine.version}."):
-        raise ConfigError(
-            f"there are no rules for {text}", f"use --engine {name}, whose rules are of version {engine.version}"
-        )
-    return engine
+    if not given:
+        return ENGINES[name]
+    for engine in VERSIONS[name]:
+        if version == engine.version or version.startswith(f"{engine.version}."):
+            return engine
+    known = ", ".join(f"{name}=={engine.version}" for engine in VERSIONS[name])
+    raise ConfigError(f"there are no rules for {text}", f"there are for {known}")

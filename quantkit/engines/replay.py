@@ -15,11 +15,12 @@ from typing import Any
 from quantkit.coverage import bystanders
 from quantkit.engines.assess import Assessment, assess, check_deployment
 from quantkit.engines.held import EXPERT_PARTS, FUSED, Deployment
-from quantkit.engines.rules import Engine, View, view_of
+from quantkit.engines.rules import Engine, Place, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
-from quantkit.formats import compressed_tensors
+from quantkit.formats.base import Format, Schemes
 from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.reader import CheckpointReader, Entry
+from quantkit.formats.table import recognise
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.scheme import Scheme
@@ -46,8 +47,14 @@ def parameter(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
     return name, ""
 
 
+def _place(name: str, aliases: Mapping[str, str]) -> Place:
+    if _EXPERT.fullmatch(name):
+        return "expert"
+    return "part" if parameter(name, aliases)[1] else "whole"
+
+
 def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, Any]:
-    """What would be unmatched, missing or mis-scaled, and what the rules say. `loads` is False when anything would go wrong.
+    """What would be unmatched, missing or mis-scaled, and what the rules say. `verdict` is the worst of all that was found.
 
     Raises CheckpointError, ConfigError for a folder, engine or deployment that cannot be looked at.
     """
@@ -58,87 +65,89 @@ def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, An
     quantization = reader.config.get("quantization_config")
     if not isinstance(quantization, dict):
         raise ConfigError(f"{where} has no quantization_config", "give a quantised checkpoint")
-    schemes, problems = _schemes(spec, quantization, where)
-    assessed = assess(engine, spec, reader.config, schemes, quantization, deployment, raw=bool(problems))
-    if not problems:
-        aliases = engine.aliases.get(str(reader.config.get("model_type")), {})
-        problems += _mapped(reader, spec, schemes, quantization, aliases)
-        view = view_of(spec, reader.config, schemes, quantization, deployment)
+    schemes, form, problems = _schemes(spec, quantization, reader, where)
+    name = form.name if form else ""
+    assessed = assess(engine, spec, reader.config, schemes, quantization, deployment, name)
+    if form:
+        view = view_of(spec, reader.config, schemes, quantization, deployment, name)
+        aliases = engine.aliases.get(view.model_type, {})
+        for kind, name, text in _mapped(reader, spec, _expected(spec, schemes, form), schemes, quantization, aliases):
+            problems.append(_problem(kind, text, engine.loader(view, kind, _place(name, aliases))))
         problems += list(_on_file(engine, view, reader))
     return _report(folder, assessed, problems)
 
 
 def _report(folder: Path, assessed: Assessment, problems: list[dict[str, str]]) -> dict[str, Any]:
-    found = assessed.as_dict()
-    loads = assessed.loads and not problems
     counts: dict[str, int] = {}
     for problem in problems:
         counts[problem["kind"]] = counts.get(problem["kind"], 0) + 1
-    return {"path": str(folder), **found, "loads": loads, "counts": counts, "problems": problems[:_SHOWN]}
+    verdict = worst([assessed.verdict, *(Verdict(problem["verdict"]) for problem in problems)])
+    found = {**assessed.as_dict(), "verdict": verdict.value, "loads": verdict is Verdict.LOADS}
+    return {"path": str(folder), **found, "counts": counts, "problems": problems[:_SHOWN]}
 
 
 def _schemes(
-    spec: ModelSpec, quantization: dict[str, Any], where: str
-) -> tuple[dict[str, Scheme | None], list[dict[str, str]]]:
-    """What the config says of each linear; if it says something that quantkit has not, one problem and all kept."""
+    spec: ModelSpec, quantization: dict[str, Any], reader: CheckpointReader, where: str
+) -> tuple[Schemes, Format | None, list[dict[str, str]]]:
+    """What the config says of each linear, in its format; if that is none that quantkit has, no format and one problem."""
     keys = [ref.key for ref in spec.linears()]
     try:
-        return compressed_tensors.parse(quantization, keys), []
+        form = recognise(quantization, reader.entries)
+        schemes = form.parse(quantization, keys, reader.entries)
+        # An engine asks the config, which does not say what scales are stored in.
+        return {key: scheme.stored("BF16") if scheme else None for key, scheme in schemes.items()}, form, []
     except ConfigError as error:
-        return dict.fromkeys(keys), [_problem("scheme", f"{where}: {error.problem}")]
+        return dict.fromkeys(keys), None, [_problem("scheme", f"{where}: {error.problem}", Verdict.UNKNOWN)]
 
 
-def _problem(kind: str, text: str) -> dict[str, str]:
-    return {"kind": kind, "problem": text}
+def _problem(kind: str, text: str, verdict: Verdict) -> dict[str, str]:
+    return {"kind": kind, "problem": text, "verdict": verdict.value}
 
 
-def _expected(spec: ModelSpec, schemes: Mapping[str, Scheme | None]) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Every tensor that the engine's parameters want, by its name on disk: dtypes and shape."""
-    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    expected = {key: (FLOATS, shape) for key, shape in spec.tensors().items()}
+def _expected(spec: ModelSpec, schemes: Schemes, form: Format) -> dict[str, TensorPlan]:
+    """Every tensor that the engine's parameters want, by its name on disk."""
+    expected = {key: TensorPlan(key, FLOATS[0], shape) for key, shape in spec.tensors().items()}
     for ref in spec.linears():
         if (scheme := schemes[ref.key]) is not None:
             del expected[ref.weight]
-            expected.update({tensor.name: _accepted(tensor) for tensor in compressed_tensors.planned(ref, scheme)})
+            expected.update({tensor.name: tensor for tensor in form.planned(ref, scheme)})
     return expected
-
-
-def _accepted(tensor: TensorPlan) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Scales are copied into the parameter's dtype, so any float does; codes and zero points must be what they are."""
-    return (FLOATS if tensor.name.endswith("_scale") else (tensor.dtype,), tensor.shape)
 
 
 def _mapped(
     reader: CheckpointReader,
     spec: ModelSpec,
-    schemes: Mapping[str, Scheme | None],
+    expected: Mapping[str, TensorPlan],
+    schemes: Schemes,
     quantization: Mapping[str, Any],
     aliases: Mapping[str, str],
-) -> list[dict[str, str]]:
-    """Map every tensor, and compare with what the parameters want."""
-    wanted = {parameter(name, aliases): (name, *rest) for name, rest in _expected(spec, schemes).items()}
+) -> Iterator[tuple[str, str, str]]:
+    """Map every tensor, and compare with what the parameters want: kind of problem, tensor, and what to say.
+
+    Scales are copied into the dtype of the parameter, so any float does; codes and zero points must be what they are.
+    """
+    wanted = {parameter(name, aliases): tensor for name, tensor in expected.items()}
     linears, (never, _) = {ref.key: ref for ref in spec.linears()}, bystanders(spec)
-    problems: list[dict[str, str]] = []
     filled: set[tuple[str, str]] = set()
     for name, entry in reader.entries.items():
         place = parameter(name, aliases)
         if place in wanted:
             filled.add(place)
-            _, dtypes, shape = wanted[place]
-            if entry.dtype not in dtypes or entry.shape != shape:
-                problems.append(_misfit(name, entry, dtypes, shape))
+            tensor = wanted[place]
+            if entry.dtype not in tensor.dtypes or entry.shape != tensor.shape:
+                kind = "shape" if entry.shape != tensor.shape else "dtype"
+                yield kind, name, _misfit(name, entry, tensor)
         elif not _harmless(name, spec, quantization):
-            problems.append(_problem("unmatched", _why_unmatched(name, linears, schemes, never)))
-    for place, (name, *_) in wanted.items():
-        if place not in filled:
+            yield "unmatched", name, _why_unmatched(name, linears, schemes, never)
+    for place, tensor in wanted.items():
+        if place not in filled and not tensor.optional:
             where = f"of {place[0]}" + (f", part {place[1]}" if place[1] else "")
-            problems.append(_problem("missing", f"'{name}' is missing: {where}, stays unfilled"))
-    return problems
+            yield "missing", tensor.name, f"'{tensor.name}' is missing: {where}, stays unfilled"
 
 
-def _misfit(name: str, entry: Entry, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> dict[str, str]:
-    kind = "scale" if name.endswith(("_scale", "_zero_point")) else "shape"
-    return _problem(kind, f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {' or '.join(dtypes)} {shape}")
+def _misfit(name: str, entry: Entry, wanted: TensorPlan) -> str:
+    said = f"{' or '.join(wanted.dtypes)} {wanted.shape}"
+    return f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {said}"
 
 
 def _harmless(name: str, spec: ModelSpec, quantization: Mapping[str, Any]) -> bool:
@@ -169,4 +178,4 @@ def _on_file(engine: Engine, view: View, reader: CheckpointReader) -> Iterator[d
     for rule in engine.rules:
         if rule.on_file:
             for seen in rule.on_file(view, reader):
-                yield {**_problem(rule.verdict.value, f"{seen} ({rule.id}: {rule.says})"), "rule": rule.id}
+                yield {**_problem("rule", f"{seen} ({rule.id}: {rule.says})", rule.verdict), "rule": rule.id}

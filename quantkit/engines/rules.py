@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.engines.held import Deployment, Held, hold
+from quantkit.formats import compressed_tensors
 from quantkit.formats.reader import CheckpointReader
+from quantkit.model.hunyuan_a13b import is_a13b
 from quantkit.model.spec import ModelSpec
 from quantkit.scheme import Scheme
 
-__all__ = ["Check", "Engine", "FileCheck", "Hit", "Naming", "Rule", "Verdict", "View", "view_of"]
+__all__ = [
+    "Check",
+    "Engine",
+    "FileCheck",
+    "Hit",
+    "Naming",
+    "Place",
+    "Rule",
+    "Verdict",
+    "View",
+    "engines",
+    "view_of",
+    "worst",
+]
 
 
 class Verdict(str, Enum):
-    """REFUSED: the engine raises. WRONG: it loads, and computes otherwise. UNKNOWN: nobody has looked. NOTE: it works."""
+    """What an engine makes of a model, worst first. REFUSED: it raises, at the first request at the latest. WRONG: it
+    computes something else. UNKNOWN: nobody has run it or read its code. LOADS: it computes what is stored."""
 
-    REFUSED = "refused"
-    WRONG = "wrong"
-    UNKNOWN = "unknown"
-    NOTE = "note"
+    REFUSED = "does not load"
+    WRONG = "loads and is wrong"
+    UNKNOWN = "nobody looked"
+    LOADS = "loads"
 
     @property
-    def loads(self) -> bool:
-        return self not in (Verdict.REFUSED, Verdict.WRONG)
+    def exit_code(self) -> int:
+        return {Verdict.LOADS: 0, Verdict.UNKNOWN: 3}.get(self, 1)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The first that counts; LOADS if there is none."""
+    found = {*verdicts, Verdict.LOADS}
+    return next(verdict for verdict in Verdict if verdict in found)
 
 
 @dataclass(frozen=True)
 class View:
-    """One model with its schemes as one engine would hold it. quantization: the quantization_config as on disk."""
+    """One model with its schemes as one engine would hold it. quantization: the quantization_config as on disk. format:
+    which of `formats.table` that is, "" for one that quantkit does not read."""
 
     spec: ModelSpec
     config: Mapping[str, Any]
@@ -38,10 +61,13 @@ class View:
     quantization: Mapping[str, Any]
     deployment: Deployment
     weights: tuple[Held, ...]
+    format: str = compressed_tensors.FORMAT.name
 
     @property
     def model_type(self) -> str:
-        return str(self.config.get("model_type"))
+        """Of the architecture: a Hunyuan-A13B may call itself "hunyuan", as Hunyuan-Large does."""
+        said = str(self.config.get("model_type"))
+        return "hunyuan_v1_moe" if said == "hunyuan" and is_a13b(dict(self.config)) else said
 
 
 def view_of(
@@ -50,8 +76,9 @@ def view_of(
     schemes: Mapping[str, Scheme | None],
     quantization: Mapping[str, Any],
     deployment: Deployment,
+    format: str = compressed_tensors.FORMAT.name,
 ) -> View:
-    return View(spec, config, schemes, quantization, deployment, hold(spec, config, schemes, deployment))
+    return View(spec, config, schemes, quantization, deployment, hold(spec, config, schemes, deployment), format)
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,8 @@ class Hit:
 
 
 Check = Callable[[View], Iterable[Hit]]
+Place = Literal["expert", "part", "whole"]  # one of a layer's experts, a part of a fused weight, or all of a parameter
+Loader = Callable[[View, str, Place], Verdict]
 FileCheck = Callable[[View, CheckpointReader], Iterable[str]]
 
 
@@ -70,8 +99,9 @@ FileCheck = Callable[[View, CheckpointReader], Iterable[str]]
 class Rule:
     """One fact about an engine. source: where it comes from. check sees a plan, on_file a checkpoint on disk.
 
-    fix: what helps where neither another scheme nor another deployment does. raw: asks nothing of the schemes, so that it
-    can be asked of a config whose schemes quantkit has not.
+    verdict: LOADS is a note. fix: what helps where neither another scheme nor another deployment does. raw: asks nothing of
+    the schemes, so that it holds in any format, and where the schemes are none that quantkit has. versions: of the engine;
+    none for all that there are rules for.
     """
 
     id: str
@@ -82,6 +112,7 @@ class Rule:
     on_file: FileCheck | None = None
     fix: str = ""
     raw: bool = False
+    versions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,10 +133,23 @@ class Naming:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine in the version that its rules were read from. architectures: model_type to how it is run."""
+    """An engine in the version that its rules were read from. architectures: model_type to how it is run.
+
+    loader: what it does with a tensor that is not as it wants it: "missing", "unmatched" (no parameter takes it), or of
+    another "shape" or "dtype", by what the tensor would be.
+    """
 
     name: str
     version: str
     architectures: Mapping[str, str]
     rules: tuple[Rule, ...]
+    loader: Loader
     aliases: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def engines(versions: Iterable[str], whole: Engine) -> tuple[Engine, ...]:
+    """An engine in each of these versions, with the rules of that version out of all."""
+    return tuple(
+        replace(whole, version=version, rules=tuple(r for r in whole.rules if not r.versions or version in r.versions))
+        for version in versions
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from quantkit.engines import checks, on_file
-from quantkit.engines.rules import Engine, Hit, Naming, Rule, Verdict, View
+from quantkit.engines import checks, on_file, other_formats
+from quantkit.engines.held import Held
+from quantkit.engines.rules import Engine, Hit, Naming, Place, Rule, Verdict, View, engines
 from quantkit.model.spec import Role
 
 __all__ = ["SGLANG"]
@@ -42,6 +43,28 @@ def _too_many_devices(view: View) -> list[Hit]:
     return [Hit(None, f"{view.deployment.tp} devices, {count} experts")] if few else []
 
 
+def _spelling(view: View) -> list[Hit]:
+    said = str(view.config.get("model_type"))
+    return [Hit(None, f"model_type '{said}'")] if said != view.model_type else []
+
+
+def _groups(view: View, experts: bool, triton: bool) -> list[Hit]:
+    """Groups that Marlin has not. Of experts: where Triton has the kernels (symmetric INT4 from 10.0 on), or not."""
+    hits = checks.group_size({4: (32, 64, 128), 8: (32, 64, 128)}, experts)(view)
+    return [hit for hit in hits if not experts or _triton(view, hit.held) is triton]
+
+
+def _triton(view: View, held: Held | None) -> bool:
+    symmetric = held is not None and held.scheme is not None and held.scheme.name == "W4A16"
+    named = view.deployment.hardware.startswith("sm")
+    return symmetric and named and view.deployment.capability >= 100
+
+
+def _kv_cache(view: View) -> list[Hit]:
+    scheme = view.quantization.get("kv_cache_scheme")
+    return [Hit(None, f"kv_cache_scheme with strategy {scheme.get('strategy')}")] if isinstance(scheme, dict) else []
+
+
 def _cpu(view: View) -> list[Hit]:
     return [] if view.deployment.on_gpu else [Hit(None, f"hardware {view.deployment.hardware}")]
 
@@ -60,7 +83,15 @@ RULES = (
         "The model class must be one that it has, and transformers must know the model_type.",
         "read: EntryClass in srt/models",
         checks.architecture(ARCHITECTURES),
-        fix="a Hunyuan-A13B that is spelled 'hunyuan' needs model_type 'hunyuan_v1_moe' in config.json",
+        raw=True,
+    ),
+    Rule(
+        "sglang.spelling",
+        Verdict.REFUSED,
+        "A Hunyuan-A13B that calls itself 'hunyuan' is taken for a model that it has not.",
+        "read: EntryClass in srt/models",
+        _spelling,
+        fix="write model_type 'hunyuan_v1_moe' into config.json",
         raw=True,
     ),
     Rule(
@@ -77,6 +108,7 @@ RULES = (
         "A weight that devices share is cut into equal parts.",
         "read: linear.py, fused_moe_triton/layer.py assertions",
         checks.divisible,
+        raw=True,
     ),
     Rule(
         "sglang.more-devices-than-experts",
@@ -84,6 +116,7 @@ RULES = (
         "Hunyuan, Qwen3-MoE and DeepSeek need at least as many experts as devices.",
         "read: ValueError in hunyuan.py, qwen3_moe.py, deepseek_v2.py",
         _too_many_devices,
+        raw=True,
     ),
     Rule(
         "sglang.targets",
@@ -154,12 +187,31 @@ RULES = (
     Rule(
         "sglang.group-size",
         Verdict.UNKNOWN,
-        "Its Marlin kernels are made for groups of 32, 64 and 128; the loader does not check.",
+        "Its Marlin kernels are made for groups of 32, 64 and 128; the loader does not check linears.",
         "read: marlin_utils.py MARLIN_SUPPORTED_GROUP_SIZES",
-        lambda view: [
-            *checks.group_size({4: (32, 64, 128), 8: (32, 64, 128)}, experts=False)(view),
-            *checks.group_size({4: (32, 64, 128), 8: (32, 64, 128)}, experts=True)(view),
-        ],
+        lambda view: _groups(view, experts=False, triton=False),
+    ),
+    Rule(
+        "sglang.moe-group-size",
+        Verdict.REFUSED,
+        "Marlin's fused experts take groups of 32, 64 and 128, and others are refused at the first request.",
+        "read: moe_wna16_marlin.cuh; not run",
+        lambda view: _groups(view, experts=True, triton=False),
+    ),
+    Rule(
+        "sglang.moe-group-size-triton",
+        Verdict.UNKNOWN,
+        "Symmetric INT4 experts are Triton's from compute capability 10.0; its other groups were not looked at.",
+        "read: compressed_tensors.py, groups of 32 and 128",
+        lambda view: _groups(view, experts=True, triton=True),
+    ),
+    Rule(
+        "sglang.kv-cache",
+        Verdict.UNKNOWN,
+        "What it does with a kv_cache_scheme was not looked at; with a scale per head it warns and ignores it.",
+        "read: compressed_tensors.py, strategy attn_head",
+        _kv_cache,
+        raw=True,
     ),
     Rule(
         "sglang.gpu-age",
@@ -170,7 +222,7 @@ RULES = (
     ),
     Rule(
         "sglang.gpu-fp8",
-        Verdict.NOTE,
+        Verdict.LOADS,
         "Below compute capability 8.9 FP8 linears keep their weights and leave their inputs unrounded.",
         "read: compressed_tensors.py falls back to CompressedTensorsW8A16Fp8",
         checks.older(89, ("FP8_DYNAMIC", "FP8", "FP8_BLOCK"), experts=False),
@@ -181,7 +233,16 @@ RULES = (
         "SGLang on a CPU was not looked at.",
         "not looked at",
         _cpu,
+        raw=True,
     ),
+    Rule(
+        "sglang.scheme",
+        Verdict.UNKNOWN,
+        "Integers that are none of quantkit's schemes, and FP8 with other scales, were not looked at.",
+        "not looked at",
+        checks.unheard_of,
+    ),
+    *other_formats.SGLANG,
     Rule(
         "sglang.input-scales",
         Verdict.REFUSED,
@@ -199,7 +260,7 @@ RULES = (
     ),
     Rule(
         "sglang.kv-b-proj-fp8",
-        Verdict.NOTE,
+        Verdict.LOADS,
         "An FP8 kv_b_proj is rounded again to one scale for the whole weight.",
         "read: deepseek_weight_loader.py channel_quant_to_tensor_quant",
         checks.schemed(("FP8_DYNAMIC", "FP8"), last="kv_b_proj"),
@@ -215,4 +276,11 @@ RULES = (
     ),
 )
 
-SGLANG = Engine("sglang", "0.5.23", ARCHITECTURES, RULES)
+
+def _loader(view: View, kind: str, place: Place) -> Verdict:
+    """read: load_weights of its models skips a tensor that no parameter takes, and asks for none that did not come. What
+    becomes of other shapes and dtypes was not looked at."""
+    return Verdict.WRONG if kind in ("missing", "unmatched") else Verdict.UNKNOWN
+
+
+SGLANG = engines(("0.5.23",), Engine("sglang", "", ARCHITECTURES, RULES, _loader))

@@ -1,10 +1,11 @@
-"""transformers 5.23 with compressed-tensors 0.20: what from_pretrained does. "run": tried on tiny models against the
-dequantised weights; "read": its code."""
+"""transformers 5.23 and 5.24 with compressed-tensors 0.20: what from_pretrained does. "run": tried on tiny models against
+the dequantised weights, with 5.23 where no version is said; "read": its code. What reads quantised weights is the same in
+5.24, byte for byte."""
 
 from __future__ import annotations
 
-from quantkit.engines import checks, on_file
-from quantkit.engines.rules import Engine, Hit, Rule, Verdict, View
+from quantkit.engines import checks, on_file, other_formats
+from quantkit.engines.rules import Check, Engine, Hit, Place, Rule, Verdict, View, engines
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import Role
 from quantkit.scheme import Kind, Scheme
@@ -20,6 +21,24 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+
+
+def _in_one_tensor(check: Check) -> Check:
+    """The check where experts become one tensor at load. In quantkit's class of Hunyuan-Large each stays a linear."""
+    return lambda view: [] if view.model_type == "hunyuan" else check(view)
+
+
+def _zero_points(view: View) -> list[Hit]:
+    hits = [*checks.schemed(("W4A16_ASYM",), experts=False)(view)]
+    return hits + ([*checks.schemed(("W4A16_ASYM",), experts=True)(view)] if view.model_type == "hunyuan" else [])
+
+
+def _register(view: View) -> list[Hit]:
+    return [Hit(None, "model_type 'hunyuan'")] if view.config.get("model_type") == "hunyuan" else []
+
+
+def _kv_cache(view: View) -> list[Hit]:
+    return [Hit(None, "the config has a kv_cache_scheme")] if view.quantization.get("kv_cache_scheme") else []
 
 
 def _experts_scheme(view: View) -> tuple[str, Scheme] | None:
@@ -82,7 +101,15 @@ RULES = (
         "The model_type must be one that it has.",
         "run: 'hunyuan' is unknown to 5.17, 5.19 and 5.23",
         checks.architecture(ARCHITECTURES),
-        fix="a Hunyuan-A13B that is spelled 'hunyuan' needs model_type 'hunyuan_v1_moe' in config.json",
+        raw=True,
+    ),
+    Rule(
+        "transformers.register",
+        Verdict.LOADS,
+        "model_type 'hunyuan' is brought by quantkit, in a process that asks for it.",
+        "run: tests/test_hunyuan_engines.py; without it from_pretrained raises",
+        _register,
+        fix="call quantkit.engines.transformers_model.register() first (docs/vllm.md)",
         raw=True,
     ),
     Rule(
@@ -90,28 +117,28 @@ RULES = (
         Verdict.REFUSED,
         "W8A8 experts cannot be converted.",
         "run: RuntimeError at load for hunyuan_v1_moe, deepseek_v2, qwen3_moe",
-        checks.schemed(("W8A8",), experts=True),
+        _in_one_tensor(checks.schemed(("W8A8",), experts=True)),
     ),
     Rule(
         "transformers.experts-block",
         Verdict.REFUSED,
         "FP8_BLOCK experts cannot be converted: their scales do not broadcast.",
         "run: RuntimeError at load for hunyuan_v1_moe, deepseek_v2",
-        checks.schemed(("FP8_BLOCK",), experts=True),
+        _in_one_tensor(checks.schemed(("FP8_BLOCK",), experts=True)),
     ),
     Rule(
         "transformers.experts-zero-points",
         Verdict.REFUSED,
         "Experts with zero points cannot be converted.",
         "run: 'Asymmetric quant requires zero-point values', with dequantize=True too",
-        checks.schemed(("W4A16_ASYM",), experts=True),
+        _in_one_tensor(checks.schemed(("W4A16_ASYM",), experts=True)),
     ),
     Rule(
         "transformers.linear-zero-points",
         Verdict.REFUSED,
         "Linears with zero points load with dequantize=True only; by default their sizes do not agree.",
         "run: dense Llama, weight_zero_point size mismatch",
-        checks.schemed(("W4A16_ASYM",), experts=False),
+        _zero_points,
         fix="where all linears have zero points: CompressedTensorsConfig(dequantize=True)",
     ),
     Rule(
@@ -120,7 +147,7 @@ RULES = (
         "The experts of all layers take one scheme: that of the first config group with 'experts' in a pattern, "
         "'shared_experts' included.",
         "read: get_experts_scheme; run: W8A16 experts in one layer, W4A16 in the others load and compute something else",
-        _experts_group,
+        _in_one_tensor(_experts_group),
         fix="give all experts one scheme, and --shared-experts the same where they are called shared_experts",
     ),
     Rule(
@@ -128,7 +155,7 @@ RULES = (
         Verdict.REFUSED,
         "Experts in BF16 beside integers cannot be converted; beside FP8 they can.",
         "run: RuntimeError beside W4A16, W8A16, W8A8, in one layer too; beside FP8_DYNAMIC, FP8, FP8_BLOCK they load",
-        _experts_kept,
+        _in_one_tensor(_experts_kept),
         fix="quantise the experts of every layer, or give the others FP8_DYNAMIC",
     ),
     Rule(
@@ -136,7 +163,7 @@ RULES = (
         Verdict.WRONG,
         "NVFP4 experts load thousands of times too large: the global scale is dropped.",
         "run: 7,000 to 35,000 times, in 5.17, 5.19 and 5.23, without a message",
-        _unscaled_fp4,
+        _in_one_tensor(_unscaled_fp4),
         fix="dequantise, or use vLLM",
         raw=True,
     ),
@@ -149,10 +176,10 @@ RULES = (
     ),
     Rule(
         "transformers.experts-inputs",
-        Verdict.NOTE,
+        Verdict.LOADS,
         "Experts are unpacked at load and their inputs are not rounded to FP8; input_scale is reported as unexpected.",
         "run: weights exact, activations not simulated",
-        checks.schemed(("FP8_DYNAMIC", "FP8"), experts=True),
+        _in_one_tensor(checks.schemed(("FP8_DYNAMIC", "FP8"), experts=True)),
         fix="judge FP8 with quantkit eval",
     ),
     Rule(
@@ -173,7 +200,7 @@ RULES = (
     ),
     Rule(
         "transformers.mixed",
-        Verdict.NOTE,
+        Verdict.LOADS,
         "With dequantize=True all linears outside the experts take one scheme: do not use it on this checkpoint.",
         "read: integrations/compressed_tensors.py get_dense_scheme",
         _mixed,
@@ -184,7 +211,36 @@ RULES = (
         "Quantised checkpoints over several devices (tp_plan) were not tried.",
         "not tried",
         _devices,
+        raw=True,
     ),
+    Rule(
+        "transformers.kv-cache",
+        Verdict.UNKNOWN,
+        "What becomes of a kv_cache_scheme was not looked at.",
+        "not looked at",
+        _kv_cache,
+        raw=True,
+    ),
+    Rule(
+        "transformers.scheme",
+        Verdict.UNKNOWN,
+        "Integers that are none of quantkit's schemes, and FP8 with other scales, were not looked at.",
+        "not looked at",
+        checks.unheard_of,
+    ),
+    *other_formats.TRANSFORMERS,
 )
 
-TRANSFORMERS = Engine("transformers", "5.23", ARCHITECTURES, RULES)
+
+def _loader(view: View, kind: str, place: Place) -> Verdict:
+    """run: what is missing stays random, what is too much is left out, each with a line in a report. Experts that become one
+    tensor are converted: one that is missing is an error there, a scale with one row is spread over all."""
+    converted = place == "expert" and view.model_type != "hunyuan"
+    if kind == "missing":
+        return Verdict.REFUSED if converted else Verdict.WRONG
+    if kind == "shape":
+        return Verdict.WRONG if converted else Verdict.REFUSED
+    return Verdict.WRONG if kind == "unmatched" else Verdict.REFUSED
+
+
+TRANSFORMERS = engines(("5.23", "5.24"), Engine("transformers", "", ARCHITECTURES, RULES, _loader))

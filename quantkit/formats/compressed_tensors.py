@@ -24,6 +24,7 @@ __all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrice
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or expert, within a name
 _ANY = r"\d+"
+_ROUTED = re.compile(r"\.experts\.\d+\.")
 _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
 
@@ -174,6 +175,9 @@ def config(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dic
 def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> dict[str, Any]:
     """All that decides in the quantization_config: groups with their targets, format and arguments, and what is ignored."""
     schemes = sorted({s for s in assigned.values() if s is not None}, key=lambda s: (s.name, s.weight.group_size or 0))
+    # Of the groups with "experts" in a name, shared ones included, transformers takes the first for all routed experts.
+    routed = {scheme for key, scheme in assigned.items() if _ROUTED.search(key)}
+    schemes.sort(key=lambda scheme: scheme not in routed)
     kept = [key for key, scheme in assigned.items() if scheme is None]
     uniform = len(schemes) == 1 and not kept
     groups = {

@@ -55,6 +55,13 @@ class Vllm:
         )
         self.version, self.platform = self._answer("ready").split()
 
+    @property
+    def hardware(self) -> str:
+        """As `--hardware` names it."""
+        if self.platform.startswith("Zen"):
+            return "zen"
+        return "amx" if torch.cpu._is_amx_tile_supported() else "cpu"
+
     def _answer(self, start: str) -> str:
         assert self.process.stdout
         for line in self.process.stdout:

@@ -11,17 +11,18 @@ import transformers
 from torch import Tensor
 
 import quantkit
+from quantkit.engines.held import Deployment
+from quantkit.engines.rules import Verdict
 from quantkit.engines.transformers_model import register
 from quantkit.model.forward import forward
-from quantkit.scheme import BF16, PRESETS, Recipe
+from quantkit.scheme import BF16
 from tests.engines.conftest import Results
-from tests.engines.models import MODELS, damaged, make_model
+from tests.engines.models import CASES, MODELS, damaged, make_model, recipe, said
 from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, logprobs
 from tests.test_transformers import Emulated
 
-# A module whose experts are one tensor is read through a conversion that knows neither these scales nor packed zero points.
+# A module whose experts are one tensor is read through a conversion with departures of its own.
 FUSED = [name for name in MODELS if name not in ("Hunyuan-Large", "Llama 3.1")]
-REFUSED = {"W4A16_ASYM": list(MODELS), "W8A8": FUSED, "FP8_BLOCK": FUSED}
 
 
 def theirs(folder: Path) -> Tensor:
@@ -39,22 +40,24 @@ def like_theirs(folder: Path) -> Tensor:
     return model.head(last.hidden).log_softmax(-1)[:, :-1]
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("scheme", [BF16, *PRESETS])
-def test_loads(name: str, scheme: str, results: Results, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "column"), CASES)
+def test_loads(name: str, column: str, results: Results, tmp_path: Path) -> None:
+    """It does what the rules say, and what it loads is right."""
     results.engine("transformers", transformers.__version__)
     folder = make_model(name, tmp_path / "model")
-    if scheme != BF16:
-        quantkit.quantize(folder, tmp_path / "out", Recipe(scheme=scheme, method="rtn"))
+    if column != BF16:
+        quantkit.quantize(folder, tmp_path / "out", recipe(column))
         folder = tmp_path / "out"
-    if name in REFUSED.get(scheme, []):
+    verdict = said(f"transformers=={transformers.__version__}", name, column, Deployment(hardware="cpu"))
+    if verdict is Verdict.REFUSED:
         with pytest.raises(RuntimeError) as error:
             theirs(folder)
-        results.refused("transformers", name, scheme, str(error.value))
+        results.refused("transformers", name, column, str(error.value))
         return
+    assert verdict is Verdict.LOADS
     logits = theirs(folder)
     kl = divergence(logits, logprobs(folder, "reference"))
     wrong = divergence(logits, logprobs(damaged(folder, tmp_path / "damaged"), "reference"))
-    results.works("transformers", name, scheme, kl, wrong)
+    results.works("transformers", name, column, kl, wrong)
     like = divergence(logits, like_theirs(folder)) if name in FUSED else kl
     assert like < LIMIT and wrong > max(2 * LIMIT, 3 * kl), (like, kl, wrong)

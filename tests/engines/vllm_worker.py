@@ -27,11 +27,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         dtype="bfloat16",
         max_model_len=256,
         max_num_seqs=4,
-        enforce_eager=True,
         max_logprobs=-1,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        **job["options"],
+        **{"enforce_eager": True, **job["options"]},
     )
     how = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False, prompt_logprobs=-1)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], how, use_tqdm=False)
