@@ -125,18 +125,23 @@ def test_hunyuan_a13b_has_one_special_token_more(released: Path) -> None:
     assert "bos_token" not in json.loads(files["tokenizer_config.json"])  # its class states none
 
 
-def test_own_tokenizer_code_goes_where_there_is_a_tokenizer_json(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Any model that engines know. auto_map has an old spelling too, a list."""
-    model = make_model()
-    for auto_map in ({"AutoTokenizer": ["tokenization_own.T", None]}, ["tokenization_own.T", None]):
-        stated = {"tokenizer_class": "T", "auto_map": auto_map, "eos_token": "<|end|>"}
-        (model / "tokenizer_config.json").write_text(json.dumps(stated))
-        (model / "tokenization_own.py").write_text(code_of(model))
-        quantkit.quantize(model, tmp_path / "out", RTN)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert tokenizer("ab")["input_ids"] == load_tokenizer(model).encode("ab").ids and tokenizer.eos_token == "<|end|>"
-        assert not list((tmp_path / "out").glob("*.py")) and not list(tmp_path.rglob("ran"))
-        (tmp_path / "out").rename(tmp_path / f"out-{type(auto_map).__name__}")
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer_config.json, old spelling", "config.json"])
+def test_own_tokenizer_code_goes_where_there_is_a_tokenizer_json(
+    place: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Any model that engines know."""
+    own: list[Any] = ["tokenization_own.T", None]
+    auto_map = own if "old" in place else {"AutoTokenizer": own}
+    model = make_model(**({"auto_map": auto_map} if place == "config.json" else {}))
+    stated = {"tokenizer_class": "T", "eos_token": "<|end|>", **({} if place == "config.json" else {"auto_map": auto_map})}
+    (model / "tokenizer_config.json").write_text(json.dumps(stated))
+    (model / "tokenization_own.py").write_text(code_of(model))
+    quantkit.quantize(model, tmp_path / "out", RTN)
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab")["input_ids"] == load_tokenizer(model).encode("ab").ids and tokenizer.eos_token == "<|end|>"
+    assert not list((tmp_path / "out").glob("*.py")) and not list(tmp_path.rglob("ran"))
 
 
 def test_what_only_its_own_code_reads_keeps_it(released: Path, tmp_path: Path) -> None:
@@ -148,6 +153,10 @@ def test_what_only_its_own_code_reads_keeps_it(released: Path, tmp_path: Path) -
     quantkit.quantize(released, tmp_path / "out", RTN)
     assert [path.name for path in (tmp_path / "out").glob("*.py")] == ["tokenization_hy.py"]
     assert "auto_map" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    moved = {**config, "auto_map": {**AUTO_MAP, **TOKENIZER_CONFIG["auto_map"]}}  # all in config.json, which OUT has without
+    (released / "tokenizer_config.json").unlink()
+    written = published_files(released, moved)["tokenizer_config.json"]
+    assert written and json.loads(written) == {"auto_map": TOKENIZER_CONFIG["auto_map"]}
     for foreign in ({**config, "architectures": ["MyForCausalLM"]}, {**config, "model_type": "mine"}):
         assert published_config(foreign, None) == foreign and not published_files(released, foreign)
         assert not published_notes(released, foreign)
