@@ -5,6 +5,7 @@ READY := .venv/.ready
 TOOLS := .venv/.tools
 
 VLLM := $(or $(QUANTKIT_VLLM),.vllm)
+NEWER := .transformers-5.24
 
 .PHONY: demo test engine-test tasks-test check setup bench gpu-test gpu-bench clean
 
@@ -14,14 +15,20 @@ demo: $(READY)
 test: check
 	$(BIN)/python -m pytest -n 2
 
-# vLLM and transformers on what quantkit writes; installs a vLLM of 3.6 GB unless QUANTKIT_VLLM names one.
-engine-test: $(TOOLS) $(VLLM)/.ready
+# vLLM and transformers on what quantkit writes; installs a vLLM of 3.6 GB unless QUANTKIT_VLLM names one. What concerns
+# transformers is run with the version of constraints.txt and with a newer one.
+engine-test: $(TOOLS) $(VLLM)/.ready $(NEWER)/.ready
 	QUANTKIT_VLLM=$(VLLM) $(BIN)/python -m pytest tests/engines
+	$(NEWER)/bin/python -m pytest tests/test_hunyuan_engines.py tests/test_published.py tests/test_transformers.py tests/engines/test_transformers.py
 	$(BIN)/python scripts/engine_table.py
 
 $(VLLM)/.ready: scripts/vllm_env.sh
 	$(if $(QUANTKIT_VLLM),,PYTHON=$(PYTHON) sh scripts/vllm_env.sh $(VLLM))
 	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $@
+
+$(NEWER)/.ready: $(TOOLS) scripts/transformers_env.sh
+	sh scripts/transformers_env.sh $(NEWER)
 	touch $@
 
 check: $(TOOLS)
@@ -69,4 +76,4 @@ gpu-bench: $(if $(GPU_PYTHON),,$(TOOLS))
 	$(ON_GPU) bench/gpu_kernels.py $(ARGS)
 
 clean:
-	rm -rf .venv .vllm .demo
+	rm -rf .venv .vllm $(NEWER) .demo

@@ -27,9 +27,12 @@ RUNS: dict[str, list[Recipe]] = {
     "W4A16 GPTQ": [Recipe(seed=seed) for seed in range(3)],
     "W4A16_ASYM RTN": [Recipe(scheme="W4A16_ASYM", method="rtn")],
     "W4A16_ASYM GPTQ": [Recipe(scheme="W4A16_ASYM", seed=seed) for seed in range(3)],
-    "experts W4A16 GPTQ, rest FP8_DYNAMIC": [
-        Recipe(attention="FP8_DYNAMIC", shared_experts="FP8_DYNAMIC", seed=seed) for seed in range(3)
-    ],
+    **{
+        f"experts W4A16 GPTQ, attention and shared {rest}": [
+            Recipe(attention=rest, shared_experts=rest, seed=seed) for seed in range(3)
+        ]
+        for rest in ("FP8_DYNAMIC", "W8A8", "W8A16")
+    },
     "FP8_DYNAMIC": [Recipe(scheme="FP8_DYNAMIC")],
     "FP8_BLOCK": [Recipe(scheme="FP8_BLOCK")],
     "FP8 (static)": [Recipe(scheme="FP8", seed=seed) for seed in range(3)],
@@ -59,8 +62,12 @@ def measure(model: Path, recipe: Recipe, windows: int, text: str) -> dict[str, A
 @click.option("--windows", default=64, help="Windows of 512 held-out tokens.")
 @click.option("--text", default="stdlib-held-out")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "accuracy.json")
-def main(model: Path, windows: int, text: str, out: Path) -> None:
-    rows = {name: [measure(model, recipe, windows, text) for recipe in recipes] for name, recipes in RUNS.items()}
+@click.option("--only", multiple=True, type=click.Choice(list(RUNS)), help="These rows; the others stay as OUT has them.")
+def main(model: Path, windows: int, text: str, out: Path, only: tuple[str, ...]) -> None:
+    kept = json.loads(out.read_text())["runs"] if only else {}
+    wanted = [name for name in RUNS if name not in kept or name in only]
+    measured = {name: [measure(model, recipe, windows, text) for recipe in RUNS[name]] for name in wanted}
+    rows = {name: measured[name] if name in measured else kept[name] for name in RUNS}
     median = {name: statistics.median(row["kl_mean"] for row in runs) for name, runs in rows.items()}
     goals = {
         "INT4 GPTQ / INT4 RTN <= 0.7": median["W4A16 GPTQ"] / median["W4A16 RTN"],

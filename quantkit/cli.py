@@ -63,7 +63,7 @@ def quantize(
 
     \b
     quantkit quantize MODEL -o OUT
-    quantkit quantize MODEL -o OUT --experts W4A16 --attention FP8_DYNAMIC --shared-experts FP8_DYNAMIC
+    quantkit quantize MODEL -o OUT --experts W4A16 --attention W8A16 --shared-experts W8A16   (recommended)
     quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
     from quantkit import pipeline

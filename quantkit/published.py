@@ -51,16 +51,21 @@ def published_files(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes 
     Raises CheckpointError for a tokenizer that cannot be read.
     """
     files: dict[str, bytes | None] = dict.fromkeys(_dropped(folder, config))
-    if not native(config) or _needs_code(folder):
+    if not native(config):
         return files
-    stated = _tokenizer_config(folder)
+    stated, own = _tokenizer_config(folder), _own_class(folder, config)
+    if _needs_code(folder, config):
+        if "auto_map" not in stated:  # it was in config.json
+            files[TOKENIZER_CONFIG] = _written({**stated, "auto_map": {"AutoTokenizer": own}})
+        return files
     settings = {key: value for key, value in stated.items() if key != "auto_map"}
     if made := _is_made(folder):
         files[TOKENIZER] = hy_tiktoken.load(folder / hy_tiktoken.FILE).to_str().encode()
         settings = hy_tiktoken.settings(settings, config)
-    if made or "auto_map" in stated:
+    if made or own:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # it reads tokenizer.json, whatever the model
-        files[TOKENIZER_CONFIG] = json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
+    if settings != stated:
+        files[TOKENIZER_CONFIG] = _written(settings)
     return files
 
 
@@ -73,13 +78,13 @@ def published_notes(folder: Path, config: Mapping[str, Any]) -> list[str]:
         notes.append(f"not carried over, as no engine needs its code: {', '.join(dropped)}")
     if native(config) and _is_made(folder):
         notes.append(f"{TOKENIZER} is made from {hy_tiktoken.FILE}")
-    if native(config) and _needs_code(folder):
+    if native(config) and _needs_code(folder, config):
         notes.append(f"the tokenizer has no {TOKENIZER}: engines need its own code, and a flag that allows it")
     return notes
 
 
 def _dropped(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    patterns = () if not native(config) else CODE[:2] if _needs_code(folder) else CODE
+    patterns = () if not native(config) else CODE[:2] if _needs_code(folder, config) else CODE
     return sorted(path.name for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in patterns))
 
 
@@ -88,9 +93,19 @@ def _is_made(folder: Path) -> bool:
     return not (folder / TOKENIZER).is_file() and (folder / hy_tiktoken.FILE).is_file()
 
 
-def _needs_code(folder: Path) -> bool:
+def _needs_code(folder: Path, config: Mapping[str, Any]) -> bool:
     """Whether only its own code reads the tokenizer."""
-    return "auto_map" in _tokenizer_config(folder) and not (folder / TOKENIZER).is_file() and not _is_made(folder)
+    return bool(_own_class(folder, config)) and not (folder / TOKENIZER).is_file() and not _is_made(folder)
+
+
+def _own_class(folder: Path, config: Mapping[str, Any]) -> object:
+    """What names the tokenizer's own class, if something does: a mapping, or in old files a list."""
+    named = _tokenizer_config(folder).get("auto_map", config.get("auto_map"))
+    return named.get("AutoTokenizer") if isinstance(named, dict) else named
+
+
+def _written(settings: Mapping[str, Any]) -> bytes:
+    return json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:

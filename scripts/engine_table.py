@@ -41,7 +41,23 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {model} | {name} | " + " | ".join(text(cells.get(column), column) for column in columns) + " |")
     versions = "; ".join(f"{name} {results['versions'][engine]}" for engine, name in ENGINES.items())
     lines += ["", f"{versions}. Refused: " + "; ".join(f"({i}) {why}" for why, i in reasons.items()) + "."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *newer(results)])
+
+
+def newer(results: dict[str, Any]) -> list[str]:
+    """What the newer transformers does otherwise than the one of the table."""
+    if "newer transformers" not in results["cells"]:
+        return []
+    pairs = [
+        (f"{model} {scheme}", cell, results["cells"]["newer transformers"][model][scheme])
+        for model, row in results["cells"]["transformers"].items()
+        for scheme, cell in row.items()
+    ]
+    other = [what for what, a, b in pairs if a["status"] != b["status"]]
+    apart = max(abs(a["kl"] - b["kl"]) for _, a, b in pairs if a["status"] == b["status"] == "works")
+    verdicts = f"other verdicts for {', '.join(other)}" if other else "the same verdicts"
+    version = results["versions"]["newer transformers"]
+    return ["", f"transformers {version}: {verdicts}, and no figure more than {apart:.4f} from these."]
 
 
 def written(readme: str, results: dict[str, Any]) -> str:

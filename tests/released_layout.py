@@ -1,16 +1,20 @@
 """A stand-in for the folder that Hunyuan-Large is released as: `hy.tiktoken` and Python files, and no tokenizer.json.
 
-Its vocabulary is small and made by hand. Each Python file, were it run, would leave a file `ran` beside itself.
+Its vocabulary is small and made by hand. Any of its Python files, if it were run, would leave a file `ran` in the folder.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
-CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+import tiktoken
+
+from quantkit.calib import hy_tiktoken
+
 CODE_FILES = ("configuration_hunyuan.py", "modeling_hunyuan.py", "tokenization_hy.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_hunyuan.HunYuanConfig",
@@ -35,6 +39,23 @@ _MERGES = [word.encode()[:end] for word in _WORDS for end in range(2, len(word.e
 RANKS = {token: i for i, token in enumerate(dict.fromkeys([*(bytes([b]) for b in range(255, -1, -1)), *_MERGES]))}
 
 
+VOCAB = len(RANKS) + 209
+VARIED = [
+    "the thing is in\n\n  the 1234 re-ring",
+    "人人生而自由，在尊严和权利上一律平等。the人's",
+    "def f(x):\n    return {'a': x[0], \"b\": 1.5e-3}  # don't\r\n\t\n",
+    "e\u0301 is \u00e9; \u1e9b\u0323 \uac00\u1100\u1161; \ufb01",
+    "👩‍👩‍👧 🇨🇳 🙂\U0001f9d1\U0001f3fd‍💻",
+    "<|startoftext|>the<|extra_0|>in<|eos|> <|endoftext|><|extra_203|><|extra_204|><|bos|><|pad|>",
+    "\t\r\n  x  \u3000\u00a0\u2028 y\x00\x7f\x85z \u0661\u0662\u00bd ",
+    "",
+]
+
+
+def code_of(folder: Path) -> str:
+    return f"open({str(folder / 'ran')!r}, 'w')\n"
+
+
 def released_layout(folder: Path) -> Path:
     """Turn a checkpoint folder with a tokenizer.json into one of that layout."""
     (folder / "tokenizer.json").unlink()
@@ -43,5 +64,13 @@ def released_layout(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": AUTO_MAP}))
     for name in CODE_FILES:
-        (folder / name).write_text(CODE)
+        (folder / name).write_text(code_of(folder))
     return folder
+
+
+def their_ids(text: str, extra: int = 204) -> list[int]:
+    """As the released code reads text: NFC, then tiktoken with every special token allowed."""
+    names = ["<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>", *(f"<|extra_{i}|>" for i in range(extra))]
+    special = {name: len(RANKS) + i for i, name in enumerate(names)}
+    encoding = tiktoken.Encoding("hy", pat_str=hy_tiktoken.PATTERN, mergeable_ranks=RANKS, special_tokens=special)
+    return encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")

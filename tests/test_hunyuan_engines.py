@@ -18,6 +18,7 @@ import transformers
 import quantkit
 from quantkit.engines import transformers_model, vllm_plugin
 from quantkit.engines.hunyuan_config import HunyuanLargeConfig, register_config
+from quantkit.engines.transformers_model import CACHE
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.registry import build_spec
 from quantkit.scheme import Recipe
@@ -156,13 +157,15 @@ def test_transformers_loads_quantised(scheme: str, model: Path, tmp_path: Path) 
     assert float((logits - base).norm() / base.norm()) > 1e-3
 
 
-def test_transformers_generates_from_one_cache_for_each_group(model: Path) -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_transformers_generates_from_one_cache_for_each_group(name: str, model: Path) -> None:
+    """Under the name that transformers 5.24 gave it as under the old one, whichever is installed."""
     register()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.no_grad():
         whole = theirs(IDS).logits
-        first = theirs(IDS[:, :10], use_cache=True)
-        rest = theirs(IDS[:, 10:], past_key_values=first.past_key_values).logits
+        cache = getattr(theirs(IDS[:, :10], use_cache=True), CACHE)
+        rest = theirs(IDS[:, 10:], **{name: cache}).logits
         padded, mask = IDS.clone(), torch.ones_like(IDS)
         padded[0, :6], mask[0, :6] = 0, 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -170,11 +173,41 @@ def test_transformers_generates_from_one_cache_for_each_group(model: Path) -> No
         alone = theirs(IDS[:1, 6:]).logits[0]
     torch.testing.assert_close(rest, whole[:, 10:], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(late, alone, atol=1e-4, rtol=1e-4)
-    held = [layer for layer in first.past_key_values.layers if getattr(layer, "is_initialized", False)]
+    held = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
     assert len(held) == 2  # of four layers in two groups
     generated = theirs.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False, pad_token_id=0)
     expected = torch.cat([IDS, whole[:, -1:].argmax(-1)], dim=1)
     torch.testing.assert_close(generated[:, :25], expected)
+
+
+def test_transformers_generates_the_same_with_and_without_a_cache(model: Path) -> None:
+    """With one, each step computes one token: a cache that got lost would show here, or in the tokens."""
+    register()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    widths: list[int] = []
+    theirs.model.embed_tokens.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    answers = {}
+    for use_cache in (True, False):
+        how = {"max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "pad_token_id": 0}
+        answers[use_cache] = theirs.generate(IDS, attention_mask=mask, **how)
+    assert torch.equal(answers[True], answers[False])
+    assert widths == [24, *[1] * 7, *range(24, 32)]
+    assert torch.equal(answers[True][1:], quantkit.load(model, kernels="reference").generate(IDS[1:], 8))
+
+
+def test_transformers_swallows_no_state(model: Path) -> None:
+    register()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    one, other = transformers.DynamicCache(), transformers.DynamicCache()
+    for unknown in ({"past_key_value": one}, {"cache_params": one}, {"mems": IDS}, {"labels": IDS}):
+        with pytest.raises(TypeError, match=next(iter(unknown))):
+            theirs(IDS, **unknown)
+    with pytest.raises(TypeError, match="two were given"):
+        theirs(IDS, past_key_values=one, cache=other)
+    logits = theirs(IDS, past_key_values=one, cache=one, return_dict=True, output_attentions=False).logits
+    assert logits.shape == (*IDS.shape, 257) and one.get_seq_length() == IDS.shape[1]
 
 
 def test_transformers_refuses_what_is_not_computed(model: Path, tmp_path: Path) -> None:

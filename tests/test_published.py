@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiktoken
 import transformers
 
 import quantkit
-from quantkit.calib import hy_tiktoken
 from quantkit.calib.tokens import load_tokenizer
 from quantkit.conversion import convert
 from quantkit.errors import CheckpointError
@@ -25,28 +23,20 @@ from quantkit.published import NATIVE, published_config, published_files, publis
 from quantkit.scheme import Recipe
 from quantkit.verify import verify
 from tests.architectures import RELEASED
-from tests.released_layout import AUTO_MAP, CODE, CODE_FILES, RANKS, TEMPLATE, TOKENIZER_CONFIG, released_layout
+from tests.released_layout import (
+    AUTO_MAP,
+    CODE_FILES,
+    RANKS,
+    TEMPLATE,
+    TOKENIZER_CONFIG,
+    VARIED,
+    VOCAB,
+    code_of,
+    released_layout,
+    their_ids,
+)
 
-VOCAB = len(RANKS) + 209
 RTN = Recipe(scheme="W8A16", method="rtn", group_size=32)
-TEXTS = [
-    "the thing is in\n\n  the 1234 re-ring",
-    "人人生而自由，在尊严和权利上一律平等。the人's",
-    "def f(x):\n    return {'a': x[0], \"b\": 1.5e-3}  # don't\r\n\t\n",
-    "e\u0301 is \u00e9; \u1e9b\u0323 \uac00\u1100\u1161; \ufb01",
-    "👩‍👩‍👧 🇨🇳 🙂\U0001f9d1\U0001f3fd‍💻",
-    "<|startoftext|>the<|extra_0|>in<|eos|> <|endoftext|><|extra_203|><|extra_204|><|bos|><|pad|>",
-    "\t\r\n  x  \u3000\u00a0\u2028 y\x00\x7f\x85z \u0661\u0662\u00bd ",
-    "",
-]
-
-
-def their_ids(text: str, extra: int = 204) -> list[int]:
-    """As the released code reads text: NFC, then tiktoken with every special token allowed."""
-    names = ["<|endoftext|>", "<|startoftext|>", "<|bos|>", "<|eos|>", "<|pad|>", *(f"<|extra_{i}|>" for i in range(extra))]
-    special = {name: len(RANKS) + i for i, name in enumerate(names)}
-    encoding = tiktoken.Encoding("hy", pat_str=hy_tiktoken.PATTERN, mergeable_ranks=RANKS, special_tokens=special)
-    return encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all")
 
 
 @pytest.fixture
@@ -77,7 +67,7 @@ def test_out_names_and_holds_no_code(released: Path, tmp_path: Path) -> None:
 def test_tokens_are_those_of_the_released_reading(released: Path, tmp_path: Path) -> None:
     quantkit.quantize(released, tmp_path / "out", RTN)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    for text in TEXTS:
+    for text in VARIED:
         ids = their_ids(text)
         assert theirs(text)["input_ids"] == ids, text
         assert load_tokenizer(released).encode(text).ids == load_tokenizer(tmp_path / "out").encode(text).ids == ids
@@ -128,25 +118,30 @@ def test_a_document_begins_as_the_tokenizers_config_says(released: Path) -> None
 def test_hunyuan_a13b_has_one_special_token_more(released: Path) -> None:
     config = {**RELEASED["hunyuan-a13b"], "auto_map": AUTO_MAP}
     (released / "config.json").write_text(json.dumps(config))
-    for text in TEXTS:
+    for text in VARIED:
         assert load_tokenizer(released).encode(text).ids == their_ids(text, 205)
     files = published_files(released, config)
     assert files["tokenizer.json"] and files["tokenizer_config.json"]
     assert "bos_token" not in json.loads(files["tokenizer_config.json"])  # its class states none
 
 
-def test_own_tokenizer_code_goes_where_there_is_a_tokenizer_json(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Any model that engines know. auto_map has an old spelling too, a list."""
-    model = make_model()
-    for auto_map in ({"AutoTokenizer": ["tokenization_own.T", None]}, ["tokenization_own.T", None]):
-        stated = {"tokenizer_class": "T", "auto_map": auto_map, "eos_token": "<|end|>"}
-        (model / "tokenizer_config.json").write_text(json.dumps(stated))
-        (model / "tokenization_own.py").write_text(CODE)
-        quantkit.quantize(model, tmp_path / "out", RTN)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert tokenizer("ab")["input_ids"] == load_tokenizer(model).encode("ab").ids and tokenizer.eos_token == "<|end|>"
-        assert not list((tmp_path / "out").glob("*.py")) and not list(tmp_path.rglob("ran"))
-        (tmp_path / "out").rename(tmp_path / f"out-{type(auto_map).__name__}")
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "tokenizer_config.json, old spelling", "config.json"])
+def test_own_tokenizer_code_goes_where_there_is_a_tokenizer_json(
+    place: str, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Any model that engines know."""
+    own: list[Any] = ["tokenization_own.T", None]
+    auto_map = own if "old" in place else {"AutoTokenizer": own}
+    model = make_model(**({"auto_map": auto_map} if place == "config.json" else {}))
+    stated = {"tokenizer_class": "T", "eos_token": "<|end|>", **({} if place == "config.json" else {"auto_map": auto_map})}
+    (model / "tokenizer_config.json").write_text(json.dumps(stated))
+    (model / "tokenization_own.py").write_text(code_of(model))
+    quantkit.quantize(model, tmp_path / "out", RTN)
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("ab")["input_ids"] == load_tokenizer(model).encode("ab").ids and tokenizer.eos_token == "<|end|>"
+    assert not list((tmp_path / "out").glob("*.py")) and not list(tmp_path.rglob("ran"))
 
 
 def test_what_only_its_own_code_reads_keeps_it(released: Path, tmp_path: Path) -> None:
@@ -158,6 +153,10 @@ def test_what_only_its_own_code_reads_keeps_it(released: Path, tmp_path: Path) -
     quantkit.quantize(released, tmp_path / "out", RTN)
     assert [path.name for path in (tmp_path / "out").glob("*.py")] == ["tokenization_hy.py"]
     assert "auto_map" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    moved = {**config, "auto_map": {**AUTO_MAP, **TOKENIZER_CONFIG["auto_map"]}}  # all in config.json, which OUT has without
+    (released / "tokenizer_config.json").unlink()
+    written = published_files(released, moved)["tokenizer_config.json"]
+    assert written and json.loads(written) == {"auto_map": TOKENIZER_CONFIG["auto_map"]}
     for foreign in ({**config, "architectures": ["MyForCausalLM"]}, {**config, "model_type": "mine"}):
         assert published_config(foreign, None) == foreign and not published_files(released, foreign)
         assert not published_notes(released, foreign)

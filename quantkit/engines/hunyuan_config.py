@@ -20,7 +20,7 @@ class HunyuanLargeConfig(PreTrainedConfig):
     """The keys of a released config.json, under their own names. No remote code is involved."""
 
     model_type = "hunyuan"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {"num_experts_per_tok": "moe_topk", "num_local_experts": "num_experts"}
 
     vocab_size: int = 129024

@@ -22,6 +22,22 @@ from quantkit.model.spec import GQA, MLP, Layer, Linear, ModelSpec, MoE
 __all__ = ["HunYuanForCausalLM", "HunyuanModel", "register"]
 
 KV = tuple[Tensor, Tensor]
+# transformers 5.24 calls `cache` what was `past_key_values`, in its outputs and in what it asks of a model.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """That which is given under either name. Raises TypeError for two."""
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise TypeError("past_key_values and cache are two names of one thing, and two were given")
+    return past_key_values if cache is None else cache
+
+
+def _refuse(others: dict[str, Any]) -> None:
+    """Raise TypeError for what the model does not compute: a state that came under a name it does not know would be lost."""
+    asked = [name for name, value in others.items() if value is not None and value is not False and name != "return_dict"]
+    if asked:
+        raise TypeError(f"Hunyuan-Large takes no {', '.join(sorted(asked))}")
 
 
 def _linear(ref: Linear) -> nn.Linear:
@@ -153,26 +169,25 @@ class HunyuanModel(HunyuanPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        **_: Any,
+        cache: Cache | None = None,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
+        """Raises TypeError for what it does not compute. past_key_values and cache: names of one thing."""
+        _refuse(others)
+        held = _one_cache(past_key_values, cache)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
+        if held is None and use_cache:
+            held = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = held.get_seq_length() if held is not None else 0
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: held}
+        mask = create_causal_mask(config=self.config, inputs_embeds=x, **given)
         cos, sin = rope_tables(self.spec.rope, position_ids)
         shared: KV | None = None
         for layer in self.layers:
-            x, shared = layer(x, (cos[:, None], sin[:, None]), mask, past_key_values, shared)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+            x, shared = layer(x, (cos[:, None], sin[:, None]), mask, held, shared)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: held})
 
 
 class HunYuanForCausalLM(HunyuanPreTrainedModel, GenerationMixin):
@@ -195,13 +210,14 @@ class HunYuanForCausalLM(HunyuanPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs: Any,
+        cache: Cache | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
-        """logits_to_keep: only of the last so many positions; 0 for all."""
-        given = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache
-        outputs = self.model(*given, **kwargs)
+        """logits_to_keep: only of the last so many positions; 0 for all. Otherwise as HunyuanModel's."""
+        given = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache
+        outputs = self.model(*given, **others)
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: getattr(outputs, CACHE)})
 
 
 def register() -> None:

@@ -16,11 +16,14 @@ from quantkit.engines.rules import Verdict
 from quantkit.engines.transformers_model import register
 from quantkit.model.forward import forward
 from quantkit.scheme import BF16
-from tests.engines.conftest import Results
+from tests.engines.conftest import ROOT, Results
 from tests.engines.models import CASES, MODELS, damaged, make_model, recipe, said
 from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, logprobs
 from tests.test_transformers import Emulated
 
+# Of constraints.txt; `make engine-test` runs this file with a newer one too.
+PINNED = f"transformers=={transformers.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()
+ENGINE = "transformers" if PINNED else "newer transformers"
 # A module whose experts are one tensor is read through a conversion with departures of its own.
 FUSED = [name for name in MODELS if name not in ("Hunyuan-Large", "Llama 3.1")]
 
@@ -43,7 +46,7 @@ def like_theirs(folder: Path) -> Tensor:
 @pytest.mark.parametrize(("name", "column"), CASES)
 def test_loads(name: str, column: str, results: Results, tmp_path: Path) -> None:
     """It does what the rules say, and what it loads is right."""
-    results.engine("transformers", transformers.__version__)
+    results.engine(ENGINE, transformers.__version__)
     folder = make_model(name, tmp_path / "model")
     if column != BF16:
         quantkit.quantize(folder, tmp_path / "out", recipe(column))
@@ -52,12 +55,12 @@ def test_loads(name: str, column: str, results: Results, tmp_path: Path) -> None
     if verdict is Verdict.REFUSED:
         with pytest.raises(RuntimeError) as error:
             theirs(folder)
-        results.refused("transformers", name, column, str(error.value))
+        results.refused(ENGINE, name, column, str(error.value))
         return
     assert verdict is Verdict.LOADS
     logits = theirs(folder)
     kl = divergence(logits, logprobs(folder, "reference"))
     wrong = divergence(logits, logprobs(damaged(folder, tmp_path / "damaged"), "reference"))
-    results.works("transformers", name, column, kl, wrong)
+    results.works(ENGINE, name, column, kl, wrong)
     like = divergence(logits, like_theirs(folder)) if name in FUSED else kl
     assert like < LIMIT and wrong > max(2 * LIMIT, 3 * kl), (like, kl, wrong)

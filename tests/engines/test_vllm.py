@@ -16,7 +16,7 @@ import quantkit
 from quantkit.engines.held import Deployment
 from quantkit.engines.rules import Verdict
 from quantkit.runtime import Kernels
-from quantkit.scheme import BF16
+from quantkit.scheme import BF16, Recipe
 from tests.engines.conftest import Results, Vllm
 from tests.engines.models import CASES, RECIPES, damaged, make_model, recipe, said
 
