@@ -32,10 +32,10 @@ from quantkit.host import peak_memory, plain_arithmetic
 from quantkit.journal import Journal, code_digest
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
+from quantkit.opened import format_of, misfits, schemes_of
 from quantkit.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
 from quantkit.published import published_config, published_files, published_notes
 from quantkit.qtensor import QuantizedTensor
-from quantkit.runtime import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme
 from quantkit.verify import check_hashes, damaged
 

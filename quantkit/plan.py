@@ -15,39 +15,22 @@ from quantkit.chosen import Chosen, choose, joined, target
 from quantkit.coverage import Coverage, Fate, account, bystanders
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.dtypes import FLOATS, TensorPlan
+from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.folder import without_tokenizer
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.sets import weight_sets
-from quantkit.formats.writer import ShardPlan
 from quantkit.kept import check_meant, share
-from quantkit.model.by_name import NamedSpec, Part, is_known, spec_by_name
+from quantkit.model.by_name import NamedSpec, is_known, spec_by_name
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Layer, Linear, ModelSpec, Role
+from quantkit.model.spec import Linear, ModelSpec, Role
 from quantkit.model.stored import HEAD, HEAD_FIX, head_problem
+from quantkit.placement import Unit, place
 from quantkit.published import published_notes
 from quantkit.scheme import BF16, Recipe, Scheme, Strategy
 
-__all__ = ["Plan", "Unit", "make_plan", "summary"]
+__all__ = ["Plan", "make_plan", "summary"]
 
-MAX_SHARD_BYTES = 5_000_000_000
 _TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a recipe decides nothing without calibration
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is committed at once: layers that share K/V (none for the tensors around the layers), and their shards.
-
-    In a model of unknown architecture a part of its tensors stands for a layer.
-    """
-
-    layers: tuple[Layer, ...] | tuple[Part, ...]
-    kept: tuple[str, ...]
-    shards: tuple[ShardPlan, ...]
-
-    def source(self) -> list[str]:
-        """The tensors of the source that it is made from."""
-        return [*self.kept, *(ref.weight for layer in self.layers for ref in layer.linears())]
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         chosen = choose(reader, spec, recipe)
     schemes = _assign(reader, spec, recipe, chosen)
     check_meant(reader, spec, recipe, schemes)
-    units = _units(reader, spec, schemes)
+    units = place(reader, spec, schemes)
     plan = Plan(
         spec=spec,
         recipe=recipe,
@@ -346,49 +329,6 @@ def _same_scheme(refs: list[Linear] | tuple[Linear, ...], schemes: dict[str, Sch
                 f"'{refs[0].key}' and '{ref.key}' get different schemes, but {why}",
                 "write a rule that covers both alike",
             )
-
-
-def _units(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> tuple[Unit, ...]:
-    """Around the layers first, then each group of layers; every tensor placed in a shard of at most MAX_SHARD_BYTES."""
-
-    def plain(key: str) -> TensorPlan:
-        return TensorPlan(key, reader.entries[key].dtype, reader.entries[key].shape)
-
-    around = [key for key in spec.around() if key in reader.entries]
-    drafts: list[tuple[tuple[Layer, ...] | tuple[Part, ...], tuple[str, ...], list[TensorPlan]]] = []
-    if around:
-        drafts.append(((), tuple(around), [plain(key) for key in around]))
-    for layers in spec.groups():
-        kept: list[str] = []
-        tensors: list[TensorPlan] = []
-        for layer in layers:
-            kept += layer.kept()
-            tensors += [plain(key) for key in layer.kept()]
-            for ref in layer.linears():
-                scheme = schemes[ref.key]
-                tensors += compressed_tensors.planned(ref, scheme) if scheme else [plain(ref.weight)]
-        drafts.append((layers, tuple(kept), tensors))
-    split = [_split(tensors) for _, _, tensors in drafts]
-    total, number, units = sum(map(len, split)), 0, []
-    for (layers, kept_keys, _), parts in zip(drafts, split, strict=True):
-        shards = []
-        for part in parts:
-            number += 1
-            shards.append(ShardPlan(f"model-{number:05d}-of-{total:05d}.safetensors", part))
-        units.append(Unit(layers, kept_keys, tuple(shards)))
-    return tuple(units)
-
-
-def _split(tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
-    parts: list[list[TensorPlan]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if parts[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(tensor)
-        size += tensor.nbytes
-    return parts
 
 
 def _engine_notes(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> tuple[str, ...]:

@@ -25,7 +25,8 @@ from quantkit.formats.writer import ShardWriter
 from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer, Linear
-from quantkit.plan import Plan, Unit, needs_tokens
+from quantkit.placement import Unit
+from quantkit.plan import Plan, needs_tokens
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.solve import solve
 from quantkit.scheme import Scheme

@@ -27,7 +27,7 @@ from quantkit.kept import share
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import ModelSpec
 from quantkit.model.stored import head_problem
-from quantkit.runtime import format_of, misfits, schemes_of
+from quantkit.opened import format_of, misfits, schemes_of
 from quantkit.scheme import Scheme
 from quantkit.verify_linears import Found, check_linears
 

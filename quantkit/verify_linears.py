@@ -17,8 +17,8 @@ from quantkit.formats.origin import STATEMENT
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.by_name import NamedSpec
 from quantkit.model.spec import Linear, ModelSpec
+from quantkit.opened import format_of
 from quantkit.qtensor import QuantizedTensor
-from quantkit.runtime import format_of
 from quantkit.scheme import Kind, Scheme, Strategy
 from quantkit.stats import weight_error
 

@@ -19,8 +19,8 @@ from quantkit.errors import VerificationError
 from quantkit.formats.atomic import sha256
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.by_name import spec_by_name
+from quantkit.opened import schemes_of
 from quantkit.pipeline import Step
-from quantkit.runtime import schemes_of
 from quantkit.scheme import Recipe
 from quantkit.verify import verify
 

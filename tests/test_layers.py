@@ -25,6 +25,8 @@ LEVELS = [
         "coverage",
         "chosen",
         "kept",
+        "opened",
+        "placement",
         "published",
         "engines",
         "verify",

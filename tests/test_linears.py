@@ -16,8 +16,8 @@ import quantkit
 from quantkit.errors import ConfigError
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.names import Special, specials
+from quantkit.opened import schemes_of
 from quantkit.plan import make_plan
-from quantkit.runtime import schemes_of
 from quantkit.scheme import Recipe
 from tests.test_by_name import refused, run
 

@@ -13,7 +13,7 @@ from quantkit.formats.compressed_tensors import FORMAT
 from quantkit.formats.origin import content_digest, read_statement, tensor_digest
 from quantkit.formats.reader import CheckpointReader
 from quantkit.model.registry import build_spec
-from quantkit.runtime import schemes_of
+from quantkit.opened import schemes_of
 from quantkit.scheme import Recipe
 from quantkit.stats import weight_error
 from quantkit.verify import stated
