@@ -277,7 +277,7 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first, where = error.errors()[0], (info.context or {}).get("where", "recipe")
             name = ".".join(str(part) for part in first["loc"])
-            known = f"fields are {', '.join(cls.model_fields)}"
+            known = f"fields are {', '.join([*cls.model_fields, 'keep'])}"
             fix = known if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
             raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
 

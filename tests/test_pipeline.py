@@ -153,7 +153,8 @@ def test_dense_layers_and_a13b(make_model: Callable[..., Path], tmp_path: Path) 
     dense = make_model("dense", num_experts=1, use_mixed_mlp_moe=False)
     quantkit.quantize(dense, tmp_path / "d", Recipe(**SMALL))
     assert verify(tmp_path / "d", dense).linears == 4 * 7 - 4
-    config = {**CONFIG, "model_type": "hunyuan_v1_moe", "use_cla": False, "moe_topk": [2] * 4}
+    config = {**CONFIG, "architectures": ["HunYuanMoEV1ForCausalLM"], "model_type": "hunyuan_v1_moe", "use_cla": False}
+    config["moe_topk"] = [2] * 4
     a13b = write_checkpoint(tmp_path / "a13b", config, random_weights(config))
     record = quantkit.quantize(a13b, tmp_path / "a", Recipe(**SMALL))
     covered = [record["linears"][f"model.layers.3.mlp.experts.{e}.gate_proj"]["coverage"] for e in range(4)]

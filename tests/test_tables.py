@@ -35,6 +35,9 @@ TASKS = {
 }  # fmt: skip
 
 
+SHARE = {"of_all": 0.123, "of_matrices_in_layers": 0.0456}
+
+
 def plan(roles: dict[str, Any]) -> RenderableType:
     row = {
         "role": "shared_experts", "weight": "gate_up_proj", "scheme": "FP8_DYNAMIC", "layers": [0, 1, 2, 3, 9],
@@ -48,6 +51,7 @@ def plan(roles: dict[str, Any]) -> RenderableType:
         {
             "architecture": "hunyuan_large", "layers": 64, "parameters": 389_000_000_000, "roles": roles, "source_bytes": 1,
             "output_bytes": 1, "shards": 80, "tape_bytes": 1, "calibrated": True, "notes": [], "engine": engine,
+            "bf16_share": SHARE,
         }
     )  # fmt: skip
 
@@ -91,7 +95,7 @@ def inspected() -> RenderableType:
     row = {**ROLE, "bits_per_weight": 4.127}
     return inspect_table({
         "path": "OUT", "architecture": "hunyuan_large", "layers": 64, "shards": 80, "total": row,
-        "roles": {"shared_experts": row},
+        "roles": {"shared_experts": row}, "notes": [], "bf16_share": SHARE,
     })  # fmt: skip
 
 
