@@ -95,6 +95,68 @@ def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
     assert kills >= 3 and resumed  # jobs were really interrupted, and went on from a journal
 
 
+# Kills itself before the n-th operation on a file of OUT or OUT.partial; prints how many there were.
+AT = """
+import os, sys
+from quantkit import pipeline
+from quantkit.scheme import Recipe
+import compressed_tensors.quantization
+model, out = sys.argv[1:]
+
+def count(kill_at):
+    reached = 0
+    def hook(event, arguments):
+        nonlocal reached
+        names = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod")
+        if event in names and (out in str(arguments[0]) or event in ("os.remove", "os.rmdir")):  # rmtree names no folder
+            reached += 1
+            if reached == kill_at:
+                os.kill(os.getpid(), 9)
+    sys.addaudithook(hook)
+    pipeline.quantize(model, out, Recipe(scheme="W8A16", group_size=32))
+    return reached
+
+print("ready", flush=True)
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        found = count(int(line))
+        print(found, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("done", flush=True)
+"""
+
+
+def test_killed_before_any_operation_on_a_file(model: Path, tmp_path: Path) -> None:
+    """All of the last ones, where OUT is published, and some of those before."""
+    command, out = [sys.executable, "-c", AT, str(model), str(tmp_path / "out")], tmp_path / "out"
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
+
+    def run(kill_at: int) -> int | None:
+        """How many operations there were; None when it was killed."""
+        assert process.stdin and process.stdout
+        process.stdin.write(f"{kill_at}\n")
+        process.stdin.flush()
+        said = process.stdout.readline()
+        return None if said == "done\n" else int(said) if process.stdout.readline() else None
+
+    total = run(0)
+    assert total and total > 50
+    expected, names, mode = (out / "SHA256SUMS").read_bytes(), sorted(os.listdir(out)), os.stat(out).st_mode
+    published = 0
+    for at in [*range(2, total - 8, 11), *range(total - 8, total + 1)]:
+        shutil.rmtree(out)
+        assert run(at) is None
+        published += out.exists()
+        assert run(0) is not None, f"killed before operation {at}, it does not resume"
+        assert (out / "SHA256SUMS").read_bytes() == expected and sorted(os.listdir(out)) == names
+        assert os.stat(out).st_mode == mode and sorted(os.listdir(tmp_path)) == ["model", "out"]
+    assert 3 < published < 9
+    process.stdin.close()
+    process.wait()
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
 def test_interrupted_and_resumed(stop_after: int, model: Path, tmp_path: Path) -> None:
     recipe, out = Recipe(**SMALL), tmp_path / "out"
