@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import click
 
 from quantkit import __version__, cli_eval
-from quantkit.command import as_json, command, show
+from quantkit.command import Main, as_json, command, show
 from quantkit.options import deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
@@ -26,7 +26,7 @@ kernels_option = click.option(
 FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers", "bf16")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
     """Quantise Mixture-of-Experts language models to INT4 or FP8, and measure what that costs.
@@ -81,6 +81,8 @@ def quantize(
         return
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
+    for line in record["recovered"]:
+        click.echo(f"warning: {line}", err=True)
     if not recipe.linears and (missing := without_tokenizer(out)):
         click.echo(f"warning: {missing}", err=True)
     if held_out:

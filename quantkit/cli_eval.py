@@ -297,6 +297,7 @@ def report(
 
     if out:
         reports.check_page(out)
+        reports.refuse_foreign(*(out.with_suffix(suffix) for suffix in (".html", ".json", ".md")))
     reports.make_folders(*(file.parent for file in (out, junit) if file))
     found = reports.assemble(runs, chosen(gates, gates_file), against)
     for line in reports.incomparable(found):

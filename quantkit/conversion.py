@@ -21,15 +21,17 @@ from quantkit.errors import CheckpointError, ConfigError, OutputError, Verificat
 from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
-from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
+from quantkit.formats.fingerprint import Watch
+from quantkit.formats.folder import carried, complete, find_model, write_json
 from quantkit.formats.origin import STATEMENT, DigestingReader, content_digest, read_statement, tensor_digest
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.table import FORMATS
 from quantkit.formats.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
-from quantkit.host import peak_memory
+from quantkit.host import peak_memory, plain_arithmetic
 from quantkit.journal import Journal, code_digest
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
+from quantkit.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
 from quantkit.published import published_config, published_files, published_notes
 from quantkit.qtensor import QuantizedTensor
 from quantkit.runtime import format_of, misfits, schemes_of
@@ -39,6 +41,15 @@ from quantkit.verify import check_hashes, damaged
 __all__ = ["TARGETS", "convert"]
 
 BF16 = "bf16"
+DECISIVE = (
+    "calib.hy_tiktoken",
+    "conversion",
+    "formats",
+    "model",
+    "published",
+    "qtensor",
+    "scheme",
+)  # modules whose code decides the bytes of OUT
 TARGETS = (*FORMATS, BF16)
 Progress = Callable[[int, int], None]
 
@@ -72,6 +83,7 @@ class _Plan:
         return sum(shard.nbytes for shard, _ in self.shards)
 
 
+@plain_arithmetic()
 def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress | None = None) -> dict[str, Any]:
     """Write the quantised checkpoint `model` to the new folder `out` in the format `to`; returns what run.json there says.
 
@@ -80,27 +92,36 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     """
     start, target = time.monotonic(), Path(out)
     source = find_model(model)
-    refuse_present(target)
+    refuse_others(target)
     for name, problem in damaged(source).items():
         if (
             name.endswith(".safetensors") or name == STATEMENT
         ):  # new hashes over damage would call it sound; an edited config is read and checked
             raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantise again")
     plan = _plan(DigestingReader(source), to)
-    partial = target.with_name(target.name + ".partial")
+    carried(source, plan.changed)
+    watch, partial = Watch(source, plan.reader.shards), partial_of(target)
+    code = f"{quantkit.__version__} {code_digest(DECISIVE)[:16]}"
+    key = {"source": watch.fingerprint, "convert to": to, "quantkit": code}
+    if (record := finished(target, key)) is not None:
+        return record
     _check_space(plan, partial)
-    key = {"source": plan.reader.fingerprint(), "convert to": to, "quantkit": code_digest(), "torch": torch.__version__}
-    journal = Journal(partial / ".work", key)
+    journal = Journal(partial / WORK, key)
     try:
-        rounded = _write_shards(plan, partial, journal, progress or (lambda done, total: None))
+        rounded = _write_shards(plan, target, journal, watch, progress or (lambda done, total: None))
         _prove(plan, partial)
-        record = _record(plan, to, rounded, time.monotonic() - start)
-        write_json(partial / "run.json", record)
+        watch.check()
+        record = {**_record(plan, to, rounded, time.monotonic() - start), "job": key}
+        write_json(partial / RECORD, record)
         publish(partial, target)
-        shutil.rmtree(target / ".work")
-    except (ConfigError, VerificationError):
+    except ConfigError:
         shutil.rmtree(partial)  # resuming would only meet the same again
         raise
+    except VerificationError as error:
+        if damage := set_aside_damaged(target, {unit["shard"]: unit["sha256"] for unit in journal.units.values()}):
+            raise VerificationError("\n  ".join([error.problem, *damage]), "repeat the command; check the disk") from error
+        kept = keep_failed(partial, target)
+        raise VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", error.fix) from error
     finally:
         journal.close()
     return record
@@ -190,19 +211,25 @@ def _check_space(plan: _Plan, partial: Path) -> None:
         )
 
 
-def _write_shards(plan: _Plan, partial: Path, journal: Journal, progress: Progress) -> int:
+def _write_shards(plan: _Plan, target: Path, journal: Journal, watch: Watch, progress: Progress) -> int:
     """What is not yet written of the folder but run.json; how many weights had to be rounded to BF16."""
-    _drop_orphans(partial, {unit["shard"] for unit in journal.units})
-    for index in range(len(journal.units), len(plan.shards)):
-        shard, pieces = plan.shards[index]
+    partial = partial_of(target)
+    for index, unit in list(journal.units.items()):
+        if set_aside_damaged(target, {unit["shard"]: unit["sha256"]}):
+            del journal.units[index]
+    _drop_orphans(partial, {unit["shard"] for unit in journal.units.values()})
+    for index, (shard, pieces) in enumerate(plan.shards):
+        if index in journal.units:
+            continue
         rounded = _write(plan, partial, shard, pieces)
         digest, source = sha256(partial / shard.file), _digests(plan, pieces)
-        journal.commit({"shard": shard.file, "sha256": digest, "rounded": rounded, "source": source})
+        watch.check()
+        journal.commit(index, {"shard": shard.file, "sha256": digest, "rounded": rounded, "source": source})
         progress(index + 1, len(plan.shards))
-    hashes = {unit["shard"]: unit["sha256"] for unit in journal.units}
+    hashes = {unit["shard"]: unit["sha256"] for unit in journal.units.values()}
     made, shards = _made(plan, journal), (shard for shard, _ in plan.shards)
     complete(partial, plan.reader.folder, plan.config, shards, hashes, plan.changed, made)
-    return sum(unit["rounded"] for unit in journal.units)
+    return sum(unit["rounded"] for unit in journal.units.values())
 
 
 def _digests(plan: _Plan, pieces: tuple[_Piece, ...]) -> dict[str, str]:
@@ -220,7 +247,7 @@ def _made(plan: _Plan, journal: Journal) -> dict[str, Any]:
     A weight in BF16 may have been rounded once more, and has no record."""
     said = read_statement(plan.reader.folder)
     if said is None:
-        digests = {name: digest for unit in journal.units for name, digest in unit["source"].items()}
+        digests = {name: digest for unit in journal.units.values() for name, digest in unit["source"].items()}
         for name in plan.reader.entries.keys() - digests.keys():  # which no value depends on
             digests[name] = tensor_digest(plan.reader.tensor(name))
         said = {"source": {"digest": content_digest(plan.reader.entries, digests)}, "recipe": None, "linears": {}}

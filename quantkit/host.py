@@ -1,14 +1,23 @@
-"""The machine: which device to compute on, and how much memory this process has used."""
+"""The machine: which device to compute on, what of it decides the last bits of a sum, how much memory has been used."""
 
 from __future__ import annotations
 
+import platform
 import resource
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from quantkit.errors import ConfigError
 
-__all__ = ["peak_memory", "pick_device"]
+__all__ = ["arithmetic", "instructions", "peak_memory", "pick_device", "plain_arithmetic", "plainly", "using_threads"]
+
+T = TypeVar("T")
+_DEVICES = ("cpu", "cuda")
+_DECISIVE = ("avx", "fma", "amx", "sse4")  # processor flags by which libraries choose their code
 
 
 def peak_memory() -> int:
@@ -24,8 +33,74 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"unknown device '{name}'", "use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
+    if device.type not in _DEVICES or (device.type == "cpu" and device.index is not None):
         raise ConfigError(f"device '{name}' is not supported", "use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device '{name}' is not there: {torch.cuda.device_count()} CUDA devices", "use --device cpu")
     return device
+
+
+def arithmetic(device: torch.device) -> dict[str, str]:
+    """What decides the last bits of a sum on this device, beside the number of threads: two machines where all of it is
+    equal compute the same."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return {"torch": torch.__version__, "device": f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"}
+    chosen = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": torch.__version__, "device": f"cpu {chosen} {instructions()}".strip()}
+
+
+def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The vendor of the processor and its vector instructions, as far as libraries choose by them; '' if nobody says."""
+    try:
+        text = cpuinfo.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+    first = dict(line.partition(":")[::2] for line in text.partition("\n\n")[0].splitlines())
+    said = {name.strip(): value.split() for name, value in first.items()}
+    flags = sorted(flag for flag in said.get("flags", said.get("Features", [])) if flag.startswith(_DECISIVE))
+    return " ".join([*said.get("vendor_id", []), *flags])
+
+
+@contextmanager
+def using_threads(number: int) -> Iterator[None]:
+    """So many threads for torch's sums, whose last bits depend on how they are divided; then as many as before."""
+    before = torch.get_num_threads()
+    if number == before:
+        yield
+        return
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """float32 by default, on the CPU, in full precision, without autocast, whatever the caller has set; then that again."""
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if dtype is not torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        yield
+
+
+def plainly(steps: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in `plain_arithmetic`; what the caller does between them is not."""
+    while True:
+        with plain_arithmetic():
+            try:
+                item = next(steps)
+            except StopIteration:
+                return
+        yield item

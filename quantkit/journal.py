@@ -1,16 +1,17 @@
 """What a job has committed so far: an append-only file of checked lines, replayed when the same command runs again.
 
-The first line names the job (digests of all that decides its result), each later one a committed unit. A line is
-`crc32 json`; the longest valid prefix counts, so a torn last line is as if it had not been written.
+The first line holds the job key (all that decides its result); each later one commits a unit, and of two for one unit the
+later counts. A line is `crc32 json` and names its job, so that a damaged or torn one costs the unit that it was about and
+nothing else.
 """
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,29 +19,45 @@ from typing import Any
 import quantkit
 from quantkit.errors import OutputError
 from quantkit.formats.atomic import disk_errors, fsync_folder
+from quantkit.owned import distrust, make_private, no_links
 
 __all__ = ["Journal", "code_digest"]
 
 
-def code_digest() -> str:
-    """sha256 over quantkit's own source: another version may round differently, so it is another job."""
+def code_digest(parts: tuple[str, ...]) -> str:
+    """sha256 over what the code of these modules and packages of quantkit does: comments and docstrings do not count.
+
+    Another version may round differently, so it is another job.
+    """
     root, digest = Path(quantkit.__file__).parent, hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for part in sorted(parts):
+        whole = root / part.replace(".", "/")
+        for path in sorted(whole.rglob("*.py")) if whole.is_dir() else [whole.with_suffix(".py")]:
+            tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    node.body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+            digest.update(f"{path.relative_to(root)}\n{ast.dump(tree)}\n".encode())
     return digest.hexdigest()
 
 
 class Journal:
     """The journal of one job in `folder`, held by one process at a time.
 
-    Raises OutputError when another process holds it or another job wrote it.
+    key: what decides the result. begun: what the job began with besides, and goes on with; as recorded, if it was begun.
+    units: the committed ones, by number. Raises OutputError when another process holds it, another job wrote it, or another
+    user could have.
     """
 
-    def __init__(self, folder: Path, key: dict[str, str]) -> None:
+    def __init__(self, folder: Path, key: dict[str, str], begun: dict[str, Any] | None = None) -> None:
         self.folder, self.path = folder, folder / "journal"
+        self.begun: dict[str, Any] = begun or {}
+        self.units: dict[int, dict[str, Any]] = {}
+        self._job = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "lock", "w")  # noqa: SIM115 (held until close)
+            if reason := make_private(folder.parent) or make_private(folder):
+                raise OutputError(reason, f"remove {folder.parent}, or choose another OUT")
+            self._lock = open(folder / "lock", "a", opener=no_links)  # noqa: SIM115 (held until close)
         try:
             self._open(key)
         except BaseException:
@@ -54,48 +71,60 @@ class Journal:
             raise OutputError(
                 f"{self.folder.parent} is being written by another process", "wait for it, or choose another OUT"
             ) from None
-        lines, size = self._replay()
-        self.units = lines[1:]
-        if not lines:
-            with disk_errors(self.path), open(self.path, "wb"):
-                fsync_folder(self.folder)
-            self._append(key)
-        elif lines[0] != key:
-            differing = sorted(k for k in key.keys() | lines[0].keys() if key.get(k) != lines[0].get(k))
-            raise OutputError(
-                f"{self.folder.parent} belongs to another job; these differ: {', '.join(differing)}",
-                f"repeat the other command to finish it, or remove {self.folder.parent}",
-            )
-        else:
-            os.truncate(self.path, size)
+        lines, torn = self._replay()
+        mine = [line for line in lines if line["job"] == self._job]
+        if lines and not mine:
+            raise self._another(key, lines)
+        if torn:
+            self._write(b"\n")
+        for line in mine:
+            self.begun = line["begun"]
+            if "unit" in line:
+                self.units[line["unit"]] = line
+        if not any("key" in line for line in mine):
+            self._append({"key": key})
+            fsync_folder(self.folder)
 
-    def _replay(self) -> tuple[list[dict[str, Any]], int]:
-        lines: list[dict[str, Any]] = []
-        size = 0
-        for raw in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []:
+    def _another(self, key: dict[str, str], lines: list[dict[str, Any]]) -> OutputError:
+        there: dict[str, str] = next((line["key"] for line in lines if "key" in line), {})
+        differing = [name for name in sorted(key.keys() | there.keys()) if key.get(name) != there.get(name)]
+        said = "\n  ".join(f"{name}: {there.get(name)} there, {key.get(name)} here" for name in differing)
+        return OutputError(
+            f"{self.folder.parent} belongs to another job; these differ:\n  {said}",
+            f"repeat the other command to finish it, or remove {self.folder.parent}",
+        )
+
+    def _replay(self) -> tuple[list[dict[str, Any]], bool]:
+        """All lines that are sound, and whether the last one was torn. Raises OutputError."""
+        if not os.path.lexists(self.path):
+            return [], False
+        if reason := distrust(self.path):
+            raise OutputError(reason, f"remove {self.folder.parent}, or choose another OUT")
+        data, lines = self.path.read_bytes(), []
+        for raw in data.split(b"\n"):
             crc, _, text = raw.partition(b" ")
-            if not raw.endswith(b"\n") or crc != f"{zlib.crc32(text):08x}".encode():
-                break
-            lines.append(json.loads(text))
-            size += len(raw)
-        return lines, size
+            if crc == _checksum(text):
+                lines.append(json.loads(text))
+        return lines, not data.endswith(b"\n") and bool(data)
 
     def _append(self, line: dict[str, Any]) -> None:
-        text = json.dumps(line, sort_keys=True).encode() + b"\n"
-        with disk_errors(self.path), open(self.path, "ab") as file:
-            file.write(f"{zlib.crc32(text):08x} ".encode() + text)
+        text = json.dumps({"job": self._job, "begun": self.begun, **line}, sort_keys=True).encode()
+        self._write(_checksum(text) + b" " + text + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        with disk_errors(self.path), open(self.path, "ab", opener=no_links) as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
 
-    def commit(self, unit: dict[str, Any]) -> None:
+    def commit(self, number: int, unit: dict[str, Any]) -> None:
         """Make one unit count. Everything it refers to must be durable before."""
-        self._append(unit)
-        self.units.append(unit)
+        self._append({"unit": number, **unit})
+        self.units[number] = unit
 
     def close(self) -> None:
         self._lock.close()
 
-    def remove(self) -> None:
-        """Forget the job: its result is published."""
-        shutil.rmtree(self.folder)
-        self.close()
+
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()

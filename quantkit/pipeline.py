@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import math
+import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import quantkit
 from quantkit.calib import tokens
 from quantkit.calib.tape import Tape
-from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.coverage import reconcile
-from quantkit.errors import CalibrationError, ConfigError, OutputError, VerificationError
-from quantkit.formats import compressed_tensors
+from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats.atomic import sha256
-from quantkit.formats.folder import complete, find_model, publish, refuse_present, write_json
+from quantkit.formats.fingerprint import Watch
+from quantkit.formats.folder import carried, complete, find_model, write_json
 from quantkit.formats.origin import DigestingReader, content_digest
 from quantkit.formats.reader import CheckpointReader
-from quantkit.formats.writer import ShardWriter
-from quantkit.host import peak_memory, pick_device
+from quantkit.host import arithmetic, peak_memory, pick_device, plain_arithmetic, using_threads
 from quantkit.journal import Journal, code_digest
-from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
-from quantkit.model.spec import Layer, Linear
-from quantkit.plan import Plan, Unit, make_plan, needs_tokens, summary
+from quantkit.model.spec import Layer
+from quantkit.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
+from quantkit.plan import Plan, make_plan, summary
 from quantkit.published import published_config, published_files
-from quantkit.qtensor import QuantizedTensor
-from quantkit.quant.solve import solve
-from quantkit.scheme import Recipe, Scheme
-from quantkit.stats import LinearStats
+from quantkit.scheme import Recipe
+from quantkit.unit import Place, UnitRun
 from quantkit.verify import verify
 
-__all__ = ["Progress", "RunRecord", "Step", "describe", "quantize"]
+__all__ = ["DECISIVE", "Progress", "RunRecord", "Step", "describe", "quantize"]
 
 
 @dataclass(frozen=True)
@@ -58,10 +52,16 @@ class Step:
     fallbacks: int
 
 
+# Modules whose code decides the bytes of OUT.
+DECISIVE = (
+    *("calib", "formats", "host", "kernels.reference", "model", "pipeline", "plan", "published"),
+    *("qtensor", "quant", "scheme", "stats", "unit"),
+)
 Progress = Callable[[Step], None]
 RunRecord = dict[str, Any]
 
 
+@plain_arithmetic()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -72,19 +72,23 @@ def quantize(
 ) -> RunRecord:
     """Quantise the checkpoint `model` into the new folder `out`; returns what run.json there says.
 
-    Interrupted, the same call resumes and ends with the same bytes. Raises a QuantkitError, and leaves no `out`, when
-    anything is wrong.
+    Interrupted, the same call resumes and ends with the same bytes; finished, it returns that again. Raises a QuantkitError,
+    and leaves no `out`, when anything is wrong.
     """
     ready = _prepare(model, out, recipe or Recipe(), device)
+    key = ready.key()
+    if (record := finished(ready.target, key)) is not None:
+        return record
     if shortage := ready.shortage():
         raise OutputError(shortage, "free space, or choose another OUT")
-    job = _Job(ready)
+    job = _Job(ready, key)
     try:
         return job.run(progress or (lambda step: None))
     finally:
         job.journal.close()
 
 
+@plain_arithmetic()
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
     """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
     without enough space is a note: the plan may be for another machine."""
@@ -99,6 +103,7 @@ class _Ready:
     changed: of `published_files`."""
 
     reader: DigestingReader
+    source: Watch
     plan: Plan
     ids: Tensor | None
     changed: dict[str, bytes | None]
@@ -106,38 +111,38 @@ class _Ready:
     device: torch.device
     start: float
 
-    @property
-    def partial(self) -> Path:
-        return self.target.with_name(self.target.name + ".partial")
-
     def shortage(self) -> str | None:
         """What to say when there is not enough room for what is still to be written."""
-        folder = next(p for p in (self.partial, *self.partial.absolute().parents) if p.exists())
-        present = sum(f.stat().st_size for f in self.partial.rglob("*") if f.is_file()) if self.partial.exists() else 0
+        partial = partial_of(self.target)
+        folder = next(p for p in (partial, *partial.absolute().parents) if p.exists())
+        present = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
         needed, free = self.plan.output_bytes + self.plan.tape_bytes - present, shutil.disk_usage(folder).free
         return f"{folder} has {free:,} bytes free, and {needed:,} are needed" if free < needed else None
 
     def key(self) -> dict[str, str]:
-        """All that decides the bytes of the result."""
+        """All that decides the bytes of the result, and nothing else. The number of threads, which does too, is kept as it
+        was when the job began."""
+        recipe = {f"recipe.{name}": json.dumps(value) for name, value in self.plan.resolved.items()}
         return {
-            "source": self.reader.fingerprint(),
-            "recipe": self.plan.recipe.model_dump_json(),
+            "source": self.source.fingerprint,
+            **recipe,
             "tokens": tokens.digest(self.ids) if self.ids is not None else "",
-            "quantkit": code_digest(),
-            "torch": torch.__version__,
-            "device": str(self.device),
-            "threads": str(torch.get_num_threads()),  # how a sum is split decides its last bits
+            "quantkit": f"{quantkit.__version__} {code_digest(DECISIVE)[:16]}",
+            **arithmetic(self.device),
         }
 
 
 def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> _Ready:
     start, place, target = time.monotonic(), pick_device(device), Path(out)
-    source = find_model(model)
-    refuse_present(target)
-    reader = DigestingReader(source)
+    folder = find_model(model)
+    refuse_others(target)
+    reader = DigestingReader(folder)
+    changed = published_files(folder, reader.config)
+    carried(folder, changed)
+    source = Watch(folder, reader.shards)
     plan = make_plan(reader, recipe)
-    ids, changed = _calibration_ids(reader, plan) if plan.calibrated else None, published_files(source, reader.config)
-    return _Ready(reader, plan, ids, changed, target, place, start)
+    ids = _calibration_ids(reader, plan) if plan.calibrated else None
+    return _Ready(reader, source, plan, ids, changed, target, place, start)
 
 
 def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
@@ -154,54 +159,79 @@ def _calibration_ids(reader: CheckpointReader, plan: Plan) -> Tensor:
 
 
 class _Job:
-    def __init__(self, ready: _Ready) -> None:
-        self.start, self.device, self.target = ready.start, ready.device, ready.target
-        self.reader, self.plan, self.ids, self.changed = ready.reader, ready.plan, ready.ids, ready.changed
-        self.partial, self.work, self.key = ready.partial, ready.partial / ".work", ready.key()
-        self.journal = Journal(self.work, self.key)
+    def __init__(self, ready: _Ready, key: dict[str, str]) -> None:
+        self.start, self.target, self.source, self.changed = ready.start, ready.target, ready.source, ready.changed
+        self.reader, self.plan, self.ids, self.key = ready.reader, ready.plan, ready.ids, key
+        self.partial = partial_of(ready.target)
+        self.work = self.partial / WORK
+        self.place = Place(ready.reader, ready.plan, ready.ids, ready.device, self.partial, self.work)
+        self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
+        self.threads = int(self.journal.begun["threads"])
+        self.recovered: list[str] = []
+        self.tapes: dict[int, Tape] = {}  # sound ones, by the unit that reads them
         self.resumed_at, self.layers_done = len(self.journal.units), 0
 
     def run(self, progress: Progress) -> RunRecord:
-        units = self.plan.units
-        self._drop_orphans()
-        tape = self._input_tape(len(self.journal.units))
-        for index in range(len(self.journal.units), len(units)):
-            begun = time.monotonic()
-            following = self._tape(index + 1, create=True) if self.plan.calibrated else None
-            outcomes = _UnitRun(self, units[index], progress).run(tape, following)
-            if following is not None:
-                following.sync()
-            hashes = {shard.file: sha256(self.partial / shard.file) for shard in units[index].shards}
-            seconds = time.monotonic() - begun
-            digests = {name: self.reader.digests[name] for name in units[index].source()}
-            done = {"unit": index, "shards": hashes, "linears": outcomes, "source": digests}
-            self.journal.commit({**done, "seconds": round(seconds, 3)})
-            if tape is not None:
-                tape.remove()
-            tape = following
-        return self._publish()
+        with using_threads(self.threads):
+            self._take_stock()
+            for index in range(len(self.plan.units)):
+                if index not in self.journal.units:
+                    self._commit(index, progress)
+            return self._publish()
 
-    def _drop_orphans(self) -> None:
-        """Remove what a killed run left behind and no journal line vouches for."""
-        kept = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
-        for name, digest in kept.items():
-            if not (self.partial / name).is_file() or sha256(self.partial / name) != digest:
-                raise OutputError(
-                    f"{self.partial / name} is no longer what was written", f"remove {self.partial} and repeat the command"
-                )
-        tape = f"tape-{len(self.journal.units)}.f32"
+    def _take_stock(self) -> None:
+        """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""
+        for index, unit in sorted(self.journal.units.items()):
+            if damage := set_aside_damaged(self.target, unit["shards"]):
+                self.recovered += [f"{said}: unit {index} was quantised again" for said in damage]
+                del self.journal.units[index]
+        for index, unit in self.journal.units.items():
+            if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
+                self.tapes[index + 1] = tape
+        kept = {name for unit in self.journal.units.values() for name in unit["shards"]}
+        kept |= {"journal", "lock", *(tape.path.name for tape in self.tapes.values())}
         for path in [*self.partial.iterdir(), *self.work.iterdir()]:
-            if path.is_file() and path.name not in {*kept, "journal", "lock", tape}:
+            if path.name not in kept and (path.is_symlink() or path.is_file()):
                 path.unlink()
 
-    def _tape(self, index: int, create: bool) -> Tape:
+    def _commit(self, index: int, progress: Progress) -> None:
+        begun, unit = time.monotonic(), self.plan.units[index]
+        calibrated, last = self.plan.calibrated, index + 1 == len(self.plan.units)
+        tape = self._input_tape(index)
+        following = Tape.create(*self._tape(index + 1)) if calibrated else None
+        done = UnitRun(self.place, unit, lambda layer, outcomes: progress(self.step(layer, outcomes)))
+        outcomes = done.run(tape, following)
+        digest = following.sync() if following and not last else None
+        self.source.check()
+        hashes = {shard.file: sha256(self.partial / shard.file) for shard in unit.shards}
+        digests = {name: self.reader.digests[name] for name in unit.source()}
+        line = {"shards": hashes, "linears": outcomes, "source": digests, "tape": digest}
+        self.journal.commit(index, {**line, "seconds": round(time.monotonic() - begun, 3)})
+        for number in [number for number in self.tapes if number <= index]:
+            self.tapes.pop(number).remove()
+        if following is not None:
+            self.tapes[index + 1] = following
+
+    def _tape(self, index: int) -> tuple[Path, int, int]:
         assert self.ids is not None
-        path, rows = self.work / f"tape-{index}.f32", self.ids.numel()
-        return (Tape.create if create else Tape)(path, rows, self.plan.model.hidden)
+        return self.work / f"tape-{index}.f32", self.ids.numel(), self.plan.model.hidden
 
     def _input_tape(self, index: int) -> Tape | None:
-        """The tape that unit `index` reads: none for unit 0 and without calibration."""
-        return self._tape(index, create=False) if self.plan.calibrated and 0 < index < len(self.plan.units) else None
+        """The tape that unit `index` reads: none for unit 0 and without calibration. Where it is lost, it is computed again
+        from the last one that is not, through what is committed."""
+        if index == 0 or not self.plan.calibrated:
+            return None
+        start = max((number for number in self.tapes if number <= index), default=0)
+        for number in range(start, index):
+            following = Tape.create(*self._tape(number + 1))
+            UnitRun(self.place, self.plan.units[number], lambda *_: None).again(self.tapes.get(number), following)
+            if following.sync() != self.journal.units[number]["tape"]:
+                seen = f"{self.partial}: the hidden states after unit {number} cannot be computed again as they were"
+                raise OutputError(seen, f"remove {self.partial} and repeat the command")
+            if number in self.tapes:
+                self.tapes.pop(number).remove()
+            self.tapes[number + 1] = following
+        return self.tapes[index]
 
     def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
         """What to tell about a layer that has just been quantised."""
@@ -223,27 +253,36 @@ class _Job:
 
     def _publish(self) -> RunRecord:
         config = published_config(self.reader.config, self.plan.quantization_config)
-        hashes = {name: digest for unit in self.journal.units for name, digest in unit["shards"].items()}
+        hashes = {name: digest for unit in self.journal.units.values() for name, digest in unit["shards"].items()}
         shards = (shard for unit in self.plan.units for shard in unit.shards)
         complete(self.partial, self.reader.folder, config, shards, hashes, self.changed, self._made())
         try:
             verify(self.partial, self.reader.folder)
             coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
-        except VerificationError:
-            shutil.rmtree(self.partial)  # resuming would only meet the same bytes again; what cannot be read may be, later
-            raise
+        except VerificationError as error:
+            raise self._kept(error, hashes) from error
+        self.source.check()
         record = self._record(coverage)
         for tape in self.work.glob("tape-*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
             tape.unlink()
-        write_json(self.partial / "run.json", record)
+        write_json(self.partial / RECORD, record)
         publish(self.partial, self.target)
-        shutil.rmtree(self.target / ".work")
         return record
+
+    def _kept(self, error: VerificationError, hashes: dict[str, str]) -> VerificationError:
+        """What to say when the result is not sound. Nothing is thrown away. A shard that was damaged since it was written
+        costs its unit, anything else all of them, since the same bytes would come again."""
+        self.source.check()
+        if damage := set_aside_damaged(self.target, hashes):
+            fix = "repeat the command: it quantises again only what lay in there; check the disk"
+            return VerificationError("\n  ".join([error.problem, *damage]), fix)
+        kept = keep_failed(self.partial, self.target)
+        return VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", error.fix)
 
     def _made(self) -> dict[str, Any]:
         """What quantkit.json says."""
-        digests = {name: digest for unit in self.journal.units for name, digest in unit["source"].items()}
-        linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
+        digests = {name: digest for unit in self.journal.units.values() for name, digest in unit["source"].items()}
+        linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
         said = ("scheme", "method", "weight_error", "input_scale")
         return {
             "source": {"digest": content_digest(self.reader.entries, digests)},
@@ -252,7 +291,7 @@ class _Job:
         }
 
     def _record(self, coverage: dict[str, Any]) -> RunRecord:
-        linears = {key: outcome for unit in self.journal.units for key, outcome in unit["linears"].items()}
+        linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
         fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
         return {
             "schema_version": 1,
@@ -269,104 +308,10 @@ class _Job:
             "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
             "linears": linears,
             "resumed_at_unit": self.resumed_at,
-            "seconds": round(sum(unit["seconds"] for unit in self.journal.units), 2),
+            "threads": self.threads,
+            "recovered": self.recovered,
+            "seconds": round(sum(unit["seconds"] for unit in self.journal.units.values()), 2),
             "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
             "peak_memory_bytes": peak_memory(),
             "notes": list(self.plan.notes),
         }
-
-
-class _UnitRun:
-    """One unit: its shards open for writing, its layers walked or simply rounded."""
-
-    def __init__(self, job: _Job, unit: Unit, progress: Progress) -> None:
-        self.job, self.unit, self.plan, self.progress = job, unit, job.plan, progress
-        self.outcomes: dict[str, dict[str, Any]] = {}
-        self.shard_of = {t.name: i for i, shard in enumerate(unit.shards) for t in shard.tensors}
-
-    def run(self, tape: Tape | None, following: Tape | None) -> dict[str, dict[str, Any]]:
-        with ExitStack() as stack:
-            self.writers = [stack.enter_context(ShardWriter(self.job.partial, s)) for s in self.unit.shards]
-            for key in self.unit.kept:
-                self._write(key, self.job.reader.tensor(key))
-            if following is None:
-                for layer in self.unit.layers:
-                    for group in layer.same_input():
-                        self.store(group, None)
-                    self.progress(self.job.step(layer, self.outcomes))
-            else:
-                self._walk(tape, following)
-        return self.outcomes
-
-    def _walk(self, tape: Tape | None, following: Tape) -> None:
-        ids = self.job.ids
-        assert ids is not None
-        walk = Walk(
-            spec=self.plan.model,
-            weights=self.job.reader,
-            windows=(ids.shape[0], ids.shape[1]),
-            device=self.job.device,
-            scratch=self.job.work,
-            quantise=self.quantise,
-            wants=self.wants,
-        )
-        if tape is None:
-            embed(walk, ids, following)
-            return
-        kv = walk.tape("kv", self.plan.model.layers[0].attention.kv_width)
-        for layer in self.unit.layers:
-            assert isinstance(layer, Layer)
-            walk_layer(walk, layer, tape, following, kv)
-            self.progress(self.job.step(layer, self.outcomes))
-            tape = following
-        kv.remove()
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        self.writers[self.shard_of[name]].write(name, tensor)
-
-    def wants(self, refs: Sequence[Linear]) -> bool | None:
-        """What statistics these linears need: none (None), the range (False), or the Hessian too (True)."""
-        scheme = self.plan.schemes[refs[0].key]
-        if scheme is None or not needs_tokens(self.plan.recipe, scheme):
-            return None
-        return self.plan.recipe.method_of(scheme) == "gptq"
-
-    @torch.inference_mode()
-    def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
-        """Quantise linears that read one input, write them, and return how to apply each as an engine would."""
-        scheme, stored = self.plan.schemes[refs[0].key], self.store(refs, stats)
-        if scheme is None:
-            return [
-                _apply(weight.to(self.job.device).float(), None, None) for weight in stored if isinstance(weight, Tensor)
-            ]
-        return [_apply(q.dequantize(), scheme, q.input_scale) for q in stored if isinstance(q, QuantizedTensor)]
-
-    @torch.inference_mode()
-    def store(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
-        """Quantise linears that read one input, and write them; what was written of each."""
-        scheme = self.plan.schemes[refs[0].key]
-        if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
-            seen = f"the input of '{refs[0].key}' is not finite on the calibration text"
-            raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
-        stored = [self.job.reader.tensor(ref.weight) for ref in refs]
-        if scheme is None:
-            for ref, weight in zip(refs, stored, strict=True):
-                self._write(ref.weight, weight)
-            return stored
-        weights = [weight.to(self.job.device).float() for weight in stored]
-        solved = solve(weights, scheme, self.plan.recipe.method_of(scheme), stats)
-        for ref, (q, outcome) in zip(refs, solved, strict=True):
-            for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
-                self._write(name, tensor)
-            scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
-            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
-        return [q for q, _ in solved]
-
-
-def _apply(weight: Tensor, scheme: Scheme | None, input_scale: Tensor | None) -> Apply:
-    activation = scheme.activation if scheme else None
-
-    def run(x: Tensor) -> Tensor:
-        return F.linear(x if activation is None else round_activation(x, activation, input_scale), weight)
-
-    return run

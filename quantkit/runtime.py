@@ -17,7 +17,7 @@ from quantkit.formats import compressed_tensors, table
 from quantkit.formats.base import KV_SCALE, Format
 from quantkit.formats.dtypes import DTYPES, FLOATS
 from quantkit.formats.reader import CheckpointReader
-from quantkit.host import pick_device
+from quantkit.host import pick_device, plain_arithmetic, plainly
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
@@ -265,13 +265,15 @@ class Model:
     def layers(self, input_ids: Tensor, cache: Cache | None = None) -> Iterator[LayerTrace]:
         """Layer after layer over int64 [batch, time]; hidden states float32 [batch, time, hidden], and routing."""
         self._check(input_ids)
-        return forward(self.spec, self.weights, input_ids.to(self.device), cache)
+        return plainly(forward(self.spec, self.weights, input_ids.to(self.device), cache))
 
+    @plain_arithmetic()
     def head(self, hidden: Tensor) -> Tensor:
         """float32 [..., hidden] after the last layer -> float32 logits [..., vocab]."""
         return head(self.spec, self.weights, hidden)
 
     @torch.inference_mode()
+    @plain_arithmetic()
     def logits(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
         """int64 [batch, time] -> float32 [batch, time, vocab]. With a cache, the ids continue what it holds.
 
@@ -350,6 +352,7 @@ class Model:
             raise ConfigError(f"input_ids span {low}..{high}", f"the vocabulary is 0..{self.spec.vocab - 1}")
 
 
+@plain_arithmetic()
 def load(
     path: str | Path,
     device: str = "cpu",

@@ -21,6 +21,7 @@ from quantkit.formats.atomic import sha256
 from quantkit.formats.dtypes import FLOATS
 from quantkit.formats.origin import STATEMENT, read_statement
 from quantkit.formats.reader import CheckpointReader, load_json
+from quantkit.host import plain_arithmetic
 from quantkit.model.by_name import NamedSpec, spec_of
 from quantkit.model.spec import ModelSpec
 from quantkit.runtime import format_of, misfits, schemes_of
@@ -58,6 +59,7 @@ class VerifyReport:
         }
 
 
+@plain_arithmetic()
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values; with `source` also its config.json, the
     files that it carries, and of each weight whether its scales, codes and error are what the method makes of the source.

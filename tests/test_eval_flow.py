@@ -222,7 +222,7 @@ def test_other_code_is_another_cached_baseline(monkeypatch: pytest.MonkeyPatch, 
 
     first = key()
     assert key() == first
-    monkeypatch.setattr(cache, "code_digest", lambda: "another version")
+    monkeypatch.setattr(cache, "code_digest", lambda parts: "another version")
     assert key() != first
 
 

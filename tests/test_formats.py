@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from quantkit.errors import ConfigError, OutputError
 from quantkit.formats import compressed_tensors as ct
 from quantkit.formats.atomic import write_bytes
 from quantkit.formats.dtypes import DTYPES, TensorPlan
+from quantkit.formats.fingerprint import fingerprint
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.writer import ShardPlan, ShardWriter
 from quantkit.journal import Journal
@@ -144,27 +146,46 @@ def test_reader_is_lazy_and_complete(make_model: Callable[..., Path]) -> None:
     assert reader.entry(key).nbytes == 128 * 64 * 2 and reader.tensor(key).shape == (128, 64)
     first = reader.fingerprint()
     os.utime(folder / reader.shards[0], ns=(1, 1))
-    assert reader.fingerprint() != first
+    shutil.copytree(folder, folder.with_name("copy"))
+    assert reader.fingerprint() == first == CheckpointReader(folder.with_name("copy")).fingerprint()
+    for byte in (10, -1):  # of the header, and of a tensor
+        data = bytearray((folder / reader.shards[0]).read_bytes())
+        data[byte] ^= 1
+        (folder.with_name("copy") / reader.shards[0]).write_bytes(data)
+        assert fingerprint(folder.with_name("copy"), reader.shards) != first
 
 
-def test_journal_replays_the_longest_valid_prefix(tmp_path: Path) -> None:
+def test_journal_keeps_every_sound_line(tmp_path: Path) -> None:
     key = {"source": "a", "recipe": "b"}
-    journal = Journal(tmp_path / "work", key)
-    journal.commit({"unit": 0})
-    journal.commit({"unit": 1})
+    journal = Journal(tmp_path / "job" / "work", key, {"threads": 3})
+    journal.commit(0, {"says": "x"})
+    journal.commit(1, {"says": "y"})
     with pytest.raises(OutputError, match="another process"):
-        Journal(tmp_path / "work", key)
+        Journal(tmp_path / "job" / "work", key)
     journal.close()
     whole = journal.path.read_bytes()
-    for cut in range(len(whole)):
-        journal.path.write_bytes(whole[:cut])
-        again = Journal(tmp_path / "work", key)
-        assert again.units == [{"unit": i} for i in range(max(0, whole[:cut].count(b"\n") - 1))]
+
+    def units(data: bytes) -> set[int]:
+        journal.path.write_bytes(data)
+        again = Journal(tmp_path / "job" / "work", key, {"threads": 8})
         again.close()
-    journal.path.write_bytes(whole.replace(b'"unit": 1', b'"unit": 7'))
-    damaged = Journal(tmp_path / "work", key)
-    assert damaged.units == [{"unit": 0}]
-    damaged.commit({"unit": 1})
-    damaged.close()
-    with pytest.raises(OutputError, match="differ: recipe"):
-        Journal(tmp_path / "work", {**key, "recipe": "c"})
+        assert again.begun == ({"threads": 3} if again.units else again.begun)
+        assert all(again.units[n]["says"] == "xy"[n] for n in again.units)
+        return set(again.units)
+
+    ends = [i for i, byte in enumerate(whole) if byte == 10]
+    for cut in range(len(whole)):  # torn
+        assert units(whole[:cut]) == {n for n in (0, 1) if cut >= ends[n + 1]}
+    for at in range(0, len(whole), 3):  # a bit flipped, also in the line that names the job
+        data = bytearray(whole)
+        data[at] ^= 1
+        line = sum(at > end for end in ends)
+        hurt = {line - 1} if at not in ends else {line - 1, line}
+        assert units(bytes(data)) == {0, 1} - hurt, at
+    journal.path.write_bytes(whole[: ends[1] + 20])
+    torn = Journal(tmp_path / "job" / "work", key)
+    torn.commit(1, {"says": "z"})
+    torn.close()
+    assert units(journal.path.read_bytes().replace(b"z", b"y")) == {0}  # the later line stands apart from what was torn
+    with pytest.raises(OutputError, match="these differ:\n  recipe: b there, c here"):
+        Journal(tmp_path / "job" / "work", {**key, "recipe": "c"})

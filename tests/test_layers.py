@@ -14,7 +14,7 @@ ROOT = Path(quantkit.__file__).parent
 # Lower layers never import higher ones. Within a level only the edges listed may exist.
 LEVELS = [
     {"errors", "model.spec", "formats.dtypes"},
-    {"scheme", "qtensor", "stats", "quant", "formats.packing", "formats.atomic", "kernels.reference"},
+    {"scheme", "qtensor", "stats", "owned", "quant", "formats.packing", "formats.atomic", "kernels.reference"},
     {"model", "calib", "formats", "kernels"},
     {
         "host",
@@ -31,6 +31,8 @@ LEVELS = [
         "bounds",
         "plan",
         "journal",
+        "partial",
+        "unit",
         "evals",
         "pipeline",
         "conversion",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import OutputError
-from quantkit.formats.atomic import disk_errors, fsync_folder
+from quantkit.formats.atomic import disk_errors, fsync_folder, sha256
 from quantkit.formats.ranges import read_into, write_from
+from quantkit.owned import no_links
 
 __all__ = ["Tape"]
 
@@ -25,33 +26,37 @@ class Tape:
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
         self.path, self.shape = path, (rows, width)
-        if not path.is_file() or path.stat().st_size != rows * width * 4:
-            raise OutputError(f"{path} is gone or has another size", f"remove {path.parent.parent} and repeat the command")
 
     @classmethod
     def create(cls, path: Path, rows: int, width: int) -> Tape:
-        with disk_errors(path), open(path, "wb") as file:
+        with disk_errors(path), open(path, "wb", opener=no_links) as file:
             os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk says so now, not half-way
         return cls(path, rows, width)
 
+    @classmethod
+    def found(cls, path: Path, rows: int, width: int, digest: str) -> Tape | None:
+        """The tape that an earlier process left, if it is still what that process has written."""
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != rows * width * 4:
+            return None
+        return cls(path, rows, width) if sha256(path) == digest else None
+
     @contextmanager
     def _opened(self, doing: str) -> Iterator[int]:
-        with disk_errors(self.path, doing), open(self.path, "r+b", buffering=0) as file:
+        with disk_errors(self.path, doing), open(self.path, "r+b", buffering=0, opener=no_links) as file:
             yield file.fileno()
 
     def _read(self, handle: int, start: int, rows: Tensor) -> None:
         """Fill float32 `rows` [n, width] from row `start` on."""
         view = _bytes(rows)
         if read_into(handle, view, start * self.shape[1] * 4) != len(view):
-            raise OutputError(
-                f"{self.path} is shorter than it was", f"remove {self.path.parent.parent} and repeat the command"
-            )
+            fix = f"remove {self.path.parent.parent} and repeat the command"
+            raise OutputError(f"{self.path} is shorter than it was", fix)
 
     def _write(self, handle: int, start: int, rows: Tensor) -> None:
         write_from(handle, _bytes(rows), start * self.shape[1] * 4)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop, float32 [stop - start, width], a copy."""
+        """Rows start..stop, float32 [stop - start, width], a copy in torch's own memory, whose alignment never differs."""
         values = torch.empty(stop - start, self.shape[1])
         with self._opened("read") as handle:
             self._read(handle, start, values)
@@ -76,11 +81,12 @@ class Tape:
             for first, start, stop in _runs(rows):
                 self._write(handle, first, total[start:stop])
 
-    def sync(self) -> None:
-        """Make what was written durable."""
+    def sync(self) -> str:
+        """Make what was written durable; its sha256."""
         with disk_errors(self.path), open(self.path, "rb") as file:
             os.fsync(file.fileno())
         fsync_folder(self.path.parent)
+        return sha256(self.path)
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

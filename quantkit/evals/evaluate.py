@@ -24,7 +24,7 @@ from quantkit.evals.samples import generations, worst_tokens
 from quantkit.evals.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.evals.sections import divergence, kv_cache, layer_rows, moe, probe
 from quantkit.formats.folder import find_model
-from quantkit.host import pick_device
+from quantkit.host import pick_device, plain_arithmetic
 from quantkit.model.cache import KVFormat
 from quantkit.runtime import Model
 from quantkit.verify import SUMS
@@ -50,6 +50,7 @@ class Extent:
     speed: bool = False
 
 
+@plain_arithmetic()
 def measure(
     quantized: str | Path,
     baseline: str | Path,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from quantkit.errors import ConfigError
+from quantkit.errors import ConfigError, OutputError
 from quantkit.evals.compare import against, differences
 from quantkit.evals.gates import EXIT_CODES, Gate, decide, junit
 from quantkit.evals.html import html
@@ -19,11 +20,12 @@ from quantkit.formats.atomic import disk_errors, write_bytes
 
 __all__ = [
     *("FOLDER", "ITEMS", "assemble", "check_page", "exit_code", "find_report", "incomparable", "make_folders"),
-    *("read_report", "set_aside", "write", "write_junit"),
+    *("read_report", "refuse_foreign", "set_aside", "write", "write_junit"),
 ]
 
 FOLDER = "eval"  # of a checkpoint's folder, where its evaluation lies
 NAME = "report.json"
+PREVIOUS = "report.previous.json"
 ITEMS = "items.jsonl"  # both answers to every item of a benchmark
 
 
@@ -35,13 +37,41 @@ def find_report(run: Path) -> Path:
     raise ConfigError(f"{run} holds no evaluation", f"run 'quantkit eval {run} --baseline MODEL', or give a report.json")
 
 
+def refuse_foreign(*files: Path) -> None:
+    """Raise OutputError for a file that is there and was not written by an evaluation: it is somebody's own."""
+    for path in files:
+        if os.path.lexists(path) and not _ours(path):
+            raise OutputError(
+                f"{path} is there and no evaluation of quantkit has written it", "move it, or choose another place"
+            )
+
+
+def _ours(path: Path) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        begin = file.read(2048)
+    if path.suffix == ".html":
+        return b'<meta name="generator" content="quantkit">' in begin
+    if path.suffix == ".md":
+        return begin.startswith((b"# PASS: ", b"# FAIL: ", b"# UNDECIDED: ", b"# quantkit: comparison"))
+    try:
+        data = json.loads(path.read_bytes() if path.suffix == ".json" else begin.partition(b"\n")[0] or b"{}")
+    except (ValueError, RecursionError):
+        return path.suffix == ".jsonl" and begin.startswith(b'{"name": ') and b'"item": ' in begin  # a line beyond 2 KiB
+    known = {"schema_version", "runs"} if path.suffix == ".json" else {"item", "baseline", "quantized"}
+    return isinstance(data, dict) and bool(known & data.keys())
+
+
 def set_aside(folder: Path) -> None:
     """Make room for a new evaluation: what fails on the way must leave nothing that looks finished. An older report.json
-    becomes report.previous.json; the pages and answers that belong to it go."""
+    becomes report.previous.json; the pages and answers that belong to it go. Raises OutputError where a file of one of these
+    names is not of an evaluation."""
+    refuse_foreign(*(folder / name for name in (NAME, PREVIOUS, "report.html", "report.md", ITEMS)))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / NAME).is_file():
-            (folder / NAME).replace(folder / "report.previous.json")
+            (folder / NAME).replace(folder / PREVIOUS)
         for name in ("report.html", "report.md", ITEMS):
             (folder / name).unlink(missing_ok=True)
 

@@ -25,6 +25,7 @@ from quantkit.evals.suite import ALIASES, SUITES, Benchmark
 from quantkit.evals.task_data import LocalData, local_files, read_local
 from quantkit.evals.task_stats import compare
 from quantkit.formats.atomic import write_bytes
+from quantkit.host import plain_arithmetic
 
 __all__ = ["Chosen", "Options", "Plan", "evaluate_tasks", "plan_tasks", "prepared"]
 
@@ -205,6 +206,7 @@ def _leaves(task: str, index: dict[str, Any], asked: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(leaf for member in members for leaf in _leaves(member, index, member)))
 
 
+@plain_arithmetic()
 def evaluate_tasks(
     quantized: str | Path,
     baseline: str | Path,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from quantkit.errors import CheckpointError, OutputError, shown
 
-__all__ = ["disk_errors", "fsync_folder", "sha256", "unreadable", "write_bytes"]
+__all__ = ["disk_errors", "fsync_folder", "sha256", "temporary_name", "unreadable", "write_bytes"]
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def disk_errors(path: Path, doing: str = "write") -> Iterator[None]:
         errno.ENAMETOOLONG: "choose a shorter name",
         errno.EEXIST: "remove it, or choose another OUT",
         errno.ENOTEMPTY: "remove it, or choose another OUT",
+        errno.ELOOP: "remove the link that lies there",
         errno.EIO: "check the disk, and repeat the command; it resumes",
         errno.EMFILE: "allow this process more open files (ulimit -n), and repeat the command; it resumes",
         errno.ENOMEM: "free memory, and repeat the command; it resumes",
@@ -49,9 +51,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else has: process ids are the same in different containers."""
+    return path.with_name(f".quantkit-{secrets.token_hex(8)}.tmp")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Create or replace a whole file: temporary name, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     with disk_errors(path):
         try:
             with open(temporary, "xb") as file:

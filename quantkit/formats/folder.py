@@ -12,12 +12,12 @@ from typing import Any
 
 import quantkit
 from quantkit.errors import ConfigError, OutputError
-from quantkit.formats.atomic import disk_errors, fsync_folder, sha256, write_bytes
+from quantkit.formats.atomic import disk_errors, sha256, write_bytes
 from quantkit.formats.origin import STATEMENT
 from quantkit.formats.reader import INDEX
 from quantkit.formats.writer import ShardPlan
 
-__all__ = ["CARRIED", "carried", "complete", "find_model", "publish", "refuse_present", "without_tokenizer", "write_json"]
+__all__ = ["CARRIED", "carried", "complete", "find_model", "refuse_present", "without_tokenizer", "write_json"]
 
 TOKENIZERS = ("tokenizer.json", "*.tiktoken", "*.model", "vocab.*")  # what an engine could make one from
 # What goes from the source folder to OUT beside the weights.
@@ -50,11 +50,10 @@ def refuse_present(target: Path) -> None:
     if os.path.lexists(target) or not target.name or target.name == "..":
         raise OutputError(f"{target} exists", "remove it, or choose another OUT")
     partial = target.with_name(target.name + ".partial")
-    if (
-        os.path.lexists(partial)
-        and not (partial / ".work").is_dir()
-        and not (partial.is_dir() and not any(partial.iterdir()))
-    ):
+    with disk_errors(partial):
+        empty = partial.is_dir() and not any(partial.iterdir())
+        ours = not partial.is_symlink() and ((partial / ".work").is_dir() or empty)
+    if os.path.lexists(partial) and not ours:
         raise OutputError(
             f"{partial}, where the work would go, exists and is not quantkit's", "move it, or choose another OUT"
         )
@@ -72,15 +71,21 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def carried(source: Path, changed: Mapping[str, bytes | None]) -> list[Path]:
-    """Files of the source that go along with the weights as they are. changed: those that something stands for."""
-    return [
-        path
-        for path in sorted(source.iterdir())
-        if path.name not in changed
-        and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
-        and path.name.isprintable()  # SHA256SUMS has a line for each name
-        and path.is_file()
-    ]
+    """The files that go from the source folder to OUT as they are. changed: those that something else stands for.
+
+    Raises ConfigError for a link out of it: OUT is given to others, and a link may point to what is none of theirs. A hub
+    snapshot's links to its blobs are its files.
+    """
+    home = source.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    found = []
+    for path in sorted(source.iterdir()):
+        wanted = path.name not in changed and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
+            if path.is_symlink() and path.resolve().parent not in (home, blobs):
+                raise ConfigError(f"{path} is a link to {path.resolve()}, outside the model", "copy that file there instead")
+            found.append(path)
+    return found
 
 
 def complete(
@@ -116,10 +121,3 @@ def complete(
         if path.is_file() and path.name not in ("run.json", "SHA256SUMS", *hashes):
             sums[path.name] = sha256(path)
     write_bytes(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Give the finished folder its name."""
-    with disk_errors(target):
-        os.rename(partial, target)
-    fsync_folder(target.absolute().parent)

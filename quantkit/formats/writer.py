@@ -16,7 +16,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from quantkit.formats.atomic import disk_errors, fsync_folder
+from quantkit.formats.atomic import disk_errors, fsync_folder, temporary_name
 from quantkit.formats.dtypes import DTYPES, TensorPlan
 
 __all__ = ["MAX_SHARD_BYTES", "ShardPlan", "ShardWriter"]
@@ -56,7 +56,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, plan: ShardPlan) -> None:
         self.path = folder / plan.file
-        self._temporary = folder / f".{plan.file}.{os.getpid()}.tmp"
+        self._temporary = temporary_name(self.path)
         header, self._pending = plan.layout()
         with disk_errors(self.path):
             self._file = open(self._temporary, "xb")  # noqa: SIM115 (closed by __exit__)

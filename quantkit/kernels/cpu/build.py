@@ -14,6 +14,8 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from quantkit.owned import distrust, make_private
+
 __all__ = ["FLAGS", "SOURCE", "build", "cache_folder", "load", "missing_cpu_flags"]
 
 SOURCE = Path(__file__).with_name("csrc") / "quantkit_cpu.cpp"
@@ -73,14 +75,16 @@ def _sync(path: Path) -> None:
 def _compile(compiler: str, source: Path, target: Path) -> str | None:
     """Compile into target's folder, which appears at once and complete. Returns the reason why not, or None."""
     parent = target.parent.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    if reason := make_private(parent):
+        return f"the kernels cannot be built in {parent}: {reason}; remove it"
     with tempfile.TemporaryDirectory(prefix=".build-", dir=parent) as temporary:
         folder = Path(temporary) / "new"
-        folder.mkdir()
+        folder.mkdir(0o700)
         status, text = _run([compiler, *FLAGS, str(source), "-o", str(folder / LIBRARY)])
         if status:
             lines = text.strip().splitlines() or [f"exit status {status}"]
             return f"{compiler} failed: {next((line for line in lines if 'error' in line), lines[0])}"
+        os.chmod(folder / LIBRARY, 0o700)
         _sync(folder / LIBRARY)
         _sync(folder)
         try:
@@ -95,8 +99,8 @@ def _compile(compiler: str, source: Path, target: Path) -> str | None:
 def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Path | None, str]:
     """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason).
 
-    The cache key is the SHA-256 of the source and the headers beside it, compiler version and flags. Safe for several
-    processes at once.
+    What another user could have put there is not run. The cache key is the SHA-256 of the source and the headers beside it,
+    compiler version and flags. Safe for several processes at once.
     """
     if missing := missing_cpu_flags():
         return None, f"this processor lacks {', '.join(missing)}"
@@ -110,6 +114,8 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
         key = hashlib.sha256(b"\0".join([*texts, version.encode(), " ".join(FLAGS).encode()])).hexdigest()
         target = cache / key / LIBRARY
         reason = None if target.exists() else _compile(found, source, target)
+        if reason is None and (doubt := next(filter(None, map(distrust, (cache, target.parent, target))), None)):
+            reason = f"{doubt}: what lies there is not run; remove it"
     except OSError as error:
         return None, f"the kernels cannot be built in {cache}: {error}"
     return (None, reason) if reason else (target, "")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from quantkit.owned import distrust, make_private
+
 __all__ = ["FLAGS", "SOURCE", "Library", "architectures", "build", "compiler", "cubin", "library", "load", "missing"]
 
 SOURCE = Path(__file__).with_name("w4a16_decode.cu")
@@ -105,18 +107,28 @@ def build(flags: Sequence[str] = FLAGS) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
     final = root / key
     if (final / NAME).is_file():
-        return final / NAME
-    root.mkdir(parents=True, exist_ok=True)
+        return _trusted(final / NAME)
+    if doubt := make_private(root):
+        raise RuntimeError(f"{doubt}: remove it")
     with tempfile.TemporaryDirectory(dir=root, prefix=f".{key}-") as scratch:
         made = Path(scratch) / "done"
-        made.mkdir()
+        made.mkdir(0o700)
         _run([nvcc, *flags, "-o", str(made / NAME), str(SOURCE)])
+        os.chmod(made / NAME, 0o700)
         try:
             made.rename(final)
         except OSError:
             if not (final / NAME).is_file():  # no other process was faster: the error is real
                 raise
-    return final / NAME
+    return _trusted(final / NAME)
+
+
+def _trusted(path: Path) -> Path:
+    """Raises RuntimeError where another user could have put it there."""
+    for place in (path.parent.parent, path.parent, path):
+        if doubt := distrust(place):
+            raise RuntimeError(f"{doubt}: what lies there is not run; remove it")
+    return path
 
 
 def load() -> Library:
