@@ -288,8 +288,8 @@ def _on_gpu(view: View, check: object) -> list[Hit]:
 
 
 def _loader(view: View, kind: str, of_expert: bool) -> Verdict:
-    """run: of a quantised model nothing asks whether all has come, and what is missing stays as memory was; what no parameter
-    takes raises, and other shapes do outside the experts."""
+    """run: of a quantised model nothing asks whether all has come, and what is missing stays as memory was; what no
+    parameter takes raises, and other shapes do outside the experts."""
     if kind == "missing":
         return Verdict.WRONG
     if kind == "unmatched":
