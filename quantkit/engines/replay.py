@@ -15,7 +15,7 @@ from typing import Any
 from quantkit.coverage import bystanders
 from quantkit.engines.assess import Assessment, assess, check_deployment
 from quantkit.engines.held import EXPERT_PARTS, FUSED, Deployment
-from quantkit.engines.rules import Engine, Place, Verdict, View, view_of, worst
+from quantkit.engines.rules import Engine, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
 from quantkit.formats.base import Format, Schemes
 from quantkit.formats.dtypes import FLOATS, TensorPlan
@@ -47,12 +47,6 @@ def parameter(name: str, aliases: Mapping[str, str]) -> tuple[str, str]:
     return name, ""
 
 
-def _place(name: str, aliases: Mapping[str, str]) -> Place:
-    if _EXPERT.fullmatch(name):
-        return "expert"
-    return "part" if parameter(name, aliases)[1] else "whole"
-
-
 def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, Any]:
     """What would be unmatched, missing or mis-scaled, and what the rules say. `verdict` is the worst of all that was found.
 
@@ -72,7 +66,7 @@ def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, An
         view = view_of(spec, reader.config, schemes, quantization, deployment, name)
         aliases = engine.aliases.get(view.model_type, {})
         for kind, name, text in _mapped(reader, spec, _expected(spec, schemes, form), schemes, quantization, aliases):
-            problems.append(_problem(kind, text, engine.loader(view, kind, _place(name, aliases))))
+            problems.append(_problem(kind, text, engine.loader(view, kind, _EXPERT.fullmatch(name) is not None)))
         problems += list(_on_file(engine, view, reader))
     return _report(folder, assessed, problems)
 

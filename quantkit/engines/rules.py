@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
 from quantkit.engines.held import Deployment, Held, hold
 from quantkit.formats import compressed_tensors
@@ -20,7 +20,6 @@ __all__ = [
     "FileCheck",
     "Hit",
     "Naming",
-    "Place",
     "Rule",
     "Verdict",
     "View",
@@ -90,8 +89,7 @@ class Hit:
 
 
 Check = Callable[[View], Iterable[Hit]]
-Place = Literal["expert", "part", "whole"]  # one of a layer's experts, a part of a fused weight, or all of a parameter
-Loader = Callable[[View, str, Place], Verdict]
+Loader = Callable[[View, str, bool], Verdict]
 FileCheck = Callable[[View, CheckpointReader], Iterable[str]]
 
 
@@ -136,7 +134,7 @@ class Engine:
     """An engine in the version that its rules were read from. architectures: model_type to how it is run.
 
     loader: what it does with a tensor that is not as it wants it: "missing", "unmatched" (no parameter takes it), or of
-    another "shape" or "dtype", by what the tensor would be.
+    another "shape" or "dtype"; and whether that is an expert's.
     """
 
     name: str

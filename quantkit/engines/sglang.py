@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quantkit.engines import checks, on_file, other_formats
 from quantkit.engines.held import Held
-from quantkit.engines.rules import Engine, Hit, Naming, Place, Rule, Verdict, View, engines
+from quantkit.engines.rules import Engine, Hit, Naming, Rule, Verdict, View, engines
 from quantkit.model.spec import Role
 
 __all__ = ["SGLANG"]
@@ -277,7 +277,7 @@ RULES = (
 )
 
 
-def _loader(view: View, kind: str, place: Place) -> Verdict:
+def _loader(view: View, kind: str, of_expert: bool) -> Verdict:
     """read: load_weights of its models skips a tensor that no parameter takes, and asks for none that did not come. What
     becomes of other shapes and dtypes was not looked at."""
     return Verdict.WRONG if kind in ("missing", "unmatched") else Verdict.UNKNOWN

@@ -5,7 +5,7 @@ the dequantised weights, with 5.23 where no version is said; "read": its code. W
 from __future__ import annotations
 
 from quantkit.engines import checks, on_file, other_formats
-from quantkit.engines.rules import Check, Engine, Hit, Place, Rule, Verdict, View, engines
+from quantkit.engines.rules import Check, Engine, Hit, Rule, Verdict, View, engines
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import Role
 from quantkit.scheme import Kind, Scheme
@@ -232,10 +232,10 @@ RULES = (
 )
 
 
-def _loader(view: View, kind: str, place: Place) -> Verdict:
+def _loader(view: View, kind: str, of_expert: bool) -> Verdict:
     """run: what is missing stays random, what is too much is left out, each with a line in a report. Experts that become one
     tensor are converted: one that is missing is an error there, a scale with one row is spread over all."""
-    converted = place == "expert" and view.model_type != "hunyuan"
+    converted = of_expert and view.model_type != "hunyuan"
     if kind == "missing":
         return Verdict.REFUSED if converted else Verdict.WRONG
     if kind == "shape":

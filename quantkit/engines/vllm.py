@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from quantkit.engines import checks, on_file, other_formats, vllm_cpu
 from quantkit.engines.held import EXPERT_PARTS
-from quantkit.engines.rules import Engine, Hit, Naming, Place, Rule, Verdict, View, engines
+from quantkit.engines.rules import Engine, Hit, Naming, Rule, Verdict, View, engines
 
 __all__ = ["VLLM"]
 
@@ -287,14 +287,14 @@ def _on_gpu(view: View, check: object) -> list[Hit]:
     return list(check(view)) if view.deployment.on_gpu else []
 
 
-def _loader(view: View, kind: str, place: Place) -> Verdict:
-    """read: default_loader.py counts parameters, so that of a fused one a part may be missing unseen. run: what no parameter
-    takes, and other shapes, raise; of experts a scale with one row is spread over all."""
+def _loader(view: View, kind: str, of_expert: bool) -> Verdict:
+    """run: of a quantised model nothing asks whether all has come, and what is missing stays as memory was; what no
+    parameter takes raises, and other shapes do outside the experts."""
     if kind == "missing":
-        return Verdict.REFUSED if place == "whole" else Verdict.WRONG
-    if kind == "shape":
-        return Verdict.WRONG if place == "expert" else Verdict.REFUSED
-    return Verdict.REFUSED if kind == "unmatched" else Verdict.UNKNOWN
+        return Verdict.WRONG
+    if kind == "unmatched":
+        return Verdict.REFUSED
+    return Verdict.REFUSED if kind == "shape" and not of_expert else Verdict.UNKNOWN
 
 
 VLLM = engines(
