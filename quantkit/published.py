@@ -72,7 +72,8 @@ def published_files(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes 
 def published_notes(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """What `published_config` and `published_files` do to this source, in words, from names alone."""
     notes = []
-    if native(config) and "auto_map" in {*config, *_tokenizer_config(folder)}:
+    named = "auto_map" in config or "auto_map" in _tokenizer_config(folder) and not _needs_code(folder, config)
+    if native(config) and named:
         notes.append(f"auto_map is left out: engines know '{config['model_type']}' without code of its own")
     if dropped := _dropped(folder, config):
         notes.append(f"not carried over, as no engine needs its code: {', '.join(dropped)}")
@@ -85,7 +86,8 @@ def published_notes(folder: Path, config: Mapping[str, Any]) -> list[str]:
 
 def _dropped(folder: Path, config: Mapping[str, Any]) -> list[str]:
     patterns = () if not native(config) else CODE[:2] if _needs_code(folder, config) else CODE
-    return sorted(path.name for path in folder.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in patterns))
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name.isprintable())
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _is_made(folder: Path) -> bool:

@@ -28,14 +28,18 @@ START, END, PAD = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
 
 def special_tokens(config: Mapping[str, Any]) -> list[str]:
     """Those that follow the last rank, in order. config: config.json."""
-    extra = 205 if config.get("model_type") == "hunyuan_v1_moe" or is_a13b(dict(config)) else 204
+    extra = 205 if _a13b(config) else 204
     return [END, START, "<|bos|>", "<|eos|>", PAD, *(f"<|extra_{i}|>" for i in range(extra))]
 
 
 def settings(stated: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json with what Hunyuan-Large's own tokenizer class takes where it states nothing."""
-    a13b = config.get("model_type") == "hunyuan_v1_moe" or is_a13b(dict(config))  # whose class takes nothing
-    return {**({} if a13b else {"bos_token": START, "eos_token": END, "pad_token": PAD}), **stated}
+    taken = {} if _a13b(config) else {"bos_token": START, "eos_token": END, "pad_token": PAD}
+    return {**taken, **stated}
+
+
+def _a13b(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") == "hunyuan_v1_moe" or is_a13b(dict(config))
 
 
 def load(path: Path) -> Tokenizer:
