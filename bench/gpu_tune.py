@@ -19,10 +19,11 @@ from quantkit.kernels.triton.layout import Packed
 from quantkit.kernels.triton.tiles import Tile
 from quantkit.scheme import PRESETS
 
-__all__ = ["CANDIDATES", "RANGES", "Found", "best", "crossover", "misfit", "source_of", "sweep"]
+__all__ = ["CANDIDATES", "RANGES", "Found", "best", "crossover", "misfit", "scratch_from", "source_of", "sweep"]
 
 SCHEMES = {"int4": "W4A16", "int8": "W8A16", "row8": "FP8_DYNAMIC", "block8": "FP8_BLOCK"}
 RANGES = ((12, 1), (32, 24), (96, 64), (float("inf"), 256))  # up to so many rows a weight, measured at so many
+CROSSING = (128, 256, 512, 768, 1024, 2048)  # rows a weight at which the scratch is tried
 CANDIDATES: dict[float, tuple[Tile, ...]] = {
     12: (
         *(Tile(16, 64, 4, stages, fill) for stages in (4, 6) for fill in (2, 4)),
@@ -123,7 +124,7 @@ def best(found: Iterable[Found], kind: str) -> dict[float, Tile]:
 def crossover(rounds: int, tile_of: dict[float, Tile]) -> Iterator[tuple[int, float, float]]:
     """(rows a weight, seconds of the fused kernel with the best tile for many rows, of the scratch) of the W4A16 layer."""
     fused = partial(ops.moe, tile=tile_of.get(math.inf))
-    for rows in (128, 256, 512, 1024, 2048):
+    for rows in CROSSING:
         layer = _layer("W4A16", rows)
         yield rows, layer.seconds(rounds, fused), layer.seconds(rounds, ops.moe_by_scratch)
 
@@ -140,3 +141,13 @@ def source_of(found: Sequence[Found]) -> str:
             lines.append(f"        ({limit}, Tile({tile.bm}, {tile.bn}, {tile.warps}, {tile.stages}{fill})),")
         lines.append("    ),")
     return "\n".join([*lines, "}"])
+
+
+def scratch_from(crossing: Iterable[tuple[int, float, float]]) -> int | None:
+    """The least rows a weight from which on the scratch of `crossover` was always faster; None where it never was."""
+    least = None
+    for rows, fused, scratch in sorted(crossing, reverse=True):
+        if scratch >= fused:
+            break
+        least = rows
+    return least
