@@ -26,17 +26,17 @@ def slug(gpu: str) -> str:
     return re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
-def apply(table: str, scratch_from: int | None, path: Path) -> None:
-    """Puts a table of tiles, as source, and SCRATCH_FROM where it is known into a file such as TILES.
+def apply(table: str, sizes: dict[str, int], path: Path) -> None:
+    """Puts a table of tiles, as source, and sizes such as SCRATCH_FROM into a file such as TILES.
 
-    Raises ValueError if the file has nothing to replace.
+    Raises ValueError if the file lacks one of them.
     """
-    text, tables = re.subn(r"^TABLE: .*?^}$", lambda _: table, path.read_text("utf-8"), count=1, flags=re.M | re.S)
-    sizes = 1
-    if scratch_from is not None:
-        text, sizes = re.subn(r"^SCRATCH_FROM = \d+", f"SCRATCH_FROM = {scratch_from}", text, count=1, flags=re.M)
-    if (tables, sizes) != (1, 1):
-        raise ValueError(f"{path} has no TABLE or no SCRATCH_FROM to replace")
+    text, seen = re.subn(r"^TABLE: .*?^}$", lambda _: table, path.read_text("utf-8"), count=1, flags=re.M | re.S)
+    for name, value in sizes.items():
+        text, more = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, count=1, flags=re.M)
+        seen += more
+    if seen != 1 + len(sizes):
+        raise ValueError(f"{path} has no TABLE, or not all of {', '.join(sizes)}")
     path.write_text(text, "utf-8")
 
 
@@ -60,7 +60,7 @@ def keep(folder: Path, results: Path, tiles: Path) -> list[str]:
     to.write_text(json.dumps({**best, "tuned": best is tuned}, indent=1) + "\n", "utf-8")
     said = [f"{to}: {len(best['rows'])} rows, {'whole' if best['complete'] else 'not whole'}, {len(best['failed'])} failed"]
     if best is tuned:
-        apply(sweep["table"], sweep["scratch_from"], tiles)
+        apply(sweep["table"], sweep["sizes"], tiles)
         said.append(f"{tiles}: the table that was measured")
     return said
 

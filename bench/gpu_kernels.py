@@ -28,6 +28,7 @@ from rich.table import Table
 from triton.errors import TritonError
 
 from quantkit.kernels.cuda import build
+from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton.backend import lacks
 from quantkit.scheme import PRESETS
 
@@ -105,26 +106,30 @@ class Sweep:
     gpu: str
     found: list[gpu_tune.Found] = field(default_factory=list)
     crossing: list[tuple[int, float, float]] = field(default_factory=list)
+    cuda: list[tuple[int, float, float]] = field(default_factory=list)
 
     @property
     def source(self) -> str:
         return gpu_tune.source_of(self.found)
 
     @property
-    def scratch_from(self) -> int | None:
-        return gpu_tune.scratch_from(self.crossing)
+    def sizes(self) -> dict[str, int]:
+        """The names of tiles.py that were measured beside the table, and what they should be."""
+        least = gpu_tune.scratch_from(self.crossing)
+        sizes = {} if least is None else {"SCRATCH_FROM": least}
+        return {**sizes, "CUDA_UP_TO": gpu_tune.cuda_up_to(self.cuda)} if self.cuda else sizes
 
     def write(self) -> None:
         if self.path is None:
             return
         tried = [{**asdict(one), "limit": str(one.limit), "seconds": str(one.seconds)} for one in self.found]
         made: dict[str, Any] = {"gpu": self.gpu, "tried": tried, "crossover": self.crossing}
-        made |= {"table": self.source, "scratch_from": self.scratch_from}
+        made |= {"cuda": self.cuda, "table": self.source, "sizes": self.sizes}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(made, indent=1) + "\n")
 
 
-def tune(console: Console, kinds: tuple[str, ...], rounds: int, sweep: Sweep) -> None:
+def tune(console: Console, kinds: tuple[str, ...], rounds: int, sweep: Sweep, library: Library | None) -> None:
     for kind in kinds:
         for one in gpu_tune.sweep(kind, rounds):
             sweep.found.append(one)
@@ -132,6 +137,11 @@ def tune(console: Console, kinds: tuple[str, ...], rounds: int, sweep: Sweep) ->
             time = f"{one.seconds * 1e6:9.1f} us" if one.problem is None else "   failed"
             console.print(f"{kind:7} up to {one.limit:4} rows: {time}  {one.tile}  {one.problem or ''}")
         console.print(sweep.source, highlight=False)  # after each kind: a sweep that is stopped has its table
+        if kind == "int4" and library:
+            for rows, fused, cuda in gpu_tune.beside_cuda(rounds, gpu_tune.best(sweep.found, kind), library):
+                sweep.cuda.append((rows, fused, cuda))
+                sweep.write()
+                console.print(f"{rows:5} rows a weight: Triton {fused * 1e6:.0f} us, CUDA {cuda * 1e6:.0f} us (CUDA_UP_TO)")
         if kind == "int4":
             for rows, fused, scratch in gpu_tune.crossover(rounds, gpu_tune.best(sweep.found, kind)):
                 sweep.crossing.append((rows, fused, scratch))
@@ -170,15 +180,21 @@ def main(
     """Time quantkit's GPU kernels on this machine's GPU."""
     if reason := lacks(PRESETS["W4A16"], DEVICE):
         raise click.ClickException(f"gpu-bench needs an NVIDIA GPU: {reason}")
-    console, missing = Console(width=200), build.library()
-    if isinstance(missing, str):
-        console.print(f"without the CUDA kernel: {missing}")
+    console, found = Console(width=200), build.library()
+    if isinstance(found, str):
+        console.print(f"without the CUDA kernel: {found}")
     gpu = torch.cuda.get_device_name()
     if tuning:
         sweep = Sweep(out, gpu)
-        tune(console, swept or (("int4", "row8") if quick else tuple(gpu_tune.SCHEMES)), rounds, sweep)
+        tune(
+            console,
+            swept or (("int4", "row8") if quick else tuple(gpu_tune.SCHEMES)),
+            rounds,
+            sweep,
+            None if isinstance(found, str) else found,
+        )
         if applying:
-            apply(sweep.source, sweep.scratch_from, TILES)
+            apply(sweep.source, sweep.sizes, TILES)
         return
     if quick:
         models, kinds, schemes, rounds = ("hunyuan-large",), ("moe",), ("W4A16", "FP8_DYNAMIC"), min(rounds, 15)

@@ -16,7 +16,7 @@ from quantkit.kernels.cuda import decode
 from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton import ops, serve
 from quantkit.kernels.triton.backend import lacks
-from quantkit.kernels.triton.layout import Packed, Packed8, PackedInt
+from quantkit.kernels.triton.layout import Packed, Packed8, PackedInt, pack_scales
 from quantkit.kernels.triton.tiles import SCRATCH_FROM
 from quantkit.scheme import PRESETS, Kind, Scheme, Strategy
 
@@ -69,7 +69,8 @@ def random_packed(scheme: Scheme, experts: int, rows: int, columns: int) -> Pack
         shape = experts, -(-padded // group), rows
         zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8, device=DEVICE)
         scale = torch.full(shape, 0.01, dtype=torch.bfloat16, device=DEVICE)
-        return PackedInt(words, scale, zero, grid.bits, columns, group, 64)
+        pairs, zeros = pack_scales(scale, zero, padded, per_word, 64, group)
+        return PackedInt(words, pairs, zeros, grid.bits, columns, group, 64)
     codes = torch.randint(-100, 100, (experts, rows, columns), dtype=torch.int8, device=DEVICE)
     if grid.kind is Kind.FLOAT:
         codes = torch.stack([part.to(torch.float8_e4m3fn) for part in codes])

@@ -87,6 +87,8 @@ def test_each_gpu_has_its_own_goal_at_one_token(report: ModuleType, gpu: str, me
 def test_the_scratch_pays_from_where_it_stays_faster(tune: ModuleType) -> None:
     assert tune.scratch_from([(128, 1.0, 2.0), (256, 2.0, 1.9), (512, 3.0, 3.1), (1024, 6.0, 5.0), (2048, 9.0, 8.0)]) == 1024
     assert tune.scratch_from([(128, 1.0, 2.0), (2048, 8.0, 9.0)]) is None
+    assert tune.cuda_up_to([(1, 2.0, 1.0), (4, 2.0, 1.9), (8, 2.0, 2.1), (16, 2.0, 1.0)]) == 4
+    assert tune.cuda_up_to([(1, 1.0, 1.0), (4, 2.0, 1.0)]) == 0
 
 
 def test_goals_without_numbers_are_not_met(report: ModuleType) -> None:

@@ -119,13 +119,16 @@ def test_results_and_table_are_kept(keep: ModuleType, tmp_path: Path) -> None:
     kept = json.loads((results / "gpu_nvidia-h100-80gb-hbm3.json").read_text())
     assert kept["rows"] == [{"kernel": "W4A16", "median_us": 2.0}] and kept["tuned"] is False and copy.read_text() == before
     written(out, "tuned", rows=[{"kernel": "W4A16", "median_us": 1.0}])
-    (out / "tune.json").write_text(json.dumps({"table": table, "scratch_from": 768}))
+    (out / "tune.json").write_text(json.dumps({"table": table, "sizes": {"SCRATCH_FROM": 768, "CUDA_UP_TO": 8}}))
     keep.keep(out, results, copy)
     kept = json.loads((results / "gpu_nvidia-h100-80gb-hbm3.json").read_text())
     assert kept["rows"][0]["median_us"] == 1.0 and kept["tuned"] is True
     names: dict[str, Any] = {"__name__": tiles.__name__}
     exec(compile(copy.read_text(), "tiles.py", "exec", dont_inherit=True), names)
-    assert names["TABLE"]["int4"][0][1].stages == Tile(16, 64, 4, 9).stages and names["SCRATCH_FROM"] == 768
+    assert names["TABLE"]["int4"][0][1].stages == Tile(16, 64, 4, 9).stages and (
+        names["SCRATCH_FROM"],
+        names["CUDA_UP_TO"],
+    ) == (768, 8)
 
 
 def test_an_empty_folder_is_refused(keep: ModuleType, tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_an_empty_folder_is_refused(keep: ModuleType, tmp_path: Path) -> None:
         keep.keep(tmp_path, tmp_path, tmp_path / "tiles.py")
     with pytest.raises(ValueError, match="no TABLE"):
         (tmp_path / "other.py").write_text("x = 1\n")
-        keep.apply("TABLE", None, tmp_path / "other.py")
+        keep.apply("TABLE", {}, tmp_path / "other.py")
 
 
 def test_wheels_are_what_the_tests_import_beyond_the_machine() -> None:

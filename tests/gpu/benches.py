@@ -64,8 +64,8 @@ def test_the_whole_command(device: torch.device, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(bench.build, "library", lambda: "not built")
     monkeypatch.setitem(runs.MODELS, "hunyuan-large", runs.Model(128, 128, 2, 1))
-    few = {12: tune.CANDIDATES[12][:2], float("inf"): tune.CANDIDATES[float("inf")][:1]}
-    monkeypatch.setattr(tune, "RANGES", ((12, 1), (float("inf"), 2)))
+    few = {16: tune.CANDIDATES[16][:2], float("inf"): tune.CANDIDATES[float("inf")][:1]}
+    monkeypatch.setattr(tune, "RANGES", ((16, 1), (float("inf"), 2)))
     monkeypatch.setattr(tune, "CANDIDATES", few)
     monkeypatch.setattr(tune, "CROSSING", (3, 4))
     path, table = tmp_path / "out" / "goals.json", tmp_path / "tiles.py"
@@ -88,8 +88,8 @@ def test_the_sweep_runs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(tune, "DEVICE", device)
     monkeypatch.setattr(runs, "DEVICE", device)
     monkeypatch.setitem(runs.MODELS, "hunyuan-large", runs.Model(128, 128, 1, 1))
-    monkeypatch.setattr(tune, "RANGES", ((12, 1),))
+    monkeypatch.setattr(tune, "RANGES", ((16, 1),))
     monkeypatch.setattr(tune, "measure", lambda call, rounds, waits=False: ([float(call().shape[0])] * rounds, 0.0))
     found = list(tune.sweep("int4", 2))
-    assert [one.tile for one in found] == list(tune.CANDIDATES[12]) and {one.seconds for one in found} == {1.0}
+    assert [one.tile for one in found] == list(tune.CANDIDATES[16]) and {one.seconds for one in found} == {1.0}
     assert "TABLE" in tune.source_of(found) and len(tiles.TABLE) == 4

@@ -198,12 +198,13 @@ def test_scratch_is_the_weight_rounded_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "block"), [(1, 1, 16, 16), (7, 2, 4, 4), (40, 3, 5, 16), (9, 6, 160, 32)]
+    ("tokens", "top_k", "experts", "block"),
+    [(1, 1, 16, 16), (7, 2, 4, 4), (40, 3, 5, 16), (9, 6, 160, 32), (300, 2, 16, 64)],
 )
 def test_sort_by_expert(tokens: int, top_k: int, experts: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.rand(tokens, experts).topk(top_k).indices
     both = []
-    for few in (routing.FEW, 0):  # by the kernel, by torch
+    for few in (routing.FEW, (0,)):  # by the kernel, by torch
         monkeypatch.setattr(routing, "FEW", few)
         slots, owners = routing.sort_by_expert(ids, experts, block)
         owned = slots.view(-1, block)[owners >= 0]
