@@ -70,9 +70,9 @@ LAYERS = {
 }
 KERNELS = {
     "Triton 16x128": Kernel(16, 128, 4, 3, 256, 555),
-    "Triton 32x128": Kernel(32, 128, 8, 2, 256, 347),
-    "CUDA, 8 rows": Kernel(8, 64, 8, 1, 2048, 1202, fixed=1.7, splits=False, most=8),
-    "CUDA, 16 rows": Kernel(16, 64, 8, 1, 2048, 1322, fixed=1.7, splits=False, most=16),
+    "Triton 32x128": Kernel(32, 128, 8, 2, 256, 343),
+    "CUDA, 8 rows": Kernel(8, 64, 8, 1, 1024, 629, fixed=1.7, splits=False, most=8),
+    "CUDA, 16 rows": Kernel(16, 64, 8, 1, 1024, 678, fixed=1.7, splits=False, most=16),
 }
 TOKENS = (1, 4, 16, 64, 256)
 

@@ -29,7 +29,7 @@ class Tile:
 # Kind of weight -> (up to so many rows of x for a weight, tile), in order. For experts these are `crowd` of the mean.
 TABLE: dict[str, tuple[tuple[float, Tile], ...]] = {
     "int4": (
-        (16, Tile(16, 128, 4, 4)),
+        (16, Tile(16, 128, 4, 3)),  # a fourth stage would leave room for two programs a processor instead of three
         (32, Tile(32, 128, 8, 4)),
         (64, Tile(64, 128, 8, 3)),
         (inf, Tile(128, 128, 8, 2)),
