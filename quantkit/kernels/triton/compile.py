@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.kernels.triton import activation, lang, routing, tiles, w8a8, weight_only
+from quantkit.kernels.triton import activation, lang, repair, routing, tiles, w8a8, weight_only
 from quantkit.kernels.triton.tiles import Tile
 
 __all__ = ["Case", "Loop", "Usage", "cases", "compile_case", "cuobjdump", "loops", "product", "resources", "step_bytes"]
@@ -153,6 +153,11 @@ def _helpers() -> Iterator[Case]:
     for bits in (4, 8):
         flags = {"BN": 32, "RUN": 64, "BITS": bits, "SHARED": 2, "ALIKE": 1, "ASYM": False, "SIM": False}
         yield Case(f"widen int{bits}", weight_only.widen_kernel, flags)
+    grid = {"BN": repair.ROWS, "BK": repair.MOST, "ASYM": False, "SIM": False}
+    floats = {"step": "*fp32", "offset": "*fp32", "factor": "*fp32", "errors": "*fp32", "weight": "*fp32"}
+    ints = {**grid, "LOW": -8.0, "HIGH": 7.0, "FLOAT": False}
+    yield Case("gptq int4", repair.repair_kernel, {**ints, "ASYM": True}, types={**floats, "codes": "*i8"})
+    yield Case("gptq fp8", repair.repair_kernel, {**grid, "LOW": -448.0, "HIGH": 448.0, "FLOAT": True}, types=floats)
     for experts, slots in ((16, 64), (256, 4096)):
         yield Case(f"sort {slots} by {experts}", routing.sort_kernel, {"BLOCK": 16, "E": experts, "T": slots})
 
