@@ -7,7 +7,7 @@ TOOLS := .venv/.tools
 VLLM := $(or $(QUANTKIT_VLLM),.vllm)
 NEWER := .transformers-5.24
 
-.PHONY: demo test engine-test tasks-test check setup bench gpu-test gpu-bench clean
+.PHONY: demo test engine-test tasks-test check setup bench gpu-test gpu-bench gpu-wheels gpu-results clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -74,6 +74,22 @@ gpu-test: $(if $(GPU_PYTHON),,$(TOOLS))
 
 gpu-bench: $(if $(GPU_PYTHON),,$(TOOLS))
 	$(ON_GPU) bench/gpu_kernels.py $(ARGS)
+
+# What a machine with torch, Triton, transformers and pytest, but no network, lacks to run scripts/gpu_check.sh: 3 MB in .whl.
+WHEELS := annotated-types compressed-tensors loguru pydantic pydantic_core typing_extensions typing-inspection
+GPU_PYTHON_VERSION ?= 3.12
+
+gpu-wheels:
+	rm -rf .whl
+	for name in $(WHEELS); do grep "^$$name==" constraints.txt || exit; done > .whl.txt
+	$(PYTHON) -m pip download --disable-pip-version-check --quiet --no-deps --only-binary=:all: --implementation cp \
+		--python-version $(GPU_PYTHON_VERSION) --platform manylinux2014_x86_64 --dest .whl --requirement .whl.txt
+	rm .whl.txt
+
+# FROM: the folder that scripts/gpu_check.sh filled.
+gpu-results:
+	$(if $(FROM),,$(error FROM=folder is missing: the folder that scripts/gpu_check.sh filled))
+	$(BIN)/python bench/gpu_keep.py $(FROM)
 
 clean:
 	rm -rf .venv .vllm $(NEWER) .demo

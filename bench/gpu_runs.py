@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import gpu_dense
 import torch
 import torch.nn.functional as F
 from gpu_report import Peaks
@@ -15,7 +16,7 @@ from quantkit.kernels.cuda import decode
 from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton import ops, serve
 from quantkit.kernels.triton.backend import lacks
-from quantkit.kernels.triton.layout import Packed, Packed8, PackedInt
+from quantkit.kernels.triton.layout import Packed, Packed8, PackedInt, pack_scales
 from quantkit.kernels.triton.tiles import SCRATCH_FROM
 from quantkit.scheme import PRESETS, Kind, Scheme, Strategy
 
@@ -68,7 +69,8 @@ def random_packed(scheme: Scheme, experts: int, rows: int, columns: int) -> Pack
         shape = experts, -(-padded // group), rows
         zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8, device=DEVICE)
         scale = torch.full(shape, 0.01, dtype=torch.bfloat16, device=DEVICE)
-        return PackedInt(words, scale, zero, grid.bits, columns, group, 64)
+        pairs, zeros = pack_scales(scale, zero, padded, per_word, 64, group)
+        return PackedInt(words, pairs, zeros, grid.bits, columns, group, 64)
     codes = torch.randint(-100, 100, (experts, rows, columns), dtype=torch.int8, device=DEVICE)
     if grid.kind is Kind.FLOAT:
         codes = torch.stack([part.to(torch.float8_e4m3fn) for part in codes])
@@ -117,7 +119,7 @@ def linears(model: Model, tokens: tuple[int, ...], names: tuple[str, ...], libra
 
 
 def dense_moe(x: Tensor, ids: Tensor, router: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The bfloat16 layer on torch's grouped product: what the kernels are compared with."""
+    """The bfloat16 layer on torch's grouped product, some 15 launches."""
     order = ids.flatten().argsort(stable=True)
     count = torch.zeros(gate_up.shape[0], dtype=torch.int32, device=x.device)
     ends = count.scatter_add_(0, ids.flatten(), torch.ones_like(order, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
@@ -146,7 +148,8 @@ def layers(model: Model, tokens: tuple[int, ...], names: tuple[str, ...], librar
 
     wide = torch.randn(experts, 2 * inner, hidden, device=DEVICE, dtype=torch.bfloat16)
     back = torch.randn(experts, hidden, inner, device=DEVICE, dtype=torch.bfloat16)
-    yield from runs("bf16", partial(dense_moe, gate_up=wide, down=back), wide.nbytes + back.nbytes, "bf16")
+    yield from runs("bf16", partial(gpu_dense.moe, gate_up=wide, down=back), wide.nbytes + back.nbytes, "bf16")
+    yield from runs("bf16 torch", partial(dense_moe, gate_up=wide, down=back), wide.nbytes + back.nbytes, "bf16")
     del wide, back  # timed by now: room for the others
     for name, scheme in _able(names):
         pair = random_packed(scheme, experts, 2 * inner, hidden), random_packed(scheme, experts, hidden, inner)

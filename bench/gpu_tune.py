@@ -12,29 +12,48 @@ from gpu_runs import DEVICE, MODELS, measure, random_packed
 from torch import Tensor
 from triton.errors import TritonError
 
-from quantkit.kernels.triton import ops, tiles
+from quantkit.kernels.cuda import decode
+from quantkit.kernels.cuda.build import Library
+from quantkit.kernels.triton import ops, tiles, weight_only
 from quantkit.kernels.triton.compile import step_bytes
 from quantkit.kernels.triton.lang import machine
 from quantkit.kernels.triton.layout import Packed
 from quantkit.kernels.triton.tiles import Tile
 from quantkit.scheme import PRESETS
 
-__all__ = ["CANDIDATES", "RANGES", "Found", "best", "crossover", "misfit", "source_of", "sweep"]
+__all__ = [
+    "CANDIDATES",
+    "RANGES",
+    "Found",
+    "beside_cuda",
+    "best",
+    "crossover",
+    "cuda_up_to",
+    "misfit",
+    "scratch_from",
+    "source_of",
+    "sweep",
+]
 
 SCHEMES = {"int4": "W4A16", "int8": "W8A16", "row8": "FP8_DYNAMIC", "block8": "FP8_BLOCK"}
-RANGES = ((12, 1), (32, 24), (96, 64), (float("inf"), 256))  # up to so many rows a weight, measured at so many
+RANGES = ((16, 1), (32, 24), (64, 48), (float("inf"), 256))  # up to so many rows a weight, measured at so many
+FEW = (1, 4, 8, 16)  # rows a weight at which the CUDA kernel is tried
+CROSSING = (128, 256, 512, 768, 1024, 2048)  # rows a weight at which the scratch is tried
 CANDIDATES: dict[float, tuple[Tile, ...]] = {
-    12: (
+    16: (
         *(Tile(16, 64, 4, stages, fill) for stages in (4, 6) for fill in (2, 4)),
         *(Tile(16, 128, 4, stages, fill) for stages in (3, 4) for fill in (2, 4, 8)),
         Tile(16, 128, 8, 4),
+        Tile(16, 256, 8, 3),
     ),
     32: (
         *(Tile(32, 64, 4, stages) for stages in (3, 4, 5)),
-        *(Tile(32, 128, warps, 3) for warps in (4, 8)),
+        *(Tile(32, 128, 8, stages) for stages in (3, 4)),
+        Tile(32, 128, 4, 3),
+        Tile(32, 256, 8, 3),
         Tile(16, 128, 4, 4),
     ),
-    96: (
+    64: (
         *(Tile(64, 64, 4, stages) for stages in (3, 4)),
         *(Tile(64, 128, 8, stages) for stages in (3, 4)),
         Tile(32, 128, 8, 3),
@@ -43,6 +62,7 @@ CANDIDATES: dict[float, tuple[Tile, ...]] = {
         *(Tile(64, 128, 8, stages) for stages in (3, 4)),
         *(Tile(128, 128, 8, stages) for stages in (2, 3, 4)),
         Tile(64, 256, 8, 2),
+        Tile(128, 256, 8, 2),  # gate and up spill some 16 registers
         Tile(128, 64, 4, 3),
     ),
 }
@@ -53,7 +73,10 @@ def misfit(kind: str, tile: Tile, memory: int = 227 * 1024) -> str | None:
     if tile.bn < 16 * tile.warps:
         return f"{tile.warps} warps have no 16 rows each"
     sums = tile.bm * tile.bn // (32 * tile.warps)
-    if sums > (32 if kind == "block8" else 64):  # there are two of each in the loop
+    early = kind.startswith("int") and weight_only.early(tile.bm, 64, 2)
+    if sums > (
+        32 if kind == "block8" else 128 if early else 64
+    ):  # unless scales go first, there are two of each in the loop
         return f"{sums} registers of sums a thread"
     wanted = tile.stages * step_bytes(kind, tile)
     return f"{wanted} bytes shared" if wanted > memory else None
@@ -123,7 +146,7 @@ def best(found: Iterable[Found], kind: str) -> dict[float, Tile]:
 def crossover(rounds: int, tile_of: dict[float, Tile]) -> Iterator[tuple[int, float, float]]:
     """(rows a weight, seconds of the fused kernel with the best tile for many rows, of the scratch) of the W4A16 layer."""
     fused = partial(ops.moe, tile=tile_of.get(math.inf))
-    for rows in (128, 256, 512, 1024, 2048):
+    for rows in CROSSING:
         layer = _layer("W4A16", rows)
         yield rows, layer.seconds(rounds, fused), layer.seconds(rounds, ops.moe_by_scratch)
 
@@ -140,3 +163,31 @@ def source_of(found: Sequence[Found]) -> str:
             lines.append(f"        ({limit}, Tile({tile.bm}, {tile.bn}, {tile.warps}, {tile.stages}{fill})),")
         lines.append("    ),")
     return "\n".join([*lines, "}"])
+
+
+def beside_cuda(rounds: int, tile_of: dict[float, Tile], library: Library) -> Iterator[tuple[int, float, float]]:
+    """(rows a weight, seconds of Triton's kernel with the best tile for few rows, of the CUDA kernel) of the W4A16 layer."""
+    fused = partial(ops.moe, tile=tile_of.get(RANGES[0][0]))
+    for rows in FEW:
+        layer = _layer("W4A16", rows)
+        yield rows, layer.seconds(rounds, fused), layer.seconds(rounds, partial(decode.moe, library=library))
+
+
+def cuda_up_to(crossing: Iterable[tuple[int, float, float]]) -> int:
+    """The most rows a weight up to which the CUDA kernel of `beside_cuda` was always faster; 0 where it never was."""
+    most = 0
+    for rows, fused, cuda in sorted(crossing):
+        if cuda >= fused:
+            break
+        most = rows
+    return most
+
+
+def scratch_from(crossing: Iterable[tuple[int, float, float]]) -> int | None:
+    """The least rows a weight from which on the scratch of `crossover` was always faster; None where it never was."""
+    least = None
+    for rows, fused, scratch in sorted(crossing, reverse=True):
+        if scratch >= fused:
+            break
+        least = rows
+    return least

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -15,12 +16,17 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time
+#define DYNAMIC_SHARED(name) alignas(128) static unsigned char name[227 * 1024];  // one block runs at a time
 
 using std::min;
 typedef int cudaError_t;
 typedef void *cudaStream_t;
-constexpr int cudaErrorInvalidValue = 1;
+constexpr int cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9;
+constexpr int cudaDevAttrMaxSharedMemoryPerBlockOptin = 97, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
+inline int host_shared = 227 * 1024;  // bytes of shared memory that a block may have
+inline int cudaGetDevice(int *device) { return *device = 0; }
+inline int cudaDeviceGetAttribute(int *value, int, int) { return *value = host_shared, 0; }
+template <class T> int cudaFuncSetAttribute(T *, int, int bytes) { return bytes <= host_shared ? 0 : cudaErrorInvalidValue; }
 inline int cudaGetLastError() { return 0; }
 struct cudaFuncAttributes {};
 template <class T> int cudaFuncGetAttributes(cudaFuncAttributes *, T *) { return 0; }
@@ -33,9 +39,6 @@ struct dim3 {
 struct uint4 {
     uint32_t x, y, z, w;
 };
-inline uint4 make_uint4(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return {a, b, c, d}; }
-template <class T> T __ldg(const T *p) { return *p; }
-template <class T> T __ldcs(const T *p) { return *p; }
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -59,6 +62,11 @@ inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
     return {__float2bfloat16(__bfloat162float(a.x) - __bfloat162float(b.x)),
             __float2bfloat16(__bfloat162float(a.y) - __bfloat162float(b.y))};
 }
+inline float __uint_as_float(uint32_t bits) {
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
 inline float __expf(float x) { return std::exp(x); }
 
 constexpr int kThreads = 256;
@@ -70,10 +78,54 @@ struct Warp {
 inline std::unique_ptr<Warp> warps[kThreads / 32];
 inline std::barrier<> block_meet{kThreads};
 inline void __syncthreads() { block_meet.arrive_and_wait(); }
+inline void __syncwarp() { warps[threadIdx.x / 32]->meet.arrive_and_wait(); }
+
+// Asynchronous copies as late as they may be: a group's bytes arrive when it is waited for, and are NaN until then.
+struct Copy {
+    void *to;
+    const void *from;
+    int size, bytes;
+};
+inline thread_local std::vector<std::vector<Copy>> groups(1);
+inline thread_local bool reads = false;  // whether this block has read of its weight
+inline long flying[kThreads];                   // the most bytes that a thread had under way while it multiplied
+inline std::vector<const void *> weights_read;  // where each block's first thread began to read, in the order of blocks
+
+inline void host_copy(void *to, const void *from, int size, int bytes) {
+    if (threadIdx.x == 0 && !reads) weights_read.push_back(from), reads = true;
+    std::memset(to, 0xFF, size);
+    groups.back().push_back({to, from, size, bytes});
+}
+inline void host_commit() { groups.emplace_back(); }
+inline void host_wait(int ahead) {
+    while (int(groups.size()) - 1 > ahead) {
+        for (const Copy &c : groups.front()) {
+            std::memset(c.to, 0, c.size);
+            std::memcpy(c.to, c.from, c.bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
+inline void host_count() {
+    long bytes = 0;
+    for (const auto &group : groups)
+        for (const Copy &c : group) bytes += c.bytes;
+    flying[threadIdx.x] = std::max(flying[threadIdx.x], bytes);
+}
+
+extern "C" void host_begin(int shared) {
+    host_shared = shared;
+    std::fill(flying, flying + kThreads, 0);
+    weights_read.clear();
+}
+extern "C" long host_flying() { return std::accumulate(flying, flying + kThreads, 0L); }
+extern "C" long host_blocks() { return long(weights_read.size()); }
+extern "C" const void *host_read(long block) { return weights_read[block]; }
 
 inline float half_of(uint32_t word, int i) { return __bfloat162float({uint16_t(word >> (16 * i))}); }
 
 inline void host_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    host_count();
     const int lane = threadIdx.x % 32;
     Warp &w = *warps[threadIdx.x / 32];
     std::copy(a, a + 4, w.a[lane]);
@@ -98,6 +150,7 @@ template <class F> void launch(dim3 grid, F kernel) {
             for (unsigned y = 0; y < grid.y; y++)
                 for (unsigned x = 0; x < grid.x; x++) {
                     threadIdx = dim3(i), blockIdx = dim3(x, y);
+                    reads = false;
                     kernel();
                     block_meet.arrive_and_wait();
                 }

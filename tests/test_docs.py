@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("page", ["cpu", "peers"])
+@pytest.mark.parametrize("page", ["cpu", "peers", "gpu"])
 def test_figures_are_those_of_the_committed_results(page: str) -> None:
     done = subprocess.run([sys.executable, f"scripts/{page}_doc.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -102,6 +102,9 @@ def on_hopper() -> tuple[Backend, ...]:
 def test_explain_says_which_kernel_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "library", lambda: "nvcc is not on PATH")
     choice = dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA, on_hopper())
+    assert choice.kernel == "triton" and "CUDA" not in choice.why  # where it is nowhere ahead, nothing is said of it
+    monkeypatch.setattr(tiles, "CUDA_UP_TO", 16)
+    choice = dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA, on_hopper())
     assert choice.kernel == "triton" and "Triton for one token too: nvcc is not on PATH" in choice.why
     assert "avx512" in choice.elsewhere
     monkeypatch.setattr(build, "library", lambda: Library(None))  # type: ignore[arg-type]
@@ -119,6 +122,16 @@ def test_table_of_tiles() -> None:
         for _, tile in rows:
             assert tile.bm in (16, 32, 64, 128, 256) and tile.bn in (64, 128, 256) and tile.warps in (4, 8)
     assert tiles.pick("int4", 0.5) == tiles.TABLE["int4"][0][1] and tiles.pick("int4", 1e9) == tiles.TABLE["int4"][-1][1]
+
+
+def test_a_block_holds_what_nearly_every_expert_gets() -> None:
+    """Not the mean: with blocks of 16 for experts of 16 rows on average, half of them would read their weight twice."""
+    torch.manual_seed(0)
+    for tokens, experts in ((128, 16), (256, 16), (1024, 64), (16, 64)):
+        rows = torch.stack([torch.bincount(one, minlength=experts) for one in torch.randint(experts, (200, tokens))])
+        block = tiles.pick("int4", tiles.crowd(tokens / experts)).bm
+        read = float((rows / block).ceil().sum() / (rows > 0).sum())
+        assert read < 1.05, (tokens, experts, block, read)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ alignment are what a GPU would see, and nothing runs."""
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from quantkit.kernels.triton.layout import PackedInt, pack
 from quantkit.scheme import PRESETS
 from tests.kernel_helpers import random_expert, random_weight, stacked
 
+BENCH = Path(__file__).resolve().parent.parent / "bench"
 KERNELS = {
     "product": (weight_only, "kernel"),
     "widen": (weight_only, "widen_kernel"),
@@ -62,6 +65,41 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
             monkeypatch.setattr(module, called, lambda *_, answer=answer: answer, raising=False)
     monkeypatch.setattr(driver, "_active", Hopper())
     return found
+
+
+def test_one_token_is_not_sorted_and_its_output_not_summed(
+    launched: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launches are all that one token of a top-1 layer takes."""
+    scheme = PRESETS["W4A16"]
+    gate_up, down = stacked([random_expert(128, 256, scheme) for _ in range(2)], scheme)
+    monkeypatch.setattr(routing, "simulated", lambda: True)  # as a GPU's ids would go
+    summed: list[Any] = []
+    real = torch.Tensor.sum
+    monkeypatch.setattr(torch.Tensor, "sum", lambda *a, **k: (summed.append(a), real(*a, **k))[1])
+    ops.moe(torch.randn(1, 256).bfloat16(), gate_up, down, torch.tensor([[1]]), torch.rand(1, 1))
+    assert [kernel for kernel, _ in launched] == ["product"] * 2 and not summed
+    ops.moe(torch.randn(2, 256).bfloat16(), gate_up, down, torch.tensor([[1], [0]]), torch.rand(2, 1))
+    assert [kernel for kernel, _ in launched] == ["product"] * 2 + ["sort", "product", "product"]
+
+
+def test_the_fused_baseline_compiles(launched: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    dense = importlib.import_module("gpu_dense")
+    monkeypatch.setattr(dense, "dense_kernel", type(weight_only.kernel)("dense", dense.dense_kernel))
+    monkeypatch.setattr(dense, "machine", lambda _: (132, 227 * 1024))
+    x, gate_up, down = (
+        torch.randn(3, 128).bfloat16(),
+        torch.randn(2, 256, 128).bfloat16(),
+        torch.randn(2, 128, 128).bfloat16(),
+    )
+    for tile in dense.TABLE:
+        monkeypatch.setattr(dense, "TABLE", ((float("inf"), tile[1]),))
+        dense.moe(x, torch.tensor([[0], [1], [1]]), torch.rand(3, 1), gate_up, down)
+    built = [found for kernel, found in launched if kernel == "dense"]
+    assert len(built) == 8
+    for each in built:
+        assert ".local" not in each.asm["ptx"] and "wgmma.mma_async" in each.asm["ptx"] and "cp.async" in each.asm["ptx"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.kernel_helpers import random_weight
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("files", [("kernels", "benches"), ("model",)])
+@pytest.mark.parametrize("files", [("smoke", "kernels", "benches"), ("model",)])
 def test_in_interpreter(files: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -8,7 +8,9 @@ Scales are searched before, weighted by diag(H), since the repair cannot undo a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from quantkit.scheme import Grid, Kind
 __all__ = ["DAMPING", "NotPositive", "gptq"]
 
 DAMPING = (0.05, 0.2, 1.0)  # fractions of mean(diag H) added to the diagonal: the first that Cholesky accepts
-_BLOCK = 128  # columns repaired at once; only speed depends on it
+_BLOCK = 128  # columns repaired at once; only speed depends on it, and a kernel takes no more
 
 
 class NotPositive(Exception):
@@ -48,12 +50,38 @@ def _inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
     raise NotPositive
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Solved:
+def _repair(
+    W: Tensor, U: Tensor, step: Tensor, offset: Tensor | None, Q: Tensor, start: int, stop: int, grid: Grid
+) -> Tensor:
+    """Rounds columns start to stop of W into Q, the block's later ones repaired; their errors [out, stop - start]."""
+    errors = torch.zeros(W.shape[0], stop - start, device=W.device)
+    for i in range(start, stop):
+        s, z = step[:, i], None if offset is None else offset[:, i]
+        Q[:, i] = encode(W[:, i], s, z, grid)
+        value = Q[:, i].float() * s if z is None else (Q[:, i].float() - z) * s
+        e = (W[:, i] - value) / U[i, i]
+        W[:, i:stop] -= e[:, None] * U[i, None, i:stop]
+        errors[:, i - start] = e
+    return errors
+
+
+def repair_on(device: torch.device) -> Callable[..., Tensor]:
+    """`_repair`, or the kernel that does the same in one launch where the device is a GPU with Triton."""
+    if device.type == "cuda" and find_spec("triton"):
+        from quantkit.kernels.triton.repair import repair
+
+        return repair
+    return _repair
+
+
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, repair: Callable[..., Tensor] | None = None) -> Solved:
     """Quantise float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
 
     A feature that calibration never excited has a zero row in H: it is rounded to nearest and repairs nothing.
-    Raises NotPositive when no damping makes H invertible.
+    repair: how a block of columns is rounded, `repair_on` of the weight's device by default. Raises NotPositive when no
+    damping makes H invertible.
     """
+    repair = repair or repair_on(weight.device)
     importance = hessian.diagonal()
     # Without some importance a feature that was never seen would be free to lose, and its group's range the first tried.
     scale, zero = search_scale(weight, grid, torch.where(importance > 0, importance, DAMPING[0] * importance.mean()))
@@ -66,14 +94,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> Solved:
     Q = torch.empty(shape, dtype=torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8, device=weight.device)
     for start in range(0, shape[1], _BLOCK):
         stop = min(start + _BLOCK, shape[1])
-        errors = torch.zeros(shape[0], stop - start, device=weight.device)
-        for i in range(start, stop):
-            s, z = step[:, i], None if offset is None else offset[:, i]
-            Q[:, i] = encode(W[:, i], s, z, grid)
-            value = Q[:, i].float() * s if z is None else (Q[:, i].float() - z) * s
-            e = (W[:, i] - value) / U[i, i]
-            W[:, i:stop] -= e[:, None] * U[i, None, i:stop]
-            errors[:, i - start] = e
+        errors = repair(W, U, step, offset, Q, start, stop, grid)
         W[:, stop:] -= errors @ U[start:stop, stop:]
     codes = torch.empty_like(Q)
     codes.view(torch.int8)[:, order] = Q.view(torch.int8)

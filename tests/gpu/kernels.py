@@ -11,11 +11,12 @@ from torch import Tensor
 
 from quantkit.kernels.backend import QuantExperts
 from quantkit.kernels.reference import round_activation
-from quantkit.kernels.triton import ops, routing, serve, weight_only
+from quantkit.kernels.triton import ops, repair, routing, serve, weight_only
 from quantkit.kernels.triton.activation import quantise
 from quantkit.kernels.triton.backend import BACKEND
 from quantkit.kernels.triton.layout import PackedInt, Stack, join, pack
 from quantkit.kernels.triton.tiles import TABLE, Tile
+from quantkit.quant import gptq
 from quantkit.scheme import PRESETS, Grid, Kind, Scheme, Strategy, scheme_named
 from tests.kernel_helpers import close, layer, poison, product, random_expert, random_weight, stacked
 
@@ -198,12 +199,13 @@ def test_scratch_is_the_weight_rounded_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "block"), [(1, 1, 16, 16), (7, 2, 4, 4), (40, 3, 5, 16), (9, 6, 160, 32)]
+    ("tokens", "top_k", "experts", "block"),
+    [(1, 1, 16, 16), (7, 2, 4, 4), (40, 3, 5, 16), (9, 6, 160, 32), (300, 2, 16, 64)],
 )
 def test_sort_by_expert(tokens: int, top_k: int, experts: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.rand(tokens, experts).topk(top_k).indices
     both = []
-    for few in (routing.FEW, 0):  # by the kernel, by torch
+    for few in (routing.FEW, (0,)):  # by the kernel, by torch
         monkeypatch.setattr(routing, "FEW", few)
         slots, owners = routing.sort_by_expert(ids, experts, block)
         owned = slots.view(-1, block)[owners >= 0]
@@ -213,6 +215,24 @@ def test_sort_by_expert(tokens: int, top_k: int, experts: int, block: int, monke
         assert torch.equal(of_slot.long(), ids.flatten()[owned[live].long()])
         both.append((owners, owned))
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "FP8_DYNAMIC"])
+def test_gptq_rounds_as_it_does_without_the_kernel(name: str) -> None:
+    """20 rows, two blocks of columns, the second one of 32; the codes are the same, or nearly so where a GPU adds in another
+    order."""
+    grid = (scheme_named(name, 32) or PRESETS[name]).weight
+    columns = 160
+    weight, x = torch.randn(20, columns), torch.randn(512, columns) * torch.linspace(0.2, 2.0, columns)
+    hessian = x.T @ x / len(x)
+    plain, fast = gptq.gptq(weight, hessian, grid, gptq._repair), gptq.gptq(weight, hessian, grid, repair.repair)
+    same = plain.quantized.codes.view(torch.int8) == fast.quantized.codes.view(torch.int8)
+    assert same.double().mean() > (0.98 if same.is_cuda else 0.9999), float(same.double().mean())
+    nearest = gptq.gptq(weight, torch.diag(hessian.diagonal()), grid, gptq._repair).quantized
+    losses = [float(((q.dequantize() - weight) @ x.T).norm()) for q in (fast.quantized, nearest)]
+    assert losses[0] < losses[1]  # it did repair something
+    with pytest.raises(ValueError, match="no block"):
+        repair.repair(weight, hessian, weight, None, fast.quantized.codes, 0, 129, grid)
 
 
 def test_a_call_chooses_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,10 +36,10 @@ class Library:
     device: str = "cuda"
 
     def run(self, *arguments: int | None) -> None:
-        """quantkit_w4a16_decode: pointers to x, words, scale, zero, slots, owners, router, out; then blocks, block, total,
-        top_k, outputs, inputs, padded, group, gated, wide; then the stream. Raises RuntimeError with CUDA's message."""
+        """quantkit_w4a16_decode: pointers to x, words, scale, zero, slots, owners, ids, router, out; then blocks, block,
+        total, top_k, outputs, inputs, padded, group, gated, wide; then the stream. Raises RuntimeError with CUDA's words."""
         call = self.functions.quantkit_w4a16_decode
-        call.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
+        call.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
         call.restype = ctypes.c_int
         if code := call(*arguments):
             raise RuntimeError(f"w4a16_decode was not launched: {self._name(code)}")

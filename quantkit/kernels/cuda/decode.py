@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.kernels.checks import check, cut
+from quantkit.kernels.checks import check
 from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton.layout import PackedInt
 from quantkit.kernels.triton.ops import check_layer
-from quantkit.kernels.triton.routing import Rows, group
+from quantkit.kernels.triton.routing import ALONE, Rows, group
+from quantkit.kernels.triton.tiles import crowd
 from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["MOST", "linear", "misfit", "moe"]
@@ -37,7 +38,9 @@ def _launch(
     gated: bool,
 ) -> None:
     """One product of x [tokens, in] into out [rows, out]; checks what the kernel itself cannot."""
-    tensors = (x, weight.words, weight.scale, weight.zero, rows.slots, rows.owners, router, out)
+    alone = rows.grouped == ALONE
+    owners, ids = (None, rows.owners.long()) if alone and rows.owners is not None else (rows.owners, None)
+    tensors = (x, weight.words, weight.scale, weight.zero, rows.slots, owners, ids, router, out)
     check(
         weight.bits == 4 and weight.group % 128 == 0,
         f"no kernel for {weight.bits} bits in groups of {weight.group}",
@@ -47,12 +50,11 @@ def _launch(
             check(tensor.device == x.device and tensor.is_contiguous(), "tensors lie on several devices or with gaps")
             check(tensor.device.type == library.device, f"tensors lie on {tensor.device}, the kernel reads {library.device}")
     check(x.data_ptr() % 16 == 0 and weight.words.data_ptr() % 16 == 0, "x or the weight is not aligned to 16 bytes")
-    blocks = cut(rows.total, block) if rows.owners is None else rows.owners.numel()
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     shape = (out.shape[1], weight.inputs, weight.padded, weight.group, int(gated), int(out.dtype is torch.float32))
     with torch.cuda.device_of(x):
-        library.run(*pointers, blocks, block, rows.total, rows.top_k, *shape, stream)
+        library.run(*pointers, rows.blocks(block), block, rows.total, rows.top_k, *shape, stream)
 
 
 def linear(x: Tensor, weight: PackedInt, library: Library) -> Tensor:
@@ -75,10 +77,11 @@ def moe(x: Tensor, gate_up: PackedInt, down: PackedInt, ids: Tensor, weights: Te
     inner, hidden = check_layer(x, gate_up, down, ids, weights)
     if ids.numel() == 0:
         return torch.zeros_like(x)
-    block = 8 if ids.numel() <= 8 * gate_up.experts else 16
+    block = 8 if crowd(ids.numel() / gate_up.experts) <= 8 else 16
     rows = group(ids, gate_up.experts, block)
     act = torch.empty(rows.total, inner, dtype=torch.bfloat16, device=x.device)
     _launch(library, x.bfloat16().contiguous(), gate_up, act, rows, block, None, True)
-    out = torch.empty(rows.total, hidden, dtype=torch.float32, device=x.device)
+    alone = ids.shape[1] == 1  # one expert a token: what it writes is the output
+    out = torch.empty(rows.total, hidden, dtype=x.dtype if alone else torch.float32, device=x.device)
     _launch(library, act, down, out, rows.each(), block, weights.float().contiguous(), False)
-    return out.view(*ids.shape, hidden).sum(1).to(x.dtype)
+    return out if alone else out.view(*ids.shape, hidden).sum(1).to(x.dtype)

@@ -70,9 +70,12 @@ def _note(scheme: Scheme, device: torch.device) -> str | None:
     if scheme.activation is not None or device.type != "cuda":
         return None
     from quantkit.kernels.cuda import build, decode
+    from quantkit.kernels.triton.tiles import CUDA_UP_TO
 
+    if not CUDA_UP_TO:
+        return None
     reason = decode.misfit(scheme.weight) or (library if isinstance(library := build.library(), str) else None)
-    return f"Triton for one token too: {reason}" if reason else f"CUDA for up to {decode.MOST} tokens a weight"
+    return f"Triton for one token too: {reason}" if reason else f"CUDA for up to {CUDA_UP_TO} tokens a weight"
 
 
 def _library(scheme: Scheme, device: torch.device) -> Library | None:
@@ -80,8 +83,9 @@ def _library(scheme: Scheme, device: torch.device) -> Library | None:
     if scheme.activation is not None or device.type != "cuda":
         return None
     from quantkit.kernels.cuda import build, decode
+    from quantkit.kernels.triton.tiles import CUDA_UP_TO
 
-    if decode.misfit(scheme.weight):
+    if not CUDA_UP_TO or decode.misfit(scheme.weight):
         return None
     library = build.library()
     return None if isinstance(library, str) else library

@@ -11,20 +11,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.kernels.triton import activation, lang, routing, tiles, w8a8, weight_only
+from quantkit.kernels.triton import activation, lang, repair, routing, tiles, w8a8, weight_only
 from quantkit.kernels.triton.tiles import Tile
 
-__all__ = ["Case", "Usage", "cases", "compile_case", "cuobjdump", "loop_length", "product", "resources", "step_bytes"]
+__all__ = ["Case", "Loop", "Usage", "cases", "compile_case", "cuobjdump", "loops", "product", "resources", "step_bytes"]
 
 POINTERS = {
-    "x": "*bf16", "words": "*i16", "scale": "*bf16", "zero": "*i8", "out": "*bf16", "slots": "*i32", "owners": "*i32",
-    "router": "*fp32", "x_scale": "*fp32", "scales": "*fp32", "given": "*fp32", "codes": "*fp8e4nv", "ids": "*i64",
+    "x": "*bf16", "words": "*i16", "scale": "*i32", "zero": "*i32", "out": "*bf16", "slots": "*i32", "owners": "*i32",
+    "places": "*i32", "router": "*fp32", "x_scale": "*fp32", "scales": "*fp32", "given": "*fp32", "codes": "*fp8e4nv",
+    "ids": "*i64",
 }  # fmt: skip
-UNEVEN = ("SLOTS", "TOPK", "SPANS", "STEPS", "PER_PART", "GROUPS", "TOTAL", "EXPERTS", "BLOCKS")  # not multiples of 16
+UNEVEN = (
+    "SLOTS",
+    "TOPK",
+    "SPANS",
+    "STEPS",
+    "PER_PART",
+    "KINDS",
+    "ALIKE",
+    "TOTAL",
+    "EXPERTS",
+    "BLOCKS",
+)  # not multiples of 16
 ROLES: dict[str, dict[str, object]] = {
-    "linear": {"GATED": False, "GROUPED": False, "ROUTED": False},
-    "gate_up": {"GATED": True, "GROUPED": True, "ROUTED": False},
-    "down": {"GATED": False, "GROUPED": True, "ROUTED": True, "TOPK": 1},
+    "linear": {"GATED": False, "GROUPED": 0, "ROUTED": False},
+    "gate_up": {"GATED": True, "GROUPED": routing.SORTED, "ROUTED": False},
+    "down": {"GATED": False, "GROUPED": routing.SORTED, "ROUTED": True, "TOPK": 1},
 }
 
 
@@ -42,10 +54,26 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """The longest loop of a function: its instructions as SASS, without their addresses; none where there is no loop."""
+
+    code: tuple[str, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.code)
+
+    def count(self, operation: str) -> int:
+        """How many instructions are of that kind, such as LDG (a load that waits for a register) or LDGSTS (one that does
+        not)."""
+        return sum(bool(re.match(rf"(@!?U?P\d+ )?{operation}\b", line)) for line in self.code)
+
+
+@dataclass(frozen=True)
 class Usage:
     """Registers a thread; local and stack memory a thread and shared memory a block in bytes; instructions in the code.
 
-    loop: instructions of the longest loop, as SASS. inline: the blocks of inline assembly, as PTX.
+    loop: the longest one. inline: the blocks of inline assembly, as PTX.
     """
 
     registers: int
@@ -55,7 +83,8 @@ class Usage:
     wgmma: int
     mma: int
     async_copies: int
-    loop: int
+    volatile: int
+    loop: Loop = field(repr=False)
     inline: tuple[str, ...] = field(repr=False)
 
 
@@ -74,7 +103,8 @@ def product(kind: str, tile: Tile, role: str, *, codes: str = "fp8e4nv", **chang
     shared = flags.pop("SHARED", 2)
     assert isinstance(shared, int)
     flags |= {"BITS": bits, "RUN": run, "SHARED": shared, "EARLY": weight_only.early(tile.bm, run, shared)}
-    return Case(label, weight_only.kernel, {"ASYM": False, **flags}, tile.warps, tile.stages, types)
+    flags = {"ASYM": False, "ALIKE": 1, **flags, "STAGES": tile.stages}
+    return Case(label, weight_only.kernel, flags, tile.warps, tile.stages, types)
 
 
 def step_bytes(kind: str, tile: Tile) -> int:
@@ -103,13 +133,14 @@ def _edges() -> Iterator[Case]:
     small = tiles.TABLE["int4"][0][1]
     yield product("int4", small, "linear", SPANS=1, TOPK=1)
     yield product("int4", small, "linear", SHARED=1, ASYM=True)
-    yield product("int4", small, "linear", SHARED=4, GROUPS=1)
+    yield product("int4", small, "linear", SHARED=4, KINDS=1, ALIKE=25)
     yield product("int4", small, "linear", RUN=32, SHARED=1)
     yield product("int4", small, "linear", RUN=16, SHARED=1)
     yield product("int4", small, "down", EVEN=False)
     yield product("int8", small, "linear", SHARED=1)
     yield product("row8", small, "linear", EVEN=False)
     yield product("block8", small, "gate_up", TOPK=1)
+    yield product("int4", small, "gate_up", GROUPED=routing.ALONE)
 
 
 def _helpers() -> Iterator[Case]:
@@ -120,10 +151,15 @@ def _helpers() -> Iterator[Case]:
     yield Case("quantise fp8 static", activation.quantise_kernel, float8 | {"BK": 1024, "STATIC": True})
     yield Case("quantise int8 token", activation.quantise_kernel, int8, types={"codes": "*i8"})
     for bits in (4, 8):
-        flags = {"BN": 32, "RUN": 64, "BITS": bits, "ASYM": False, "SIM": False}
+        flags = {"BN": 32, "RUN": 64, "BITS": bits, "SHARED": 2, "ALIKE": 1, "ASYM": False, "SIM": False}
         yield Case(f"widen int{bits}", weight_only.widen_kernel, flags)
-    for experts in (16, 256):
-        yield Case(f"sort {experts}", routing.sort_kernel, {"BLOCK": 16, "E": experts, "CHUNK": 16})
+    grid = {"BN": repair.ROWS, "BK": repair.MOST, "ASYM": False, "SIM": False}
+    floats = {"step": "*fp32", "offset": "*fp32", "factor": "*fp32", "errors": "*fp32", "weight": "*fp32"}
+    ints = {**grid, "LOW": -8.0, "HIGH": 7.0, "FLOAT": False}
+    yield Case("gptq int4", repair.repair_kernel, {**ints, "ASYM": True}, types={**floats, "codes": "*i8"})
+    yield Case("gptq fp8", repair.repair_kernel, {**grid, "LOW": -448.0, "HIGH": 448.0, "FLOAT": True}, types=floats)
+    for experts, slots in ((16, 64), (256, 4096)):
+        yield Case(f"sort {slots} by {experts}", routing.sort_kernel, {"BLOCK": 16, "E": experts, "T": slots})
 
 
 def cases() -> tuple[Case, ...]:
@@ -159,13 +195,16 @@ def resources(cubin: Path) -> dict[str, dict[str, int]]:
     }
 
 
-def loop_length(cubin: Path) -> dict[str, int]:
-    """Per function of a cubin: instructions of its longest loop, 0 without one."""
+def loops(cubin: Path) -> dict[str, Loop]:
+    """Per function of a cubin its longest loop."""
     found = {}
     for part in _dump(cubin, "-sass").split("Function : ")[1:]:
-        jumps = re.findall(r"/\*([0-9a-f]+)\*/[^;]*\bBRA (?:`\()?0x([0-9a-f]+)", part)
-        spans = [int(at, 16) - int(to, 16) for at, to in jumps]
-        found[part.split()[0]] = max([1 + span // 16 for span in spans if span > 0], default=0)
+        code = {int(at, 16): line.strip() for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", part)}
+        jumps = [
+            (int(to[1], 16), at) for at, line in code.items() if (to := re.search(r"\bBRA (?:`\()?0x([0-9a-f]+)", line))
+        ]
+        first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(1, 0))
+        found[part.split()[0]] = Loop(tuple(line for at, line in code.items() if first <= at <= last))
     return found
 
 
@@ -186,15 +225,17 @@ def compile_case(case: Case, capability: int = 90) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
-        (used,), (loop,) = resources(cubin).values(), loop_length(cubin).values()
+        (used,), (loop,) = resources(cubin).values(), loops(cubin).values()
     ptx = built.asm["ptx"]
     return Usage(
         registers=used["registers"], local=used["local"], stack=used["stack"], shared=int(built.metadata.shared),
-        wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"), async_copies=ptx.count("cp.async.c"), loop=loop,
+        wgmma=ptx.count("wgmma.mma_async"), mma=ptx.count("mma.sync"), async_copies=ptx.count("cp.async.c"),
+        volatile=ptx.count("ld.volatile"), loop=loop,
         inline=tuple(re.findall(r"// begin inline asm\n(.*?)// end inline asm", ptx, re.S)),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     for each in cases():
-        print(f"{each.name:44}", compile_case(each))
+        used = compile_case(each)
+        print(f"{each.name:44} {used} loop {used.loop.length}, {used.loop.count('LDG')} synchronous loads")

@@ -1,6 +1,8 @@
 """What the product kernels share: which rows of x and of the weight a program multiplies, and how it writes their product.
 
 Programs are (block of rows of x, tile of the weight, part of K). The product is computed transposed, weight times x^T.
+A kernel gets its slots twice, as `slots` for its head and as `places` for its end: one load would serve both, and hold its
+registers throughout the loop.
 """
 
 from __future__ import annotations
@@ -13,11 +15,18 @@ __all__ = ["finish", "rows_of_weight", "rows_of_x"]
 
 
 @jit
-def slots_of(slots: tl.tensor, BM: tl.constexpr, GROUPED: tl.constexpr) -> Any:
-    """This program's rows of the product, int32 [BM]; SLOTS or more where there is none."""
-    slot = tl.program_id(0) * BM + tl.arange(0, BM)
-    if GROUPED:
-        slot = tl.load(slots + slot, volatile=True)  # else this load is shared by head and end, and its registers with them
+def slots_of(slots: tl.tensor, SLOTS: tl.tensor, BM: tl.constexpr, GROUPED: tl.constexpr) -> Any:
+    """This program's rows of the product, int32 [BM]; SLOTS or more where there is none.
+
+    GROUPED: 0 for one weight and rows in order; 1 for rows as `slots` sorts them into blocks of one expert; 2 for one row a
+    block.
+    """
+    at = tl.arange(0, BM)
+    slot = tl.program_id(0) * BM + at
+    if GROUPED == 1:
+        slot = tl.load(slots + slot)
+    elif GROUPED == 2:
+        slot = tl.where(at == 0, tl.program_id(0), SLOTS)
     return slot
 
 
@@ -27,9 +36,9 @@ def rows_of_x(
 ) -> Any:
     """(the expert, -1 for none; the rows [BM] of x, within bounds)."""
     expert = tl.program_id(0).to(tl.int64) * 0
-    if GROUPED:
+    if GROUPED != 0:
         expert = tl.load(owners + tl.program_id(0)).to(tl.int64)
-    slot = slots_of(slots, BM, GROUPED)
+    slot = slots_of(slots, SLOTS, BM, GROUPED)
     return expert, (tl.minimum(slot, SLOTS - 1) // TOPK).to(tl.int64)
 
 
@@ -47,7 +56,7 @@ def rows_of_weight(N: tl.tensor, BN: tl.constexpr, GATED: tl.constexpr) -> Any:
 @jit
 def finish(
     value: tl.tensor,
-    slots: tl.tensor,
+    places: tl.tensor,
     router: tl.tensor,
     out: tl.tensor,
     SLOTS: tl.tensor,
@@ -65,7 +74,7 @@ def finish(
         feature = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
     else:
         feature = tl.program_id(1) * BN + tl.arange(0, BN)
-    slot = slots_of(slots, BM, GROUPED)
+    slot = slots_of(places, SLOTS, BM, GROUPED)
     if ROUTED:
         value *= tl.load(router + tl.minimum(slot, SLOTS - 1))[None, :]
     to = out + (tl.program_id(2).to(tl.int64) * SLOTS + slot)[None, :] * N + feature[:, None]

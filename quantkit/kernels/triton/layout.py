@@ -4,6 +4,8 @@ Integer codes of 4 or 8 bits that multiply an unrounded input lie in 16-bit word
 of the MMA (tokens take its other side, whose granularity is 8), and a thread's share of it is pairs along K. A row is cut
 into spans of fields * run codes, fields = 16 / bits; word i of a span holds the codes i, run + i, ... from its low end.
 Field f of `run` words is then a contiguous run of K; a shift and a logic operation widen two codes to bfloat16 at once.
+The scales of a span lie in 32-bit words, two in each, and its zero points in one, so that they can be copied ahead of their
+use as the codes are: a GPU's asynchronous copy takes four bytes or more a thread.
 
 Eight-bit codes that multiply an 8-bit input lie as they are.
 """
@@ -22,7 +24,7 @@ from quantkit.kernels.checks import check, cut
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Grid, Kind, Scheme, Strategy
 
-__all__ = ["BLOCK", "Packed", "Packed8", "PackedInt", "Stack", "join", "misfit", "pack"]
+__all__ = ["BLOCK", "Packed", "Packed8", "PackedInt", "Stack", "join", "misfit", "pack", "pack_scales"]
 
 BLOCK = 128  # rows and columns that share a scale, and the activation's group, with block scales
 
@@ -31,9 +33,10 @@ BLOCK = 128  # rows and columns that share a scale, and the activation's group, 
 class PackedInt:
     """Integer weights [experts, out, in] of 4 or 8 bits that multiply an unrounded input.
 
-    words: int16 [experts, out, padded / fields], each field q + 2^(bits - 1). scale: bfloat16 [experts, groups, out].
-    zero: int8 of the scale's shape, or None. inputs: in. group: codes of a row that share a scale. run: see the module.
-    The columns from `inputs` to `padded` hold code 0.
+    words: int16 [experts, out, padded / fields], each field q + 2^(bits - 1). inputs: in. group: codes of a row that share a
+    scale. run: see the module. The columns from `inputs` to `padded` hold code 0.
+    scale: int32 [experts, spans / alike, scales / 2, out], two bfloat16 a word, the earlier one in its lower half (one alone
+    in both). zero: int32 [experts, spans / alike, out], likewise a byte for each scale, or None.
     """
 
     words: Tensor
@@ -59,6 +62,16 @@ class PackedInt:
     @property
     def span(self) -> int:
         return 16 // self.bits * self.run
+
+    @property
+    def shared(self) -> int:
+        """How many consecutive fields of a span have one scale."""
+        return shared_fields(self.group, self.run, 16 // self.bits)
+
+    @property
+    def alike(self) -> int:
+        """How many spans have the same scales."""
+        return alike_of(self.group, self.span)
 
     @property
     def padded(self) -> int:
@@ -183,7 +196,35 @@ def _pack_int(weight: QuantizedTensor) -> PackedInt:
 
     zero = None if weight.zero is None else across(weight.zero)
     packed = words.to(torch.int16).view(1, rows, padded // per_word)
-    return PackedInt(packed, across(weight.scale), zero, grid.bits, columns, size or padded, run)
+    group = size or padded
+    scales, zeros = pack_scales(across(weight.scale), zero, padded, per_word, run, group)
+    return PackedInt(packed, scales, zeros, grid.bits, columns, group, run)
+
+
+def shared_fields(group: int, run: int, per_word: int) -> int:
+    """How many consecutive fields of a span have one scale."""
+    return next(n for n in (4, 2, 1) if n <= per_word and group % (n * run) == 0)
+
+
+def alike_of(group: int, span: int) -> int:
+    """How many spans have the same scales."""
+    return group // span if group % span == 0 else 1
+
+
+def pack_scales(
+    scale: Tensor, zero: Tensor | None, padded: int, per_word: int, run: int, group: int
+) -> tuple[Tensor, Tensor | None]:
+    """bfloat16 scales and int8 zero points [experts, groups, out] as PackedInt has them."""
+    span, shared = per_word * run, shared_fields(group, run, per_word)
+    begin = torch.arange(0, padded, span * alike_of(group, span), device=scale.device)
+    at = (begin[:, None] + torch.arange(0, span, shared * run, device=scale.device)) // group  # [spans / alike, scales]
+    at = at.expand(-1, max(2, at.shape[1]))
+    each = scale.view(torch.int16)[:, at].to(torch.int32) & 0xFFFF
+    pairs = (each[:, :, 0::2] | each[:, :, 1::2] << 16).contiguous()
+    if zero is None:
+        return pairs, None
+    shift = 8 * torch.arange(at.shape[1], dtype=torch.int32, device=scale.device)[:, None]
+    return pairs, ((zero[:, at].to(torch.int32) & 0xFF) << shift).sum(2, dtype=torch.int32).contiguous()
 
 
 def _pack8(weight: QuantizedTensor, activation: Activation) -> Packed8:
@@ -200,7 +241,7 @@ def join(gate: Packed, up: Packed) -> Packed:
     check(_shape(gate) == _shape(up), "gate and up differ in shape or scheme")
     whole = gate.outputs % BLOCK == 0 or not (isinstance(gate, Packed8) and gate.blocked)
     check(whole, f"gate's {gate.outputs} rows are not whole blocks of {BLOCK}")
-    across = 2 if isinstance(gate, PackedInt) else 1  # where the rows lie in a scale
+    across = -1 if isinstance(gate, PackedInt) else 1  # where the rows lie in a scale
     joined: dict[str, Any] = {}
     for name, value in _tensors(gate):
         other = getattr(up, name)

@@ -90,12 +90,13 @@ def moe(x: Tensor, gate_up: Packed, down: Packed, ids: Tensor, weights: Tensor, 
     inner, hidden = check_layer(x, gate_up, down, ids, weights)
     if ids.numel() == 0:
         return torch.zeros_like(x)
-    tile = tile or tiles.pick(gate_up.kind, ids.numel() / gate_up.experts)
+    tile = tile or tiles.pick(gate_up.kind, tiles.crowd(ids.numel() / gate_up.experts))
     rows = group(ids, gate_up.experts, tile.bm)
     owner, router = ids.flatten().long(), weights.float().contiguous()
     act = _product(x.contiguous(), gate_up, rows, tile, torch.bfloat16, owner, gated=True)[0]
-    out = _product(act, down, rows.each(), tile, torch.float32, owner, router)
-    return out.view(-1, *ids.shape, hidden).sum((0, 2)).to(x.dtype)
+    alone = ids.shape[1] == 1  # one expert a token: what it writes is the output, unless K was split
+    out = _product(act, down, rows.each(), tile, x.dtype if alone else torch.float32, owner, router)
+    return out[0] if alone and len(out) == 1 else out.view(-1, *ids.shape, hidden).sum((0, 2)).to(x.dtype)
 
 
 def moe_by_scratch(x: Tensor, gate_up: PackedInt, down: PackedInt, ids: Tensor, weights: Tensor) -> Tensor:

@@ -10,16 +10,18 @@ from torch import Tensor
 from quantkit.kernels.checks import check, cut
 from quantkit.kernels.triton.lang import OPTIONS, available, kernel_of, simulated, tl
 
-__all__ = ["Rows", "check_routing", "group", "sort_by_expert", "sort_kernel"]
+__all__ = ["ALONE", "SORTED", "Rows", "check_routing", "group", "sort_by_expert", "sort_kernel"]
 
-FEW = 1024  # slots that one program sorts faster than some ten small launches do
+SORTED, ALONE = 1, 2  # see Rows.grouped
+FEW = (64, 512, 4096)  # slots that one launch sorts, by the size that it is compiled for; more take some ten small launches
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of a product. total: how many. top_k: consecutive ones that share a row of x.
 
-    slots, owners: as sort_by_expert gives them; None where there is one weight.
+    slots, owners: as sort_by_expert gives them. Both None: there is one weight. slots None: each row is a block of its own,
+    and owners names its expert, as many integers as rows.
     """
 
     total: int
@@ -27,13 +29,24 @@ class Rows:
     slots: Tensor | None = None
     owners: Tensor | None = None
 
+    @property
+    def grouped(self) -> int:
+        """How rows find their weight, as quantkit.kernels.triton.grouped has it."""
+        return 0 if self.owners is None else ALONE if self.slots is None else SORTED
+
+    def blocks(self, size: int) -> int:
+        """How many blocks of so many rows there are."""
+        return cut(self.total, size) if self.owners is None else self.owners.numel()
+
     def each(self) -> Rows:
         """The same where each row has its own row of x."""
         return replace(self, top_k=1)
 
 
 def group(ids: Tensor, experts: int, block: int) -> Rows:
-    """The rows of ids [tokens, k], sorted by expert into blocks of that many."""
+    """The rows of ids [tokens, k], sorted by expert into blocks of that many. One token's need no sorting."""
+    if ids.shape[0] == 1:
+        return Rows(ids.numel(), ids.shape[1], None, ids.flatten())
     return Rows(ids.numel(), ids.shape[1], *sort_by_expert(ids, experts, block))
 
 
@@ -51,34 +64,28 @@ def sort_kernel(
     slots: tl.tensor,
     owners: tl.tensor,
     TOTAL: tl.tensor,
-    EXPERTS: tl.tensor,
     BLOCKS: tl.tensor,
     BLOCK: tl.constexpr,
     E: tl.constexpr,
-    CHUNK: tl.constexpr,
+    T: tl.constexpr,
 ) -> None:
-    """sort_by_expert by one program: count, give each expert whole blocks, then place each slot and the padding."""
-    expert, at = tl.arange(0, E), tl.arange(0, CHUNK)
-    count = tl.zeros((E,), tl.int32)
-    for start in range(0, TOTAL, CHUNK):
-        mine = tl.load(ids + start + at, mask=start + at < TOTAL, other=-1).to(tl.int32)
-        count += tl.sum((mine[:, None] == expert[None, :]).to(tl.int32), 0)
-    room = (count + BLOCK - 1) // BLOCK * BLOCK
-    begin = tl.cumsum(room, 0) - room
-    placed = tl.zeros((E,), tl.int32)
-    for start in range(0, TOTAL, CHUNK):
-        mine = tl.load(ids + start + at, mask=start + at < TOTAL, other=-1).to(tl.int32)
-        hit = (mine[:, None] == expert[None, :]).to(tl.int32)
-        where = tl.sum(hit * ((begin + placed)[None, :] + tl.cumsum(hit, 0) - 1), 1)
-        tl.store(slots + where, start + at, mask=start + at < TOTAL)
-        placed += tl.sum(hit, 0)
-    spare = tl.arange(0, BLOCK)
-    empty = (begin + count)[:, None] + spare[None, :]
-    tl.store(slots + empty, tl.zeros((E, BLOCK), tl.int32) + TOTAL, mask=spare[None, :] < (room - count)[:, None])
-    for start in range(0, BLOCKS, CHUNK):
+    """sort_by_expert, a program an expert: it counts all slots of each (T in one go), so that it knows where its own begin,
+    and places them, their padding and their blocks' owners."""
+    mine, at, expert = tl.program_id(0), tl.arange(0, T), tl.arange(0, E)
+    id = tl.load(ids + at, mask=at < TOTAL, other=0).to(tl.int32)
+    room = (tl.histogram(id, E, mask=at < TOTAL) + BLOCK - 1) // BLOCK * BLOCK
+    begin = tl.sum(tl.where(expert < mine, room, 0), 0)
+    hit = ((id == mine) & (at < TOTAL)).to(tl.int32)
+    count = tl.sum(hit, 0)
+    tl.store(slots + begin + tl.cumsum(hit, 0) - 1, at, mask=hit == 1)
+    end, spare = begin + (count + BLOCK - 1) // BLOCK * BLOCK, tl.arange(0, BLOCK)
+    tl.store(slots + begin + count + spare, tl.zeros((BLOCK,), tl.int32) + TOTAL, mask=begin + count + spare < end)
+    used = tl.sum(room, 0) + mine * (BLOCKS * BLOCK)  # the first program writes what is left over
+    for start in range(0, BLOCKS, T):
         first = (start + at) * BLOCK
-        passed = tl.sum(((begin + room)[None, :] <= first[:, None]).to(tl.int32), 1)
-        tl.store(owners + start + at, tl.where(passed < EXPERTS, passed, -1), mask=start + at < BLOCKS)
+        tl.store(owners + start + at, tl.zeros((T,), tl.int32) + mine, mask=(first >= begin) & (first < end))
+        left = (first >= used) & (start + at < BLOCKS)
+        tl.store(owners + start + at, tl.zeros((T,), tl.int32) - 1, mask=left)
 
 
 def sort_by_expert(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor]:
@@ -89,17 +96,16 @@ def sort_by_expert(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tenso
     """
     total = ids.numel()
     blocks = cut(total + min(experts, total) * (block - 1), block)
-    if total > FEW or not available() or not (ids.is_cuda or simulated()):
+    if total > FEW[-1] or not available() or not (ids.is_cuda or simulated()):
         return _sort(ids.flatten().long(), experts, block, blocks)
     slots = torch.empty(blocks * block, dtype=torch.int32, device=ids.device)
     owners = torch.empty(blocks, dtype=torch.int32, device=ids.device)
-    padded = max(16, 1 << (experts - 1).bit_length())
     with torch.cuda.device_of(ids):
-        sort_kernel[(1,)](
-            *(ids.contiguous(), slots, owners, total, experts, blocks),
+        sort_kernel[(experts,)](
+            *(ids.contiguous(), slots, owners, total, blocks),
             BLOCK=block,
-            E=padded,
-            CHUNK=16,
+            E=max(16, 1 << (experts - 1).bit_length()),
+            T=next(size for size in FEW if total <= size),
             num_warps=4,
             **OPTIONS,
         )

@@ -10,14 +10,14 @@ from quantkit.kernels.cuda import decode
 from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton import ops
 from quantkit.kernels.triton.layout import Packed, PackedInt
-from quantkit.kernels.triton.tiles import SCRATCH_FROM
+from quantkit.kernels.triton.tiles import CUDA_UP_TO, SCRATCH_FROM
 
 __all__ = ["Experts", "Linear"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear. library: the CUDA kernel, if it can be built here and reads such weights."""
+    """A linear. library: the CUDA kernel, if it is ever ahead, can be built here and reads such weights."""
 
     weight: Packed
     library: Library | None
@@ -25,7 +25,7 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if isinstance(self.weight, PackedInt):
-            if self.library and rows <= decode.MOST:
+            if self.library and rows <= CUDA_UP_TO:
                 return decode.linear(x, self.weight, self.library)
             if rows >= SCRATCH_FROM:
                 return ops.linear_by_scratch(x, self.weight)
@@ -43,7 +43,7 @@ class Experts:
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rows = ids.numel() / self.gate_up.experts
         if isinstance(self.gate_up, PackedInt) and isinstance(self.down, PackedInt):
-            if self.library and rows <= decode.MOST:
+            if self.library and rows <= CUDA_UP_TO:
                 return decode.moe(x, self.gate_up, self.down, ids, weights, self.library)
             if rows >= SCRATCH_FROM:
                 return ops.moe_by_scratch(x, self.gate_up, self.down, ids, weights)

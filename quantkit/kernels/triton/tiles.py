@@ -1,14 +1,15 @@
 """The sizes of the kernels' tiles: the one table to tune (`python bench/gpu_kernels.py --tune` prints it anew).
 
-No row has been tuned on a GPU yet: they are what compiles without spills and reads enough bytes ahead on paper.
+No row has been tuned on a GPU yet: they are what compiles without spills and reads enough bytes ahead on paper. Each byte
+of a 4-bit weight makes a program read 4 bm / bn bytes of x through the second-level cache, so few rows want bn >= 7 bm.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
+from math import inf, sqrt
 
-__all__ = ["SCRATCH_FROM", "TABLE", "Tile", "pick", "splits", "that_fits"]
+__all__ = ["CUDA_UP_TO", "SCRATCH_FROM", "TABLE", "Tile", "crowd", "pick", "splits", "that_fits"]
 
 
 @dataclass(frozen=True)
@@ -25,38 +26,47 @@ class Tile:
     fill: int = 4
 
 
-# Kind of weight -> (up to so many rows of x for each weight, tile), in order.
+# Kind of weight -> (up to so many rows of x for a weight, tile), in order. For experts these are `crowd` of the mean.
 TABLE: dict[str, tuple[tuple[float, Tile], ...]] = {
     "int4": (
-        (12, Tile(16, 128, 4, 4)),
-        (32, Tile(32, 64, 4, 4)),
-        (96, Tile(64, 128, 8, 3)),
+        (16, Tile(16, 128, 4, 3)),  # a fourth stage would leave room for two programs a processor instead of three
+        (32, Tile(32, 128, 8, 4)),
+        (64, Tile(64, 128, 8, 3)),
         (inf, Tile(128, 128, 8, 2)),
     ),
     "int8": (
-        (12, Tile(16, 128, 4, 4)),
-        (32, Tile(32, 64, 4, 4)),
-        (96, Tile(64, 128, 8, 3)),
+        (16, Tile(16, 128, 4, 4)),
+        (32, Tile(32, 128, 8, 4)),
+        (64, Tile(64, 128, 8, 3)),
         (inf, Tile(128, 128, 8, 3)),
     ),
     "row8": (
-        (12, Tile(16, 64, 4, 5)),
+        (16, Tile(16, 64, 4, 5)),
         (32, Tile(32, 64, 4, 4)),
-        (96, Tile(64, 128, 8, 4)),
+        (64, Tile(64, 128, 8, 4)),
         (inf, Tile(128, 128, 8, 4)),
     ),
     "block8": (
-        (12, Tile(16, 64, 4, 5)),
+        (16, Tile(16, 64, 4, 5)),
         (32, Tile(32, 64, 4, 4)),
         (inf, Tile(64, 128, 8, 4)),  # two sums a thread: a larger tile runs out of registers
     ),
 }
-SCRATCH_FROM = 2048  # rows of x for each integer weight from which it is widened to a scratch in bfloat16 first. Not tuned.
+# Mean rows of x: from so many an integer weight is widened to a bfloat16 scratch first; up to so many the CUDA kernel serves
+# 4-bit weights, which on paper is nowhere ahead. Not tuned.
+SCRATCH_FROM = 640
+CUDA_UP_TO = 0
 
 
-def pick(kind: str, rows_per_weight: float) -> Tile:
-    """The tile for a kind of weight of which each meets so many rows of x on average."""
-    return next(tile for limit, tile in TABLE[kind] if rows_per_weight <= limit)
+def crowd(mean: float) -> float:
+    """Rows of x that few experts exceed where each has so many on average and routing is random: two standard deviations
+    more. Blocks of fewer make many experts fill a second one, which reads their weight again."""
+    return mean + 2 * sqrt(mean)
+
+
+def pick(kind: str, rows: float) -> Tile:
+    """The tile for a kind of weight that meets so many rows of x."""
+    return next(tile for limit, tile in TABLE[kind] if rows <= limit)
 
 
 def that_fits(tile: Tile, step_bytes: int, limit: int) -> int:

@@ -35,6 +35,7 @@ def kernel(
     scale: tl.tensor,
     slots: tl.tensor,
     owners: tl.tensor,
+    places: tl.tensor,
     router: tl.tensor,
     out: tl.tensor,
     SLOTS: tl.tensor,
@@ -83,7 +84,7 @@ def kernel(
     value = acc.to(tl.float32)
     if not BLOCKED:
         value = value * tl.load(scale)[:, None] * tl.load(x_scale)[None, :]
-    finish(value, slots, router, out, SLOTS, N, BM, BN, GATED, GROUPED, ROUTED)
+    finish(value, places, router, out, SLOTS, N, BM, BN, GATED, GROUPED, ROUTED)
 
 
 def step_bytes(tile: Tile) -> int:
@@ -110,22 +111,22 @@ def multiply(
     on_device(codes, scales, weight.codes, weight.scale, rows.slots, rows.owners, router)
     sim, (processors, memory) = simulated(), machine(codes.device)
     features = weight.outputs // 2 if gated else weight.outputs
-    grid = cut(rows.total, tile.bm) if rows.owners is None else rows.owners.numel(), cut(weight.outputs, tile.bn)
+    grid = rows.blocks(tile.bm), cut(weight.outputs, tile.bn)
     per_part = steps if gated else cut(steps, splits(tile, grid[0] * grid[1], steps, processors))
     parts = cut(steps, per_part)
     made = torch.float32 if sim or parts > 1 else out_type
     out = torch.empty(parts, rows.total, features, dtype=made, device=codes.device)
-    slots, owners = (out, out) if rows.slots is None else (rows.slots, rows.owners)
+    slots, owners = (out if given is None else given for given in (rows.slots, rows.owners))
     with torch.cuda.device_of(codes):
         kernel[(*grid, parts)](
-            *(codes, weight.codes, scales, weight.scale, slots, owners, out if router is None else router, out),
+            *(codes, weight.codes, scales, weight.scale, slots, owners, slots, out if router is None else router, out),
             *(rows.total, rows.top_k, features, weight.inputs, steps, per_part),
             BM=tile.bm,
             BN=tile.bn,
             EVEN=weight.inputs % BLOCK == 0,
             BLOCKED=weight.blocked,
             GATED=gated,
-            GROUPED=rows.owners is not None,
+            GROUPED=rows.grouped,
             ROUTED=router is not None,
             ACC=tl.int32 if codes.dtype is torch.int8 and not sim else tl.float32,
             SIM=sim,

@@ -18,7 +18,7 @@ from quantkit.kernels.triton.layout import PackedInt
 from quantkit.kernels.triton.routing import Rows
 from quantkit.kernels.triton.tiles import Tile, splits, that_fits
 
-__all__ = ["dequantise", "early", "kernel", "multiply", "shared_fields", "step_bytes", "widen", "widen_kernel"]
+__all__ = ["dequantise", "early", "kernel", "multiply", "step_bytes", "widen", "widen_kernel"]
 
 
 @jit
@@ -54,11 +54,18 @@ def widen(words: tl.tensor, base: tl.tensor, SHIFT: tl.constexpr, BITS: tl.const
 
 
 @jit
-def base_of(zero: tl.tensor, at: tl.tensor, ASYM: tl.constexpr, SIM: tl.constexpr) -> Any:
-    """136 + zero points [rows, 1], as `widen` takes them."""
-    base = tl.full((at.shape[0], 1), 136.0, tl.float32)
+def scale_of(pair: tl.tensor, n: tl.constexpr) -> Any:
+    """The lower (n even) or upper half of words [rows], bfloat16, as float32 [rows, 1]."""
+    bits = pair << 16 if n % 2 == 0 else pair & -65536
+    return bits.to(tl.float32, bitcast=True)[:, None]
+
+
+@jit
+def base_of(zeros: tl.tensor, n: tl.constexpr, ASYM: tl.constexpr, SIM: tl.constexpr) -> Any:
+    """136 + byte n of zeros [rows], as `widen` takes them: [rows, 1]."""
+    base = tl.full((zeros.shape[0], 1), 136.0, tl.float32)
     if ASYM:
-        base += tl.load(zero + at)[:, None].to(tl.float32)
+        base += ((zeros << (24 - 8 * n)) >> 24)[:, None].to(tl.float32)
     return base if SIM else base.to(tl.bfloat16)
 
 
@@ -69,7 +76,7 @@ def x_tile(x: tl.tensor, k: tl.tensor, K: tl.tensor, EVEN: tl.constexpr, SIM: tl
     return tile.to(tl.float32) if SIM else tile
 
 
-@kernel_of("SLOTS", "SPANS", "PER_PART", "GROUPS")
+@kernel_of("SLOTS", "SPANS", "PER_PART", "KINDS")
 def kernel(
     x: tl.tensor,
     words: tl.tensor,
@@ -77,6 +84,7 @@ def kernel(
     zero: tl.tensor,
     slots: tl.tensor,
     owners: tl.tensor,
+    places: tl.tensor,
     router: tl.tensor,
     out: tl.tensor,
     SLOTS: tl.tensor,
@@ -85,8 +93,8 @@ def kernel(
     K: tl.tensor,
     SPANS: tl.tensor,
     PER_PART: tl.tensor,
-    GROUPS: tl.tensor,
-    GROUP: tl.tensor,
+    KINDS: tl.tensor,
+    ALIKE: tl.tensor,
     BM: tl.constexpr,
     BN: tl.constexpr,
     RUN: tl.constexpr,
@@ -99,10 +107,13 @@ def kernel(
     GROUPED: tl.constexpr,
     ROUTED: tl.constexpr,
     SIM: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """out [parts, SLOTS, N] = x [., K] times the expert's weight; see `finish` and `rows_of_weight` for what is joined.
 
-    SHARED consecutive fields have one scale. EARLY: it multiplies the weights, rounded once to bfloat16; else their sum.
+    SHARED consecutive fields have one scale, ALIKE consecutive spans the same scales, of which there are KINDS. EARLY: a
+    scale multiplies the weights, rounded once to bfloat16; else their sum. What the loop loads is copied STAGES - 1
+    steps ahead.
     """
     expert, token = rows_of_x(slots, owners, SLOTS, TOPK, BM, GROUPED)
     if expert < 0:
@@ -112,28 +123,31 @@ def kernel(
     k = tl.arange(0, RUN)
     words += (expert * in_all + row)[:, None] * (SPANS * RUN) + k[None, :]
     x += token[None, :] * K + k[:, None]
-    scale += expert * GROUPS * in_all
-    zero += expert * GROUPS * in_all
+    LOADS: tl.constexpr = (16 // BITS // SHARED + 1) // 2
+    scale += expert * KINDS * LOADS * in_all + row
+    zero += expert * KINDS * in_all + row
     acc = tl.zeros((BN, BM), tl.float32)
     first = tl.program_id(2) * PER_PART
-    for span in range(first, tl.minimum(first + PER_PART, SPANS)):
-        packed = tl.load(words + span * RUN)
-        for start in tl.static_range(0, 16 // BITS, SHARED):
-            begin = (span * (16 // BITS) + start) * RUN
-            at = (begin // GROUP) * in_all + row
-            s = tl.load(scale + at)[:, None]
-            base = base_of(zero, at, ASYM, SIM)
+    for span in tl.range(first, tl.minimum(first + PER_PART, SPANS), num_stages=STAGES):
+        packed, kind = tl.load(words + span * RUN), span // ALIKE
+        zeros = tl.load(zero + kind * in_all) if ASYM else row.to(tl.int32)
+        pair = tl.load(scale + kind * LOADS * in_all)
+        for n in tl.static_range(16 // BITS // SHARED):
+            if n == 2:
+                pair = tl.load(scale + (kind * LOADS + 1) * in_all)
+            s, base = scale_of(pair, n), base_of(zeros, n, ASYM, SIM)
+            begin = (span * (16 // BITS) + n * SHARED) * RUN
             part = tl.zeros((BN, BM), tl.float32)
             for f in tl.static_range(SHARED):
-                codes = widen(packed, base, (start + f) * BITS, BITS, SIM)
+                codes = widen(packed, base, (n * SHARED + f) * BITS, BITS, SIM)
                 tile = x_tile(x + begin + f * RUN, k + begin + f * RUN, K, EVEN, SIM)
                 if EARLY:
                     acc = tl.dot(codes * s.to(codes.dtype), tile, acc)
                 else:
                     part = tl.dot(codes, tile, part)
             if not EARLY:
-                acc += part * s.to(tl.float32)
-    finish(acc, slots, router, out, SLOTS, N, BM, BN, GATED, GROUPED, ROUTED)
+                acc += part * s
+    finish(acc, places, router, out, SLOTS, N, BM, BN, GATED, GROUPED, ROUTED)
 
 
 @jit
@@ -145,10 +159,11 @@ def widen_kernel(
     N: tl.tensor,
     K: tl.tensor,
     SPANS: tl.tensor,
-    GROUP: tl.tensor,
+    ALIKE: tl.tensor,
     BN: tl.constexpr,
     RUN: tl.constexpr,
     BITS: tl.constexpr,
+    SHARED: tl.constexpr,
     ASYM: tl.constexpr,
     SIM: tl.constexpr,
 ) -> None:
@@ -157,19 +172,16 @@ def widen_kernel(
     r, k = tl.minimum(row, N - 1), tl.arange(0, RUN)
     span = tl.program_id(1)
     packed = tl.load(words + r.to(tl.int64)[:, None] * (SPANS * RUN) + span * RUN + k[None, :])
+    kind = span // ALIKE
+    LOADS: tl.constexpr = (16 // BITS // SHARED + 1) // 2
+    zeros = tl.load(zero + kind * N + r) if ASYM else r
     for f in tl.static_range(16 // BITS):
         begin = (span * (16 // BITS) + f) * RUN
-        at = (begin // GROUP) * N + r
-        codes = widen(packed, base_of(zero, at, ASYM, SIM), f * BITS, BITS, SIM)
-        value = codes * tl.load(scale + at)[:, None].to(codes.dtype)
+        pair = tl.load(scale + (kind * LOADS + f // SHARED // 2) * N + r)
+        codes = widen(packed, base_of(zeros, f // SHARED, ASYM, SIM), f * BITS, BITS, SIM)
+        value = codes * scale_of(pair, f // SHARED).to(codes.dtype)
         mask = (row < N)[:, None] & (begin + k < K)[None, :]
         tl.store(out + row.to(tl.int64)[:, None] * K + begin + k[None, :], value.to(out.dtype.element_ty), mask=mask)
-
-
-def shared_fields(weight: PackedInt) -> int:
-    """How many consecutive fields of a span have one scale."""
-    per_word = 16 // weight.bits
-    return next(n for n in (4, 2, 1) if n <= per_word and weight.group % (n * weight.run) == 0)
 
 
 def early(bm: int, run: int, shared: int) -> bool:
@@ -179,7 +191,7 @@ def early(bm: int, run: int, shared: int) -> bool:
 
 def step_bytes(tile: Tile, run: int, per_word: int) -> int:
     """Shared memory that a stage takes at most."""
-    return 2 * run * (tile.bn + per_word * tile.bm)
+    return 2 * run * (tile.bn + per_word * tile.bm) + 12 * tile.bn
 
 
 def multiply(
@@ -194,32 +206,33 @@ def multiply(
     on_device(x, weight.words, weight.scale, weight.zero, rows.slots, rows.owners, router)
     sim, spans, (processors, memory) = simulated(), weight.padded // weight.span, machine(x.device)
     features = weight.outputs // 2 if gated else weight.outputs
-    grid = cut(rows.total, tile.bm) if rows.owners is None else rows.owners.numel(), cut(weight.outputs, tile.bn)
+    grid = rows.blocks(tile.bm), cut(weight.outputs, tile.bn)
     per_part = spans if gated else cut(spans, splits(tile, grid[0] * grid[1], spans, processors))
     parts = cut(spans, per_part)
     made = torch.float32 if sim or parts > 1 else out_type
     out = torch.empty(parts, rows.total, features, dtype=made, device=x.device)
-    shared = shared_fields(weight)
+    stages = that_fits(tile, step_bytes(tile, weight.run, weight.span // weight.run), memory)
     zero = weight.scale if weight.zero is None else weight.zero
-    slots, owners = (out, out) if rows.slots is None else (rows.slots, rows.owners)
+    slots, owners = (out if given is None else given for given in (rows.slots, rows.owners))
     with torch.cuda.device_of(x):
         kernel[(*grid, parts)](
-            *(x, weight.words, weight.scale, zero, slots, owners, out if router is None else router, out),
-            *(rows.total, rows.top_k, features, weight.inputs, spans, per_part, weight.scale.shape[1], weight.group),
+            *(x, weight.words, weight.scale, zero, slots, owners, slots, out if router is None else router, out),
+            *(rows.total, rows.top_k, features, weight.inputs, spans, per_part, weight.scale.shape[1], weight.alike),
             BM=tile.bm,
             BN=tile.bn,
             RUN=weight.run,
             BITS=weight.bits,
-            SHARED=shared,
-            EARLY=early(tile.bm, weight.run, shared),
+            SHARED=weight.shared,
+            EARLY=early(tile.bm, weight.run, weight.shared),
             EVEN=weight.padded == weight.inputs,
             ASYM=weight.zero is not None,
             GATED=gated,
-            GROUPED=rows.owners is not None,
+            GROUPED=rows.grouped,
             ROUTED=router is not None,
             SIM=sim,
+            STAGES=stages,
             num_warps=tile.warps,
-            num_stages=that_fits(tile, step_bytes(tile, weight.run, weight.span // weight.run), memory),
+            num_stages=stages,
             **OPTIONS,
         )
     return out if parts > 1 else out.to(out_type)
@@ -236,10 +249,11 @@ def dequantise(weight: PackedInt, expert: int, out: Tensor) -> Tensor:
     with torch.cuda.device_of(out):
         widen_kernel[(cut(weight.outputs, 32), spans)](
             *(weight.words[expert], weight.scale[expert], zero[expert], to),
-            *(weight.outputs, weight.inputs, spans, weight.group),
+            *(weight.outputs, weight.inputs, spans, weight.alike),
             BN=32,
             RUN=weight.run,
             BITS=weight.bits,
+            SHARED=weight.shared,
             ASYM=weight.zero is not None,
             SIM=sim,
             num_warps=4,
