@@ -42,7 +42,8 @@ from quantkit.verify import check_hashes, damaged
 __all__ = ["TARGETS", "convert"]
 
 BF16 = "bf16"
-DECISIVE = ("conversion", "formats", "model", "qtensor", "scheme")  # modules whose code decides the bytes of OUT
+# Modules whose code decides the bytes of OUT.
+DECISIVE = ("calib.hy_tiktoken", "conversion", "formats", "model", "opened", "published", "qtensor", "scheme")
 TARGETS = (*FORMATS, BF16)
 Progress = Callable[[int, int], None]
 

@@ -56,8 +56,8 @@ class Step:
 
 # Modules whose code decides the bytes of OUT.
 DECISIVE = (
-    *("calib", "formats", "host", "kernels.reference", "model", "pipeline", "plan", "qtensor", "quant", "scheme", "stats"),
-    "unit",
+    *("calib", "chosen", "formats", "host", "kernels.reference", "model", "pipeline", "placement", "plan", "published"),
+    *("qtensor", "quant", "scheme", "stats", "unit", "kernels.triton.activation", "kernels.triton.repair"),
 )
 Progress = Callable[[Step], None]
 RunRecord = dict[str, Any]

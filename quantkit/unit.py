@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from quantkit.calib.tape import Tape
 from quantkit.calib.walk import Apply, Walk, embed, walk_layer
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.dtypes import DTYPES
 from quantkit.formats.reader import CheckpointReader
-from quantkit.formats.shard import Entry, OpenShard, read_header
+from quantkit.formats.shard import Entry, OpenShard, read_header, tensor_of
 from quantkit.formats.writer import ShardWriter
 from quantkit.kernels.reference import round_activation
 from quantkit.model.by_name import Part
@@ -28,6 +28,7 @@ from quantkit.model.spec import Layer, Linear
 from quantkit.placement import Unit
 from quantkit.plan import Plan, needs_tokens
 from quantkit.qtensor import QuantizedTensor
+from quantkit.quant import gptq
 from quantkit.quant.solve import solve
 from quantkit.scheme import Scheme
 from quantkit.stats import LinearStats
@@ -136,7 +137,8 @@ class UnitRun:
                 self._write(ref.weight, weight)
             return stored
         weights = [weight.to(self.place.device).float() for weight in stored]
-        solved = solve(weights, scheme, self.plan.recipe.method_of(scheme), stats)
+        method = self.plan.recipe.method_of(scheme)
+        solved = solve(weights, scheme, method, stats, repair_on(self.place.device))
         for ref, (q, outcome) in zip(refs, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
@@ -164,10 +166,18 @@ class UnitRun:
             self._headers[path] = read_header(path).tensors
         entry, file = self._headers[path][name], OpenShard(path)
         try:
-            data = file.read(entry.start, entry.nbytes, f"tensor '{name}'")
+            return tensor_of(file, name, entry).to(self.place.device)
         finally:
             file.close()
-        return data.view(DTYPES[entry.dtype]).reshape(entry.shape).to(self.place.device)
+
+
+def repair_on(device: torch.device) -> gptq.Repair:
+    """GPTQ's block of columns, in one launch where the device is a GPU with Triton."""
+    if device.type == "cuda" and find_spec("triton"):
+        from quantkit.kernels.triton.repair import repair
+
+        return repair
+    return gptq.repair
 
 
 def _apply(weight: Tensor, scheme: Scheme | None, input_scale: Tensor | None) -> Apply:

@@ -18,7 +18,8 @@ from quantkit.journal import code_digest
 from tests.test_layers import MODULES, imports, within
 
 # Modules that a run imports and that decide no byte of OUT: they check, they keep books, they say.
-CHECKS = {"coverage", "errors", "journal", "kernels", "owned", "partial", "runtime", "sampling", "verify"}
+CHECKS = {"coverage", "errors", "journal", "kept", "kernels", "opened", "owned", "partial", "runtime", "sampling"}
+CHECKS |= {"bounds", "faithful", "verify", "verify_linears"}
 
 
 def reached(module: str) -> set[str]:
@@ -35,7 +36,7 @@ def test_each_module_of_a_run_is_in_the_key_or_known_to_decide_nothing(part: obj
     decisive = set(part.DECISIVE)  # type: ignore[attr-defined]
     assert all(any(within(module, {name}) for module in MODULES) for name in decisive)
     name = part.__name__.removeprefix("quantkit.")  # type: ignore[attr-defined]
-    others = CHECKS | ({"host", "stats"} if part is conversion else set())
+    others = CHECKS | ({"chosen", "host", "stats"} if part is conversion else set())
     assert not {module for module in reached(name) if not within(module, decisive | others)}
     assert not within("evals.html", decisive)
 

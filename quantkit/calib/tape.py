@@ -42,16 +42,15 @@ class Tape:
 
     @contextmanager
     def _opened(self, doing: str) -> Iterator[int]:
-        with disk_errors(self.path, doing), open(self.path, "r+b", buffering=0) as file:
+        with disk_errors(self.path, doing), open(self.path, "r+b", buffering=0, opener=no_links) as file:
             yield file.fileno()
 
     def _read(self, handle: int, start: int, rows: Tensor) -> None:
         """Fill float32 `rows` [n, width] from row `start` on."""
         view = _bytes(rows)
         if read_into(handle, view, start * self.shape[1] * 4) != len(view):
-            raise OutputError(
-                f"{self.path} is shorter than it was", f"remove {self.path.parent.parent} and repeat the command"
-            )
+            fix = f"remove {self.path.parent.parent} and repeat the command"
+            raise OutputError(f"{self.path} is shorter than it was", fix)
 
     def _write(self, handle: int, start: int, rows: Tensor) -> None:
         write_from(handle, _bytes(rows), start * self.shape[1] * 4)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, shown
 from quantkit.formats.atomic import unreadable
-from quantkit.formats.dtypes import DTYPES
 from quantkit.formats.fingerprint import fingerprint
-from quantkit.formats.shard import Entry, OpenShard, ShardHeader, read_header
+from quantkit.formats.shard import Entry, OpenShard, ShardHeader, read_header, tensor_of
 
 __all__ = ["INDEX", "SINGLE", "CheckpointReader", "Entry", "load_json"]
 
@@ -108,22 +107,23 @@ class CheckpointReader:
     def stored(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype, whatever its values. Raises CheckpointError if it cannot be read."""
         entry = self.entry(key)
-        data = self._file(entry.shard).read(entry.start, entry.nbytes, f"tensor '{key}'")
-        return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return tensor_of(self._file(entry.shard), key, entry)
 
     def _file(self, shard: str) -> OpenShard:
-        """A shard, open, which is still the one whose header was read."""
+        """A shard, open, whose header is still the one that was read. A copy, or a file that was touched, is as good."""
         file = self._open.pop(shard, None) or OpenShard(self.folder / shard)
         for oldest in [*self._open][: 1 - _OPEN]:
             self._open.pop(oldest).close()
         self._open[shard] = file
         header, status = self._headers[shard], file.status()
         if (status.st_size, status.st_mtime_ns) != (header.size, header.changed):
-            raise CheckpointError(
-                f"shard {file.path} has changed since its header was read: {header.size:,} bytes then, "
-                f"{status.st_size:,} now",
-                "wait until it is whole, and repeat the command",
-            )
+            if status.st_size != header.size or (now := read_header(self.folder / shard)).tensors != header.tensors:
+                raise CheckpointError(
+                    f"shard {file.path} has changed since its header was read: {header.size:,} bytes then, "
+                    f"{status.st_size:,} now",
+                    "wait until it is whole, and repeat the command",
+                )
+            self._headers[shard] = now
         return file
 
     def tensor(self, key: str) -> Tensor:

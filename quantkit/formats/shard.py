@@ -22,7 +22,7 @@ from quantkit.formats.atomic import unreadable
 from quantkit.formats.dtypes import DTYPES, nbytes
 from quantkit.formats.ranges import read_into
 
-__all__ = ["Entry", "OpenShard", "ShardHeader", "read_header"]
+__all__ = ["Entry", "OpenShard", "ShardHeader", "read_header", "tensor_of"]
 
 _LONGEST_HEADER = 100_000_000  # as the safetensors library allows
 _LONGEST_NAME = 512
@@ -93,6 +93,11 @@ class OpenShard:
             seen = f"{self.path}: {what} cannot be read: the file ends at byte {start + got:,}, before {start + length:,}"
             raise CheckpointError(seen, "it was truncated; fetch that shard again")
         return data
+
+
+def tensor_of(file: OpenShard, key: str, entry: Entry) -> Tensor:
+    """One tensor of an open shard, in its stored dtype. Raises CheckpointError."""
+    return file.read(entry.start, entry.nbytes, f"tensor '{key}'").view(DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 def read_header(path: Path) -> ShardHeader:

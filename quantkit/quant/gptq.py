@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,9 +18,10 @@ from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.quant.grid import encode, search_scale
 from quantkit.scheme import Grid, Kind
 
-__all__ = ["DAMPING", "NotPositive", "gptq"]
+__all__ = ["DAMPING", "NotPositive", "Repair", "gptq", "repair"]
 
 DAMPING = (0.05, 0.2, 1.0)  # fractions of mean(diag H) added to the diagonal: the first that Cholesky accepts
+Repair = Callable[..., Tensor]  # of `repair`'s arguments
 _BLOCK = 128  # columns repaired at once; only speed depends on it, and a kernel takes no more
 
 
@@ -50,7 +50,7 @@ def _inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
     raise NotPositive
 
 
-def _repair(
+def repair(
     W: Tensor, U: Tensor, step: Tensor, offset: Tensor | None, Q: Tensor, start: int, stop: int, grid: Grid
 ) -> Tensor:
     """Rounds columns start to stop of W into Q, the block's later ones repaired; their errors [out, stop - start]."""
@@ -65,23 +65,13 @@ def _repair(
     return errors
 
 
-def repair_on(device: torch.device) -> Callable[..., Tensor]:
-    """`_repair`, or the kernel that does the same in one launch where the device is a GPU with Triton."""
-    if device.type == "cuda" and find_spec("triton"):
-        from quantkit.kernels.triton.repair import repair
-
-        return repair
-    return _repair
-
-
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, repair: Callable[..., Tensor] | None = None) -> Solved:
+def gptq(weight: Tensor, hessian: Tensor, grid: Grid, repair: Repair = repair) -> Solved:
     """Quantise float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
 
     A feature that calibration never excited has a zero row in H: it is rounded to nearest and repairs nothing.
-    repair: how a block of columns is rounded, `repair_on` of the weight's device by default. Raises NotPositive when no
-    damping makes H invertible.
+    repair: how a block of columns is rounded; a kernel may do the same. Raises NotPositive when no damping makes H
+    invertible.
     """
-    repair = repair or repair_on(weight.device)
     importance = hessian.diagonal()
     # Without some importance a feature that was never seen would be free to lose, and its group's range the first tried.
     scale, zero = search_scale(weight, grid, torch.where(importance > 0, importance, DAMPING[0] * importance.mean()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.qtensor import QuantizedTensor, expand
-from quantkit.quant.gptq import DAMPING, NotPositive, gptq
+from quantkit.quant.gptq import DAMPING, NotPositive, Repair, gptq, repair
 from quantkit.quant.grid import encode, minmax_scale
 from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import LinearStats, weight_error
@@ -50,7 +50,9 @@ def _output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
     return float(lost / (weight @ hessian * weight).sum().clamp(min=1e-30))
 
 
-def _one(weight: Tensor, scheme: Scheme, method: str, stats: LinearStats | None) -> tuple[QuantizedTensor, str, str]:
+def _one(
+    weight: Tensor, scheme: Scheme, method: str, stats: LinearStats | None, how: Repair
+) -> tuple[QuantizedTensor, str, str]:
     """(quantised, method used, fallback)."""
     if method == "rtn":
         return rtn(weight, scheme), "rtn", ""
@@ -58,7 +60,7 @@ def _one(weight: Tensor, scheme: Scheme, method: str, stats: LinearStats | None)
     if hessian is None:
         return rtn(weight, scheme), "rtn", "no calibration token reached this weight"
     try:
-        solved = gptq(weight, hessian, scheme.weight)
+        solved = gptq(weight, hessian, scheme.weight, how)
     except NotPositive:
         return rtn(weight, scheme), "rtn", "Hessian not positive definite under any damping"
     raised = f"damping raised to {solved.damping}" if solved.damping > DAMPING[0] else ""
@@ -74,16 +76,16 @@ def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearS
 
 
 def solve(
-    weights: list[Tensor], scheme: Scheme, method: str, stats: LinearStats | None
+    weights: list[Tensor], scheme: Scheme, method: str, stats: LinearStats | None, how: Repair = repair
 ) -> list[tuple[QuantizedTensor, Outcome]]:
     """Quantise float32 weights [out_i, in] that read the same input (q, k, v; or gate and up).
 
     They are stacked, as engines stack them: one solve serves all, and a per-tensor scale is shared, which an engine
-    that fuses them would otherwise force upon them by requantising. Blocks are cut per weight.
+    that fuses them would otherwise force upon them by requantising. Blocks are cut per weight. how: see `gptq`'s repair.
     """
     if scheme.weight.strategy is Strategy.BLOCK and len(weights) > 1:
-        return [result for weight in weights for result in solve([weight], scheme, method, stats)]
-    stacked, used, fallback = _one(torch.cat(weights), scheme, method, stats)
+        return [result for weight in weights for result in solve([weight], scheme, method, stats, how)]
+    stacked, used, fallback = _one(torch.cat(weights), scheme, method, stats, how)
     hessian = stats.mean_hessian() if stats is not None else None
     if hessian is not None and not hessian.isfinite().all():
         hessian = None

@@ -225,10 +225,10 @@ def test_gptq_rounds_as_it_does_without_the_kernel(name: str) -> None:
     columns = 160
     weight, x = torch.randn(20, columns), torch.randn(512, columns) * torch.linspace(0.2, 2.0, columns)
     hessian = x.T @ x / len(x)
-    plain, fast = gptq.gptq(weight, hessian, grid, gptq._repair), gptq.gptq(weight, hessian, grid, repair.repair)
+    plain, fast = gptq.gptq(weight, hessian, grid, gptq.repair), gptq.gptq(weight, hessian, grid, repair.repair)
     same = plain.quantized.codes.view(torch.int8) == fast.quantized.codes.view(torch.int8)
     assert same.double().mean() > (0.98 if same.is_cuda else 0.9999), float(same.double().mean())
-    nearest = gptq.gptq(weight, torch.diag(hessian.diagonal()), grid, gptq._repair).quantized
+    nearest = gptq.gptq(weight, torch.diag(hessian.diagonal()), grid, gptq.repair).quantized
     losses = [float(((q.dequantize() - weight) @ x.T).norm()) for q in (fast.quantized, nearest)]
     assert losses[0] < losses[1]  # it did repair something
     with pytest.raises(ValueError, match="no block"):
