@@ -26,6 +26,7 @@ class Tape:
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
         self.path, self.shape = path, (rows, width)
+        self.row = width * 4  # bytes
 
     @classmethod
     def create(cls, path: Path, rows: int, width: int) -> Tape:
@@ -45,41 +46,38 @@ class Tape:
         with disk_errors(self.path, doing), open(self.path, "r+b", buffering=0, opener=no_links) as file:
             yield file.fileno()
 
-    def _read(self, handle: int, start: int, rows: Tensor) -> None:
-        """Fill float32 `rows` [n, width] from row `start` on."""
-        view = _bytes(rows)
-        if read_into(handle, view, start * self.shape[1] * 4) != len(view):
+    def _read(self, handle: int, start: int, view: memoryview) -> None:
+        """Fill the bytes of whole rows from row `start` on."""
+        if read_into(handle, view, start * self.row) != len(view):
             fix = f"remove {self.path.parent.parent} and repeat the command"
             raise OutputError(f"{self.path} is shorter than it was", fix)
-
-    def _write(self, handle: int, start: int, rows: Tensor) -> None:
-        write_from(handle, _bytes(rows), start * self.shape[1] * 4)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows start..stop, float32 [stop - start, width], a copy in torch's own memory, whose alignment never differs."""
         values = torch.empty(stop - start, self.shape[1])
         with self._opened("read") as handle:
-            self._read(handle, start, values)
+            self._read(handle, start, _bytes(values))
         return values
 
     def write(self, start: int, values: Tensor) -> None:
         with self._opened("write") as handle:
-            self._write(handle, start, values.float().cpu().contiguous())
+            write_from(handle, _bytes(values.float().cpu().contiguous()), start * self.row)
 
     def gather(self, rows: Tensor) -> Tensor:
         """The rows named by int64 [n], float32 [n, width]."""
         values = torch.empty(len(rows), self.shape[1])
+        view = _bytes(values)
         with self._opened("read") as handle:
             for first, start, stop in _runs(rows):
-                self._read(handle, first, values[start:stop])
+                self._read(handle, first, view[start * self.row : stop * self.row])
         return values
 
     def add(self, rows: Tensor, values: Tensor) -> None:
         """Add values [n, width] to distinct rows int64 [n]."""
-        total = self.gather(rows) + values.cpu()
+        view = _bytes(self.gather(rows).add_(values.cpu()))
         with self._opened("write") as handle:
             for first, start, stop in _runs(rows):
-                self._write(handle, first, total[start:stop])
+                write_from(handle, view[start * self.row : stop * self.row], first * self.row)
 
     def sync(self) -> str:
         """Make what was written durable; its sha256."""
@@ -101,6 +99,6 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
     if not len(rows):
         return
     rows = rows.cpu()
-    starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist()]
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-        yield int(rows[start]), start, stop
+    begins = torch.cat([torch.zeros(1, dtype=torch.int64), (rows.diff() != 1).nonzero().flatten() + 1])
+    starts = begins.tolist()
+    yield from zip(rows[begins].tolist(), starts, [*starts[1:], len(rows)], strict=True)
