@@ -205,8 +205,10 @@ def test_killed_between_publishing_and_clean_up(undisturbed: Path, tmp_path: Pat
     for _ in range(2):  # the second time there is nothing left to do
         assert quantkit.quantize(model, out, RECIPE) == json.loads((out / "run.json").read_text())
         assert same(out, undisturbed) and os.stat(out).st_mode & 0o777 == os.stat(model).st_mode & 0o777
-    with pytest.raises(OutputError, match="exists"):
-        quantkit.quantize(model, out, RECIPE.model_copy(update={"group_size": 64}))
+    pipeline.describe(model, out, RECIPE, "cpu")
+    for refused in (quantkit.quantize, lambda *given: pipeline.describe(*given, "cpu")):
+        with pytest.raises(OutputError, match="exists"):
+            refused(model, out, RECIPE.model_copy(update={"group_size": 64}))
     flip(out / "model-00002-of-00003.safetensors")
     with pytest.raises(OutputError, match="made it, and since then model-00002-of-00003.safetensors does not have the hash"):
         quantkit.quantize(model, out, RECIPE)
