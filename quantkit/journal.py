@@ -71,11 +71,17 @@ class Journal:
             raise OutputError(
                 f"{self.folder.parent} is being written by another process", "wait for it, or choose another OUT"
             ) from None
-        lines, torn = self._replay()
+        data, lines = self._replay()
+        if not lines and b"\n" in data:
+            seen = f"{self.path} holds no sound line: it is damaged, or of another version of quantkit"
+            raise OutputError(seen, f"finish it with that version, or remove {self.folder.parent}")
         mine = [line for line in lines if line["job"] == self._job]
         if lines and not mine:
             raise self._another(key, lines)
-        if torn:
+        if not lines:
+            with disk_errors(self.path), open(self.path, "wb", opener=no_links):
+                pass  # the first line was torn
+        elif not data.endswith(b"\n"):
             self._write(b"\n")
         for line in mine:
             self.begun = line["begun"]
@@ -94,10 +100,10 @@ class Journal:
             f"repeat the other command to finish it, or remove {self.folder.parent}",
         )
 
-    def _replay(self) -> tuple[list[dict[str, Any]], bool]:
-        """All lines that are sound, and whether the last one was torn. Raises OutputError."""
+    def _replay(self) -> tuple[bytes, list[dict[str, Any]]]:
+        """What the file holds, and all lines of it that are sound. Raises OutputError."""
         if not os.path.lexists(self.path):
-            return [], False
+            return b"", []
         if reason := distrust(self.path):
             raise OutputError(reason, f"remove {self.folder.parent}, or choose another OUT")
         data, lines = self.path.read_bytes(), []
@@ -105,7 +111,7 @@ class Journal:
             crc, _, text = raw.partition(b" ")
             if crc == _checksum(text):
                 lines.append(json.loads(text))
-        return lines, not data.endswith(b"\n") and bool(data)
+        return data, lines
 
     def _append(self, line: dict[str, Any]) -> None:
         text = json.dumps({"job": self._job, "begun": self.begun, **line}, sort_keys=True).encode()

@@ -15,7 +15,17 @@ from quantkit.formats.folder import refuse_present
 from quantkit.formats.reader import load_json
 from quantkit.verify import damaged
 
-__all__ = ["RECORD", "WORK", "finished", "keep_failed", "partial_of", "publish", "refuse_others", "set_aside_damaged"]
+__all__ = [
+    "RECORD",
+    "WORK",
+    "finished",
+    "keep_failed",
+    "made_by",
+    "partial_of",
+    "publish",
+    "refuse_others",
+    "set_aside_damaged",
+]
 
 RECORD = "run.json"
 WORK = ".work"  # of OUT.partial: the journal, the lock, what is needed between units
@@ -31,13 +41,18 @@ def refuse_others(target: Path) -> None:
         refuse_present(target)
 
 
+def made_by(target: Path, key: Mapping[str, str]) -> bool:
+    """Whether OUT is there, made by this job. Raises OutputError when it is another's."""
+    if os.path.lexists(target) and _job(target) != key:
+        refuse_present(target)
+    return os.path.lexists(target)
+
+
 def finished(target: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
     """What run.json says in an OUT that this very job has published: it was killed after that, or is repeated. None where
     there is no OUT. Raises OutputError when it is another's, or damaged."""
-    if not os.path.lexists(target):
+    if not made_by(target, key):
         return None
-    if _job(target) != key:
-        refuse_present(target)
     if problems := damaged(target):
         seen = f"{target} exists: this command has made it, and since then {next(iter(problems.values()))}"
         raise OutputError(seen, "remove it, or choose another OUT")

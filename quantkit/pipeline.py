@@ -29,7 +29,17 @@ from quantkit.host import arithmetic, peak_memory, pick_device, plain_arithmetic
 from quantkit.journal import Journal, code_digest
 from quantkit.model.by_name import Part
 from quantkit.model.spec import Layer
-from quantkit.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
+from quantkit.partial import (
+    RECORD,
+    WORK,
+    finished,
+    keep_failed,
+    made_by,
+    partial_of,
+    publish,
+    refuse_others,
+    set_aside_damaged,
+)
 from quantkit.plan import Plan, make_plan, summary
 from quantkit.published import published_config, published_files
 from quantkit.scheme import Recipe
@@ -95,6 +105,7 @@ def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
     without enough space is a note: the plan may be for another machine."""
     ready = _prepare(model, out, recipe, device)
+    made_by(ready.target, ready.key())
     plan, shortage = ready.plan, ready.shortage()
     return {**summary(plan), "notes": [*plan.notes, *ready.text_notes, *([shortage] if shortage else [])]}
 

@@ -189,3 +189,6 @@ def test_journal_keeps_every_sound_line(tmp_path: Path) -> None:
     assert units(journal.path.read_bytes().replace(b"z", b"y")) == {0}  # the later line stands apart from what was torn
     with pytest.raises(OutputError, match="these differ:\n  recipe: b there, c here"):
         Journal(tmp_path / "job" / "work", {**key, "recipe": "c"})
+    journal.path.write_bytes(b"1234abcd {}\n")
+    with pytest.raises(OutputError, match="no sound line"):  # not begun anew: what it vouched for would go
+        Journal(tmp_path / "job" / "work", key)
