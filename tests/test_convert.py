@@ -27,6 +27,7 @@ from quantkit.formats.table import FORMATS
 from quantkit.model.spec import Linear, Role
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Recipe, weight_only
+from quantkit.verify import damaged
 from tests.conftest import random_weights, write_checkpoint
 from tests.foreign import CASES, KEPT, SMALL_CONFIG
 from tests.test_bad_input import accepted, edit, refused
@@ -316,7 +317,10 @@ def test_a_shard_that_changes_underneath_is_noticed(made: Path, tmp_path: Path, 
 
     with pytest.raises(quantkit.errors.VerificationError, match="does not have the hash"):  # type: ignore[attr-defined]
         quantkit.convert(made / "W4A16", tmp_path / "out", "gptq", progress=spoil)
-    assert not [*tmp_path.iterdir()]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial", "out.failed"}
+    begun: list[tuple[int, int]] = []
+    quantkit.convert(made / "W4A16", tmp_path / "out", "gptq", progress=lambda *step: begun.append(step))
+    assert len(begun) == 1 and not damaged(tmp_path / "out"), "what was sound is not written again"
 
 
 def test_command_line_prints_a_record(made: Path, tmp_path: Path) -> None:

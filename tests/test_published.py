@@ -15,7 +15,7 @@ import pytest
 import transformers
 
 import quantkit
-from quantkit.calib.tokens import load_tokenizer
+from quantkit.calib.tokenizer import load_tokenizer
 from quantkit.conversion import convert
 from quantkit.errors import CheckpointError
 from quantkit.model.registry import ARCHITECTURES
