@@ -31,9 +31,9 @@ bootstrap over items, null for fewer than 20. Both answers to every item go into
 (`--items`), with the log-likelihood of each option or the text that was written. Logits that are not finite are no
 answer: of the baseline they end the run, of the quantised model they end the tasks and the verdict is fail.
 
-`--chat-template` asks through the model's own template; without it text begins with BOS as the model was trained (`--add-bos`).
-`--shots` sets the examples before each question; without it a
-suite has the published number and a single task its own. Prompts are the harness's, which the card's authors did not use:
+`--chat-template` asks through the model's own template; without it text begins with BOS as the model was trained
+(`--add-bos`). `--shots` sets the examples before each question; without it a suite has the published number and a single
+task its own. Prompts are the harness's, which the card's authors did not use:
 compare the two models measured here, not a score with the card's.
 
 ## Data
