@@ -76,7 +76,8 @@ BESIDE = {
     "deepseek-v2-lite": _DEEPSEEK,
     "llama-3.1-70b": _SAID,
     "llama-3.1-405b": {**_SAID, "eos_token_id": [128001, 128008, 128009]},
-    "qwen3-30b-a3b": _QWEN3,
+    # Qwen3-Coder has keys of its own.
+    "qwen3-30b-a3b": {**_QWEN3, "use_qk_norm": True, "shared_expert_intermediate_size": 0, "qkv_bias": False},
 }
 # What transformers 4 wrote of every model, when it differed from a default; and settings of generation in older configs.
 FOUR: Config = {
@@ -219,6 +220,7 @@ def test_a_missing_key_means_what_it_means_to_the_engine(name: str) -> None:
 
 # Fields whose default no class of transformers has: it does not read them.
 UNREAD = {
+    *("use_qk_norm", "shared_expert_intermediate_size"),
     *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "qkv_bias", "rope_interleaved"),
     *("add_cross_attention", "cross_attention_hidden_size", "pruned_heads", "partial_rotary_factor", "layer_types"),
     *("torch_dtype", "pretraining_tp", "mlp_bias", "attention_bias", "moe_layer_freq", "scoring_func", "qk_head_dim"),

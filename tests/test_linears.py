@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
@@ -216,6 +216,9 @@ SPECIAL = {
     "transformer.wpe": ((128, 64), Special.EMBEDDING),
     "output": ((99, 64), Special.HEAD),
     "thing.table": ((48, 64), Special.EMBEDDING),
+    "transformer.output_layer": ((99, 64), Special.HEAD),
+    "score": ((8, 64), Special.HEAD),
+    "model.layers.2.shared_head.head": ((48, 64), Special.HEAD),
     "model.layers.0.block_sparse_moe.gate": ((8, 64), Special.ROUTER),
     "model.layers.0.mlp.gate.wg": ((8, 64), Special.ROUTER),
     "model.layers.0.mlp.router.gate": ((8, 64), Special.ROUTER),
@@ -243,3 +246,25 @@ def test_what_is_special(key: str) -> None:
 )
 def test_what_is_not(key: str) -> None:
     assert specials(key, (64, 64), CONFIG) == {}
+
+
+def test_a_width_within_a_layer_may_be_the_size_of_a_vocabulary() -> None:
+    """As in models of sound, whose codes are few: what lies in a layer is a linear, and counts as one."""
+    for key in ("model.layers.1.mlp.down_proj", "talker.code_predictor.model.layers.0.self_attn.o_proj"):
+        assert specials(key, (48, 64), {**CONFIG, "talker_config": {"vocab_size": 48}}) == {}
+
+
+def test_layers_are_counted_in_the_language_model() -> None:
+    config = {**CONFIG, "vision_config": {"num_hidden_layers": 27}}
+    assert specials("model.language_model.layers.2.mlp.down_proj", (64, 64), config) == {"2": Special.MTP}
+    assert specials("model.layers.26.mlp.down_proj", (64, 64), {"vision_config": config["vision_config"]}) == {}
+
+
+def test_a_matrix_of_codes_is_not_passed_over(make: Make) -> None:
+    """It has no scale that could be read: nobody quantised it so that it could be used."""
+    folder = make()
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"'{name}', I8"):
+        planned(folder, "*")

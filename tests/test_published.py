@@ -15,7 +15,8 @@ import pytest
 import transformers
 
 import quantkit
-from quantkit.calib.tokenizer import load_tokenizer
+from quantkit.calib.documents import Conversation
+from quantkit.calib.tokenizer import load_text_tokenizer, load_tokenizer
 from quantkit.conversion import convert
 from quantkit.errors import CheckpointError
 from quantkit.model.registry import ARCHITECTURES
@@ -180,3 +181,19 @@ def test_config_is_the_sources_but_for_what_is_said() -> None:
     assert published_config(source, {"y": 2}) == {"model_type": "llama", "a": [1], "quantization_config": {"y": 2}}
     assert published_config(source, None) == {"model_type": "llama", "a": [1]}
     assert NATIVE.keys() == ARCHITECTURES.keys()  # a new architecture says which classes are its own
+
+
+def test_the_source_has_the_special_tokens_that_its_own_class_assumes(released: Path, tmp_path: Path) -> None:
+    """Calibration on the source sees what engines see that serve OUT."""
+    for stated in ({"chat_template": "{{ bos_token }}{{ messages[0].content }}"}, None):
+        settings = released / "tokenizer_config.json"
+        settings.unlink(missing_ok=True)
+        if stated:
+            settings.write_text(json.dumps(stated))
+        out = tmp_path / f"out-{stated is None}"
+        quantkit.quantize(released, out, RTN)
+        ours, theirs = load_text_tokenizer(released), load_text_tokenizer(out)
+        assert ours.bos == theirs.bos and ours.bos.token == "<|startoftext|>" and ours.encode("the") == theirs.encode("the")
+        if stated:
+            asked = Conversation([{"role": "user", "content": "the"}])
+            assert ours.encode_document(asked) == theirs.encode_document(asked) == their_ids("<|startoftext|>the")

@@ -45,13 +45,22 @@ class Settings:
     template: str | dict[str, str] | None
 
 
-def settings_of(folder: Path, tokenizer: Tokenizer) -> Settings | None:
-    """As transformers reads them; None where no file says anything. Raises whatever transformers does."""
-    if not any((folder / name).exists() for name in (*_FILES, _JSON, _FOLDER)):
+def settings_of(folder: Path, tokenizer: Tokenizer, assumed: dict[str, str]) -> Settings | None:
+    """As transformers reads them; None where no file says anything. Raises whatever transformers does.
+
+    assumed: named special tokens that the model's own tokenizer class takes where tokenizer_config.json names none.
+    """
+    stated = any((folder / name).exists() for name in (*_FILES, _JSON, _FOLDER))
+    if not stated and not assumed:
         return None
     from transformers import PreTrainedTokenizerFast  # seconds to import
 
-    read = PreTrainedTokenizerFast.from_pretrained(str(folder), tokenizer_object=tokenizer, local_files_only=True)
+    if stated:
+        read = PreTrainedTokenizerFast.from_pretrained(
+            str(folder), tokenizer_object=tokenizer, local_files_only=True, **assumed
+        )
+    else:
+        read = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **assumed)
     template = read.chat_template
     if template is None and (folder / _JSON).is_file():  # processors wrote it; a tokenizer's own template comes first
         template = load_json(folder / _JSON).get("chat_template")

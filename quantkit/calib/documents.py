@@ -238,6 +238,9 @@ def _alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         wanted = list if key == "history" else str
         if key in row and not isinstance(row[key], wanted):
             raise CalibrationError(f"{where} has '{key}' of type {type(row[key]).__name__}", f"give a {_KINDS[wanted]}")
+    if "output" not in row:
+        seen = f"{where} has 'instruction' without 'output'; it has {', '.join(sorted(map(repr, row)))}"
+        raise CalibrationError(seen[:300], "call the answer 'output' and what it is about 'input', or give 'messages'")
     turns = [*row.pop("history", []), ["\n\n".join(filter(None, (row["instruction"], row.get("input")))), row.get("output")]]
     if any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
         raise CalibrationError(f"{where}: 'history' is not a list of [instruction, output]", "repair or drop it")
@@ -258,6 +261,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if speaker in _CALLS and isinstance(value, str):
         return {**rest, "role": "assistant", "tool_calls": _calls(value, where)}
     seen = f"a message with {', '.join(map(repr, message))}" if speaker is None else f"a message from {speaker!r}"
+    seen += "" if speaker is None or isinstance(value, str) else f" whose 'value' is of type {type(value).__name__}"
     fix = f"give 'role' and 'content', or 'value' and 'from' as one of {', '.join((*_ROLES, *_CALLS))}"
     raise CalibrationError(f"{where} has {seen[:200]}", fix)
 

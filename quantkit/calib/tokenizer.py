@@ -154,10 +154,12 @@ class TextTokenizer:
 
 
 def _written(tokenizer: Tokenizer, bos: Bos, name: str) -> bool:
-    """Whether the post-processor puts BOS before a text. The token itself is the text, since every tokenizer can read it."""
+    """Whether the post-processor puts BOS before a text, at once or before other tokens. The token itself is the text, since
+    every tokenizer can read it."""
     with guarded(f"{name} cannot encode its own BOS token", "fetch the tokenizer's files again"):
         plain, whole = (tokenizer.encode(bos.token, add_special_tokens=added).ids for added in (False, True))
-    return bool(whole[:1] == [bos.id] and whole[1 : 1 + len(plain)] == plain)
+    ours = [number == bos.id for number in whole]
+    return ours[:1] == [True] and sum(ours) > sum(number == bos.id for number in plain)
 
 
 def load_text_tokenizer(folder: Path, add_bos: bool | None = None) -> TextTokenizer:
@@ -168,11 +170,20 @@ def load_text_tokenizer(folder: Path, add_bos: bool | None = None) -> TextTokeni
     """
     tokenizer, file = load_tokenizer(folder), str(folder / "tokenizer.json")
     with guarded(f"the tokenizer settings of {folder} (tokenizer_config.json and others) do not fit", "fetch them again"):
-        settings = settings_of(folder, tokenizer)
+        settings = settings_of(folder, tokenizer, _assumed(folder))
     if settings is not None:
         tokenizer = settings.tokenizer
     bos = _bos(folder, tokenizer, settings.special if settings else {}, add_bos)
     return TextTokenizer(tokenizer, bos, Chat(str(folder), settings), file)
+
+
+def _assumed(folder: Path) -> dict[str, str]:
+    """Special tokens that Hunyuan-Large's own tokenizer class takes where nothing is stated: OUT states them."""
+    if (folder / "tokenizer.json").is_file() or not (folder / hy_tiktoken.FILE).is_file():
+        return {}
+    parts = (folder / "tokenizer_config.json", folder / "config.json")
+    stated, config = (load_json(path) if path.is_file() else {} for path in parts)
+    return {name: token for name, token in hy_tiktoken.settings({}, config).items() if name not in stated}
 
 
 def _bos(folder: Path, tokenizer: Tokenizer, special: dict[str, str], wanted: bool | None) -> Bos:

@@ -23,9 +23,11 @@ class Special(str, Enum):
 
 
 _HEADS = {"lm_head", "embed_out", "unembed", "unembedding"}
+_OUTSIDE_HEADS = {"output_layer", "score", "classifier", "head"}  # names that a linear of a layer may have too
 _EMBEDDINGS = {"wte", "wpe", "tok_embeddings", "word_embeddings", "position_embeddings"}
 _ROUTERS = {"gate", "router", "wg"}
 _LAYER = re.compile(r"(?:(?:model|language_model|text_model|transformer|decoder)\.)*(?:layers|h|blocks)\.(\d+)\.")
+_IN_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.\d+\.")
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 # What engines join into one product; a joined weight has one scheme. The last two rows are gated delta-nets'.
@@ -51,14 +53,24 @@ def _stated(config: Mapping[str, Any], *names: str) -> Iterator[int]:
             yield from _stated(value, *names)
 
 
+def _layers(config: Mapping[str, Any]) -> int | None:
+    """How many layers the language model has: of its own part of the config, not of a tower of images or sound."""
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    for part in (config, *(config.get(name) for name in ("text_config", "language_config", "llm_config"))):
+        if isinstance(part, Mapping) and (counts := [int(part[name]) for name in names if isinstance(part.get(name), int)]):
+            return max(counts)
+    return max(_stated(config, *names), default=None)
+
+
 def specials(key: str, shape: Shape, config: Mapping[str, Any]) -> dict[str, Special]:
     """The parts of a matrix's name that say it is special, and what they say; empty for an ordinary linear."""
     parts, found = key.split("."), dict[str, Special]()
     last = parts[-1]
-    layers = list(_stated(config, "num_hidden_layers", "n_layer", "n_layers", "num_layers"))
-    if last in _HEADS or key == "output":
+    wide = shape[0] in set(_stated(config, "vocab_size", "padded_vocab_size"))
+    outside = _IN_LAYER.search(key) is None  # within a layer a width may be the same number by chance
+    if last in _HEADS or key == "output" or (last in _OUTSIDE_HEADS and (outside or wide)):
         found[last] = Special.HEAD
-    elif last in _EMBEDDINGS or "embed" in last or shape[0] in set(_stated(config, "vocab_size")):
+    elif last in _EMBEDDINGS or "embed" in last or (wide and outside):
         found[last] = Special.EMBEDDING
     if router := next((part for part in reversed(parts) if part in _ROUTERS or "router" in part), None):
         found[router] = Special.ROUTER
@@ -66,7 +78,7 @@ def specials(key: str, shape: Shape, config: Mapping[str, Any]) -> dict[str, Spe
         found[last] = Special.GATE
     if own := next((part for part in parts if part.startswith(("mtp", "nextn")) or part == "eh_proj"), None):
         found[own] = Special.MTP
-    if layers and (match := _LAYER.match(key)) and int(match[1]) >= max(layers):
+    if (count := _layers(config)) and (match := _LAYER.match(key)) and int(match[1]) >= count:
         found[match[1]] = Special.MTP
     return found
 

@@ -23,6 +23,9 @@ class Qwen3MoeConfig(DecoderConfig):
     rope_theta: float = Field(gt=1)
     rope_scaling: None = None
     use_sliding_window: Literal[False] = False
+    # Qwen3-Coder writes these two.
+    use_qk_norm: Literal[True] = True
+    shared_expert_intermediate_size: Literal[0] | None = None
     sliding_window: int | None = None  # type: ignore[assignment]  # written, and means nothing without the switch above
     num_experts: int = Field(gt=1, le=1000)
     num_experts_per_tok: int = Field(gt=0)
