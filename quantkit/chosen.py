@@ -73,7 +73,7 @@ def _refuse_others(
     for name, entry in others.items():
         if not fnmatchcase(name, pattern) or is_kept_by_rule(recipe, name):
             continue
-        wide = len(entry.shape) > 1 and (entry.dtype in FLOATS or name.endswith(".weight"))
+        wide = len(entry.shape) > 1 and (entry.dtype in FLOATS or f"{name}.weight" in reader.entries)
         if pattern == EVERYTHING and not wide:
             continue
         why = "the format holds one matrix a tensor" if len(entry.shape) > 2 else "it is no matrix called '*.weight'"

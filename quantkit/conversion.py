@@ -22,7 +22,7 @@ from quantkit.formats.atomic import sha256
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.dtypes import TensorPlan
 from quantkit.formats.fingerprint import Watch
-from quantkit.formats.folder import carried, complete, find_model, write_json
+from quantkit.formats.folder import complete, find_model, watched, write_json
 from quantkit.formats.origin import STATEMENT, DigestingReader, content_digest, read_statement, tensor_digest
 from quantkit.formats.reader import CheckpointReader
 from quantkit.formats.sets import weight_sets
@@ -92,8 +92,7 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
         if name.endswith(".safetensors") or name == STATEMENT:
             raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantise again")
     plan = _plan(DigestingReader(source), to)
-    carried(source, plan.changed)
-    watch, partial = Watch(source, plan.reader.shards), partial_of(target)
+    watch, partial = Watch(source, plan.reader.shards, watched(source, plan.changed)), partial_of(target)
     code = f"{quantkit.__version__} {code_digest(DECISIVE)[:16]}"
     key = {"source": watch.fingerprint, "convert to": to, "quantkit": code}
     if (record := finished(target, key)) is not None:

@@ -79,7 +79,7 @@ def using_threads(number: int) -> Iterator[None]:
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
     """float32 by default, on the CPU, in full precision, without autocast, whatever the caller has set; then that again."""
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
@@ -89,10 +89,22 @@ def plain_arithmetic() -> Iterator[None]:
         if dtype is not torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
+        _full_precision(stack)
         yield
+
+
+def _full_precision(stack: ExitStack) -> None:
+    """float32 products as they are, until the stack is left."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has set it backend by backend, and torch lets nobody mix the two ways
+        for products in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):  # type: ignore[attr-defined]
+            stack.callback(setattr, products, "fp32_precision", products.fp32_precision)
+            products.fp32_precision = "ieee"
+        return
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+        stack.callback(torch.set_float32_matmul_precision, precision)
 
 
 def plainly(steps: Iterator[T]) -> Iterator[T]:

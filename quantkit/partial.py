@@ -13,7 +13,7 @@ from quantkit.errors import CheckpointError, OutputError
 from quantkit.formats.atomic import disk_errors, fsync_folder, sha256
 from quantkit.formats.folder import refuse_present
 from quantkit.formats.reader import load_json
-from quantkit.verify import damaged
+from quantkit.verify import check_hashes
 
 __all__ = [
     "RECORD",
@@ -53,8 +53,10 @@ def finished(target: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
     there is no OUT. Raises OutputError when it is another's, or damaged."""
     if not made_by(target, key):
         return None
-    if problems := damaged(target):
-        seen = f"{target} exists: this command has made it, and since then {next(iter(problems.values()))}"
+    problems: list[str] = []
+    check_hashes(target, problems)
+    if problems:
+        seen = f"{target} exists: this command has made it, and since then {problems[0]}"
         raise OutputError(seen, "remove it, or choose another OUT")
     _clean(target)
     return load_json(target / RECORD)
@@ -105,7 +107,7 @@ def _clean(target: Path) -> None:
     """Open OUT to those to whom new folders are open here, and remove what the work needed. The same command, started once
     more by now, may be at it too."""
     work = target / WORK
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # OUT is complete: what cannot be tidied does not make it less so
         usual = work / "usual"
         usual.mkdir(exist_ok=True)
         os.chmod(target, os.stat(usual).st_mode & 0o777)

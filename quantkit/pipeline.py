@@ -22,7 +22,7 @@ from quantkit.coverage import reconcile
 from quantkit.errors import ConfigError, OutputError, VerificationError
 from quantkit.formats.atomic import sha256
 from quantkit.formats.fingerprint import Watch
-from quantkit.formats.folder import carried, complete, find_model, write_json
+from quantkit.formats.folder import complete, find_model, watched, write_json
 from quantkit.formats.origin import DigestingReader, content_digest
 from quantkit.formats.reader import CheckpointReader
 from quantkit.host import arithmetic, peak_memory, pick_device, plain_arithmetic, using_threads
@@ -153,8 +153,7 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     refuse_others(target)
     reader = DigestingReader(folder)
     changed = published_files(folder, reader.config)
-    carried(folder, changed)
-    source = Watch(folder, reader.shards)
+    source = Watch(folder, reader.shards, watched(folder, changed))
     plan = make_plan(reader, recipe)
     ids, text, notes = _calibration(reader, plan) if plan.calibrated else (None, None, ())
     return _Ready(reader, source, plan, ids, text, notes, changed, target, place, start)
@@ -207,7 +206,11 @@ class _Job:
         kept = {name for unit in self.journal.units.values() for name in unit["shards"]}
         kept |= {"journal", "lock", *(tape.path.name for tape in self.tapes.values())}
         for path in [*self.partial.iterdir(), *self.work.iterdir()]:
-            if path.name not in kept and (path.is_symlink() or path.is_file()):
+            if path.name in kept or path == self.work:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
     def _commit(self, index: int, progress: Progress) -> None:
@@ -293,7 +296,8 @@ class _Job:
             fix = "repeat the command: it quantises again only what lay in there; check the disk"
             return VerificationError("\n  ".join([error.problem, *damage]), fix)
         kept = keep_failed(self.partial, self.target)
-        return VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", error.fix)
+        back = f"; or, if the source was wrong, put it right, move {kept} back to {self.partial}, and repeat the command"
+        return VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", f"{error.fix}{back}")
 
     def _made(self) -> dict[str, Any]:
         """What quantkit.json says."""

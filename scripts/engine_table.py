@@ -49,8 +49,8 @@ def newer(results: dict[str, Any]) -> list[str]:
     if "newer transformers" not in results["cells"]:
         return []
     pairs = [
-        (f"{model} {scheme}", cell, results["cells"]["newer transformers"][model][scheme])
-        for model, row in results["cells"]["transformers"].items()
+        (f"{model} {scheme}", results["cells"]["transformers"][model][scheme], cell)
+        for model, row in results["cells"]["newer transformers"].items()
         for scheme, cell in row.items()
     ]
     other = [what for what, a, b in pairs if a["status"] != b["status"]]

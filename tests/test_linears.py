@@ -266,5 +266,5 @@ def test_a_matrix_of_codes_is_not_passed_over(make: Make) -> None:
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.int8)}, folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=f"'{name}', I8"):
+    with pytest.raises(ConfigError, match="'model.layers.0.self_attn.q_proj', I8"):
         planned(folder, "*")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quantkit.errors import CheckpointError
+from quantkit.formats.atomic import sha256
 
 __all__ = ["Watch", "fingerprint"]
 
@@ -55,17 +56,24 @@ def _spans(header: bytes) -> list[tuple[int, int]]:
 
 
 class Watch:
-    """A model that must not change while it is worked on. fingerprint: as `fingerprint`, when the watch began."""
+    """A model that must not change while it is worked on. fingerprint: as `fingerprint`, when the watch began.
 
-    def __init__(self, folder: Path, shards: Iterable[str]) -> None:
-        self.folder, self._shards = folder, tuple(shards)
+    beside: further files of the folder, such as the tokenizer's, which are no part of the fingerprint.
+    """
+
+    def __init__(self, folder: Path, shards: Iterable[str], beside: Iterable[str] = ()) -> None:
+        self.folder, self._shards, self._beside = folder, tuple(shards), tuple(beside)
         self._seen = self._stamps()
-        self._digests = _digests(folder, self._shards)
-        self.fingerprint = _joined(self._digests)
+        self.fingerprint = _joined(_digests(folder, self._shards))
+        self._digests = self._now()
+
+    def _now(self) -> dict[str, str]:
+        beside = {name: sha256(self.folder / name) for name in self._beside}
+        return {**beside, **_digests(self.folder, self._shards)}
 
     def _stamps(self) -> list[tuple[int, ...]]:
         """What no write leaves as it was."""
-        found = [os.stat(self.folder / name) for name in ("config.json", *self._shards)]
+        found = [os.stat(self.folder / name) for name in ("config.json", *self._shards, *self._beside)]
         return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in found]
 
     def check(self) -> None:
@@ -74,7 +82,7 @@ class Watch:
             now = self._stamps()
             if now == self._seen:
                 return
-            digests = _digests(self.folder, self._shards)
+            digests = self._now()
         except OSError as error:
             raise CheckpointError(f"{error.filename or self.folder}: {error.strerror}", self._fix()) from error
         for name, digest in self._digests.items():

@@ -17,7 +17,7 @@ from quantkit.formats.origin import STATEMENT
 from quantkit.formats.reader import INDEX
 from quantkit.formats.writer import ShardPlan
 
-__all__ = ["CARRIED", "carried", "complete", "find_model", "refuse_present", "without_tokenizer", "write_json"]
+__all__ = ["CARRIED", "carried", "complete", "find_model", "refuse_present", "watched", "without_tokenizer", "write_json"]
 
 TOKENIZERS = ("tokenizer.json", "*.tiktoken", "*.model", "vocab.*")  # what an engine could make one from
 # What goes from the source folder to OUT beside the weights.
@@ -73,19 +73,27 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 def carried(source: Path, changed: Mapping[str, bytes | None]) -> list[Path]:
     """The files that go from the source folder to OUT as they are. changed: those that something stands for.
 
-    Raises ConfigError for a link out of it: OUT is given to others, and a link may point to what is none of theirs. A hub
-    snapshot's links to its blobs are its files.
+    Raises ConfigError for a link to nothing, as a cache that was cleared leaves, and for a link out of the folder: OUT is
+    given to others, and a link may point to what is none of theirs. A hub snapshot's links to its blobs are its files.
     """
     home = source.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     found = []
     for path in sorted(source.iterdir()):
         wanted = path.name not in changed and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        if wanted and path.is_symlink() and not path.exists():
+            raise ConfigError(f"{path} is a link to {os.readlink(path)}, which is not there", "fetch the model again")
         if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
             if path.is_symlink() and path.resolve().parent not in (home, blobs):
                 raise ConfigError(f"{path} is a link to {path.resolve()}, outside the model", "copy that file there instead")
             found.append(path)
     return found
+
+
+def watched(source: Path, changed: Mapping[str, bytes | None]) -> list[str]:
+    """Names of the files beside the weights that OUT is made from. Raises as `carried` does."""
+    made_from = [name for name in changed if (source / name).is_file()]
+    return [*(path.name for path in carried(source, changed)), *made_from]
 
 
 def complete(

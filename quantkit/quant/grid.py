@@ -12,7 +12,8 @@ __all__ = ["encode", "minmax_scale", "search_scale"]
 
 # Fractions of the min-max range tried by `search_scale`: down to half of it, one bit less of range for one bit more of
 # resolution, and a little above 1, since the largest code of a symmetric grid is -8 and not 7.
-_SHRINK = torch.linspace(0.5, 1.05, 23).tolist()
+# The caller's default dtype and device must not reach what is made when this is imported.
+_SHRINK = torch.linspace(0.5, 1.05, 23, dtype=torch.float32, device="cpu").tolist()
 
 
 def _per_scale(values: Tensor, grid: Grid, largest: bool) -> Tensor:
