@@ -184,6 +184,7 @@ SCHEMES: dict[str, tuple[Break, str]] = {
     "no targets": (group(lambda g: g.pop("targets")), "'targets'"),
     "target no pattern": (group(lambda g: g.update(targets=["re:("])), "malformed"),
     "groups of 0": (group(lambda g: g["weights"].update(group_size=0)), "group_size 0"),
+    "another format": (group(lambda g: g.update(format="garbage-quantized")), "has format 'garbage-quantized'"),
     "transforms": (scheme(lambda q: q.update(transform_config={"config_groups": {"u": {}}})), "transform_config"),
     "sparse": (scheme(lambda q: q.update(sparsity_config={"format": "sparse-24-bitmask"})), "sparsity_config"),
     "rounded outputs": (group(lambda g: g.update(output_activations={"num_bits": 8})), "rounds outputs"),

@@ -24,6 +24,7 @@ __all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrice
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or expert, within a name
 _ANY = r"\d+"
+_AGAIN = "fetch config.json again"
 _ROUTED = re.compile(r"\.experts\.\d+\.")
 _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
@@ -276,8 +277,17 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
 
 
 def groups(quantization_config: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The scheme of each config group, by its name. Raises ConfigError for one that is none of the presets."""
-    return {n: _scheme_of_group(n, g) for n, g in quantization_config.get("config_groups", {}).items()}
+    """The scheme of each config group, by its name. Raises ConfigError for one that is none of the presets, or lies on disk
+    otherwise than its numbers do in any format that engines read."""
+    found = {}
+    for name, group in quantization_config.get("config_groups", {}).items():
+        scheme = _scheme_of_group(name, group)
+        usual, overall = format_of(scheme), quantization_config.get("format")
+        said = group.get("format") or (None if overall == "mixed-precision" else overall)
+        if said not in (None, usual, *(() if _packed(scheme) else ("naive-quantized",))):
+            raise ConfigError(f"quantization_config: '{name}' has format {said!r}, and its numbers are of {usual}", _AGAIN)
+        found[name] = scheme
+    return found
 
 
 class _Names:
@@ -339,7 +349,7 @@ def parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: 
     try:
         schemes = _parse(quantization_config, keys)
     except (AttributeError, KeyError, TypeError, re.error) as error:
-        raise ConfigError(f"quantization_config is malformed: {error!r}", "fetch config.json again") from error
+        raise ConfigError(f"quantization_config is malformed: {error!r}", _AGAIN) from error
     for key, scheme in schemes.items():
         if scheme is not None and entries:
             names = f"{key}.weight_scale", f"{key}.input_scale"
