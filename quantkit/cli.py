@@ -204,6 +204,7 @@ def generate(
     """
     import quantkit
     from quantkit.errors import ConfigError
+    from quantkit.formats.sets import weight_sets
     from quantkit.model.cache import KVFormat
     from quantkit.progress import console
     from quantkit.sampling import Sampling
@@ -218,6 +219,8 @@ def generate(
             kernels,
             progress=lambda done, total: status.update(f"loading, {done} of {total} layers"),
         )
+    for note in weight_sets(path):
+        click.echo(f"warning: {note}", err=True)
     how = Sampling(temperature, top_p, seed), KVFormat(kv_cache), add_bos
     if len(prompts) > 1:
         for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):

@@ -139,6 +139,8 @@ def test_two_sets_are_named_everywhere(model: Path, tmp_path: Path) -> None:
         main, ["eval", str(out), "--baseline", str(model), "--windows", "2", "--seq-len", "32", "--samples", "0"]
     )
     assert says in result.stderr.replace("\n", " ")
+    result = CliRunner().invoke(main, ["generate", str(model), "--prompt", "a", "--max-tokens", "1"])
+    assert result.exit_code == 0 and says in result.stderr
     assert any(says in note for note in json.loads((out / "eval" / "report.json").read_text())["notes"])
 
 
