@@ -13,7 +13,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: check
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # vLLM and transformers on what quantkit writes; installs a vLLM of 3.6 GB unless QUANTKIT_VLLM names one. What concerns
 # transformers is run with the version of constraints.txt and with a newer one.

@@ -69,7 +69,7 @@ def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
     undisturbed.close()
     expected = (tmp_path / "a" / "SHA256SUMS").read_bytes()
     dice, kills, resumed = random.Random(0), 0, set()
-    for attempt in range(3):
+    for attempt in range(2):
         out, killed = tmp_path / f"b{attempt}", 0
         runner = Runner(model, out, recipe)
         while not out.exists():
@@ -92,7 +92,7 @@ def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
         assert (out / "SHA256SUMS").read_bytes() == expected
         assert json.loads((out / "run.json").read_text())["linears"].keys()
         assert {p.name for p in out.iterdir()} - {".work"} == {p.name for p in (tmp_path / "a").iterdir()}
-    assert kills >= 3 and resumed  # jobs were really interrupted, and went on from a journal
+    assert kills >= 2 and resumed  # jobs were really interrupted, and went on from a journal
 
 
 # Kills itself before the n-th operation on a file of OUT or OUT.partial; prints how many there were.
@@ -145,7 +145,7 @@ def test_killed_before_any_operation_on_a_file(model: Path, tmp_path: Path) -> N
     assert total and total > 50
     expected, names, mode = (out / "SHA256SUMS").read_bytes(), sorted(os.listdir(out)), os.stat(out).st_mode
     published = 0
-    for at in [*range(2, total - 8, 20), *range(total - 8, total + 1)]:
+    for at in [*range(2, total - 8, 40), *range(total - 8, total + 1)]:
         shutil.rmtree(out)
         assert run(at) is None
         published += out.exists()
