@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import quantkit
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"

@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from quantkit.bench import random_weight, timed
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
 from quantkit.kernels.cpu.build import load
 from quantkit.kernels.cpu.linear import PackedLinear, gather, matmul, pack
+from quantkit.run.bench import random_weight, timed
 from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quantkit.bench import random_weight, timed
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
 from quantkit.kernels.cpu.linear import PackedLinear, experts, gather, on_huge_pages, pack, stack
 from quantkit.model.blocks import Routing
 from quantkit.model.decoder import mlp
 from quantkit.model.forward import Weights
 from quantkit.model.spec import Linear, MoE, Role, Router
+from quantkit.run.bench import random_weight, timed
 from quantkit.scheme import PRESETS
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,11 +21,11 @@ import quantkit
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
-from quantkit.evals.divergence import chunks
-from quantkit.evals.evaluate import Extent, measure
-from quantkit.evals.run import BATCH_TOKENS
-from quantkit.runtime import Model
-from quantkit.scheme import Recipe
+from quantkit.measure.divergence import chunks
+from quantkit.measure.evaluate import Extent, measure
+from quantkit.measure.run import BATCH_TOKENS
+from quantkit.recipe import Recipe
+from quantkit.run.model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "eval_speed.json"

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import quantkit
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = {"INT4": Recipe(method="rtn"), "FP8": Recipe(scheme="FP8_DYNAMIC")}

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit import Recipe, quantize
-from quantkit.evals.tasks import Options, evaluate_tasks, plan_tasks
-from quantkit.progress import console
-from quantkit.task_tables import task_table
+from quantkit.commands.tables import console
+from quantkit.commands.task_tables import task_table
+from quantkit.tasks.tasks import Options, evaluate_tasks, plan_tasks
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("piqa", "winogrande", "siqa", "commonsense_qa")

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from quantkit.progress import console, print_tables
+from quantkit.commands.tables import console, print_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-hunyuan"

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantkit.conversion import convert
-    from quantkit.evals.evaluate import evaluate
-    from quantkit.pipeline import quantize
-    from quantkit.runtime import load
-    from quantkit.scheme import Recipe
+    from quantkit.job.conversion import convert
+    from quantkit.job.pipeline import quantize
+    from quantkit.measure.evaluate import evaluate
+    from quantkit.recipe import Recipe
+    from quantkit.run.model import load
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "__version__", "convert", "evaluate", "load", "quantize"]
 
 _HOME = {
-    "Recipe": "quantkit.scheme",
-    "convert": "quantkit.conversion",
-    "evaluate": "quantkit.evals.evaluate",
-    "load": "quantkit.runtime",
-    "quantize": "quantkit.pipeline",
+    "Recipe": "quantkit.recipe",
+    "convert": "quantkit.job.conversion",
+    "evaluate": "quantkit.measure.evaluate",
+    "load": "quantkit.run.model",
+    "quantize": "quantkit.job.pipeline",
 }
 
 

@@ -9,13 +9,14 @@ from typing import Any, Literal, get_args
 
 import click
 
-from quantkit import __version__, cli_eval
-from quantkit.command import Main, as_json, command, show
-from quantkit.options import bos_option, deployment, engine_options, read_recipe, recipe_options
+from quantkit import __version__
+from quantkit.commands import evaluate as cli_eval
+from quantkit.commands.command import Main, as_json, command, show
+from quantkit.commands.options import bos_option, deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
 
-Kernels = Literal["auto", "w4a8", "reference"]  # as in runtime.py, which would import torch
+Kernels = Literal["auto", "w4a8", "reference"]  # as in run/weights.py, which would import torch
 kernels_option = click.option(
     "--kernels",
     default="auto",
@@ -66,12 +67,12 @@ def quantize(
     quantkit quantize MODEL -o OUT --experts W4A16 --attention W8A16 --shared-experts W8A16   (recommended)
     quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
-    from quantkit import pipeline
+    from quantkit.checkpoint.folder import find_model, without_tokenizer
+    from quantkit.checkpoint.sets import weight_sets
+    from quantkit.checkpoint.share import share_line
+    from quantkit.commands.tables import console, layer_line, plan_table, size
     from quantkit.errors import ConfigError, counted
-    from quantkit.formats.folder import find_model, without_tokenizer
-    from quantkit.formats.sets import weight_sets
-    from quantkit.kept import share_line
-    from quantkit.progress import console, layer_line, plan_table, size
+    from quantkit.job import pipeline
 
     recipe = read_recipe(recipe_file, options)
     screen = console(stderr=True)
@@ -119,13 +120,13 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     \b
     quantkit plan MODEL --experts W4A16 --engine vllm --tp 8 --ep
     """
+    from quantkit.checkpoint.folder import find_model
+    from quantkit.checkpoint.reader import CheckpointReader
+    from quantkit.commands.tables import plan_table
     from quantkit.engines.assess import assess
     from quantkit.engines.registry import engine_named
     from quantkit.errors import ConfigError
-    from quantkit.formats.folder import find_model
-    from quantkit.formats.reader import CheckpointReader
-    from quantkit.plan import make_plan, summary
-    from quantkit.progress import plan_table
+    from quantkit.job.plan import make_plan, summary
 
     chosen = engine_named(engine) if engine else None
     devices = deployment(options, needed_by=None if chosen else "--engine")
@@ -155,8 +156,8 @@ def convert(model: str, out: Path, to: str, as_json: bool, quiet: bool) -> None:
 
     bf16 holds the dequantised values, and counts those that it has to round.
     """
-    from quantkit.conversion import convert as run
-    from quantkit.progress import console, size
+    from quantkit.commands.tables import console, size
+    from quantkit.job.conversion import convert as run
 
     screen = console(stderr=True)
     progress = None if quiet else lambda done, total: screen.print(f"shard {done} of {total}")
@@ -203,12 +204,12 @@ def generate(
     Several prompts are continued together and printed when all are done.
     """
     import quantkit
+    from quantkit.checkpoint.sets import weight_sets
+    from quantkit.commands.tables import console
     from quantkit.errors import ConfigError
-    from quantkit.formats.sets import weight_sets
     from quantkit.model.cache import KVFormat
-    from quantkit.progress import console
-    from quantkit.sampling import Sampling
-    from quantkit.text import complete, stream_text
+    from quantkit.run.sampling import Sampling
+    from quantkit.run.text import complete, stream_text
 
     if any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt):  # could not be decoded
         raise ConfigError("the prompt is not valid UTF-8", "check the terminal's encoding")
@@ -240,17 +241,17 @@ def generate(
 @command
 def inspect(path: Path, kernels: bool, as_json: bool) -> None:
     """Show what is in a checkpoint: by role the scheme, bits per weight and bytes."""
-    from quantkit.progress import inspect_table, kernel_table
+    from quantkit.commands.tables import inspect_table, kernel_table
 
     if kernels:
         import torch
 
-        from quantkit.runtime import Model
+        from quantkit.run.model import Model
 
         model = Model(path, torch.device("cpu"), kernels="auto")
         show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
         return
-    from quantkit.verify import inspect as run
+    from quantkit.checkpoint.verify import inspect as run
 
     show(run(path), inspect_table, as_json)
 
@@ -276,10 +277,10 @@ def bench(
     as_json: bool,
 ) -> None:
     """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
-    from quantkit.bench import bench as run
-    from quantkit.bench import selected
+    from quantkit.commands.tables import bench_table
     from quantkit.errors import ConfigError
-    from quantkit.progress import bench_table
+    from quantkit.run.bench import bench as run
+    from quantkit.run.bench import selected
 
     counts = [int(part) for part in tokens.split(",") if part.strip().isdigit() and int(part) > 0]
     if len(counts) != tokens.count(",") + 1:
@@ -300,15 +301,15 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: it does not, or computes
     something else, 3: nobody looked.
     """
+    from quantkit.checkpoint.share import share_line
+    from quantkit.checkpoint.verify import verify as run
     from quantkit.errors import ConfigError, counted
-    from quantkit.kept import share_line
-    from quantkit.verify import verify as run
 
     if engine:
+        from quantkit.commands.tables import engine_table
         from quantkit.engines.registry import engine_named
         from quantkit.engines.replay import replay
         from quantkit.engines.rules import Verdict
-        from quantkit.progress import engine_table
 
         if source:
             raise ConfigError("--engine and --source check different things", "run verify once with each")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import platform
 import resource
 from collections.abc import Iterator
@@ -11,9 +13,19 @@ from typing import TypeVar
 
 import torch
 
+import quantkit
 from quantkit.errors import ConfigError
 
-__all__ = ["arithmetic", "instructions", "peak_memory", "pick_device", "plain_arithmetic", "plainly", "using_threads"]
+__all__ = [
+    "arithmetic",
+    "code_digest",
+    "instructions",
+    "peak_memory",
+    "pick_device",
+    "plain_arithmetic",
+    "plainly",
+    "using_threads",
+]
 
 T = TypeVar("T")
 _DEVICES = ("cpu", "cuda")
@@ -116,3 +128,20 @@ def plainly(steps: Iterator[T]) -> Iterator[T]:
             except StopIteration:
                 return
         yield item
+
+
+def code_digest(parts: tuple[str, ...]) -> str:
+    """sha256 over what the code of these modules and packages of quantkit does: comments and docstrings do not count.
+
+    Another version may round differently, so it is another job.
+    """
+    root, digest = Path(quantkit.__file__).parent, hashlib.sha256()
+    for part in sorted(parts):
+        whole = root / part.replace(".", "/")
+        for path in sorted(whole.rglob("*.py")) if whole.is_dir() else [whole.with_suffix(".py")]:
+            tree = ast.parse(path.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    node.body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+            digest.update(f"{path.relative_to(root)}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()

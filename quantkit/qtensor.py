@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.formats.dtypes import DTYPES
+from quantkit.dtypes import DTYPES
 from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["QuantizedTensor", "expand"]

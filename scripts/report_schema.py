@@ -1,11 +1,11 @@
-"""Write docs/report.schema.json from the models in quantkit/evals/schema.py."""
+"""Write docs/report.schema.json from the models in quantkit/report/schema.py."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from quantkit.evals.schema import Report
+from quantkit.report.schema import Report
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "report.schema.json"
 

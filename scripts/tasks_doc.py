@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantkit.evals.suite import HUNYUAN_LARGE, Benchmark
+from quantkit.tasks.suite import HUNYUAN_LARGE, Benchmark
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "tasks.md"
@@ -46,7 +46,7 @@ theirs. Examples come from `NAME_fewshot.jsonl`; without it the last rows of the
 
 ## The harness's own command line
 
-    python -m quantkit.evals.harness run --model quantkit --model_args pretrained=OUT --tasks gsm8k
+    python -m quantkit.tasks.harness run --model quantkit --model_args pretrained=OUT --tasks gsm8k
 
 It is `lm_eval` with quantkit's model type registered. Version 0.4.13 of the harness does not look for model types in
 other packages; later ones do, by the entry point `lm_eval.models`, and there `lm_eval --model quantkit` is enough.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.model.registry import build_spec
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 
 CONFIG: dict[str, Any] = {
     "architectures": ["HunYuanForCausalLM"],

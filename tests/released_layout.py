@@ -13,7 +13,7 @@ from typing import Any
 
 import tiktoken
 
-from quantkit.calib import hy_tiktoken
+from quantkit.checkpoint import hy_tiktoken
 
 CODE_FILES = ("configuration_hunyuan.py", "modeling_hunyuan.py", "tokenization_hy.py")
 AUTO_MAP = {

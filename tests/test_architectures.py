@@ -18,14 +18,14 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib.walk import Walk, embed, walk_layer
+from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Attention, Layer, Linear, ModelSpec, MoE, Router, Yarn
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from quantkit.stats import LinearStats
-from quantkit.verify import verify
 from tests.architectures import TINY
 from tests.conftest import random_weights, write_checkpoint
 from tests.test_model import InMemory

@@ -17,8 +17,8 @@ from quantkit.model.attention import attention_core
 from quantkit.model.cache import Cache, Kept, KVFormat
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import MLA, Linear
-from quantkit.runtime import Kernels
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
+from quantkit.run.weights import Kernels
 from tests.architectures import TINY
 from tests.conftest import random_weights, write_checkpoint
 from tests.counting import ran

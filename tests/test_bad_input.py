@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantkit.checkpoint.reader import INDEX, CheckpointReader
 from quantkit.cli import main
 from quantkit.errors import CheckpointError
-from quantkit.formats.reader import INDEX, CheckpointReader
 from tests.conftest import CONFIG, write_checkpoint
 
 SHARD = "model-00001-of-00002.safetensors"

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
-from quantkit import pipeline
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.cli import main
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError
-from quantkit.formats.reader import CheckpointReader
-from quantkit.scheme import Recipe
+from quantkit.job import pipeline
+from quantkit.recipe import Recipe
 from tests.architectures import TINY
 from tests.conftest import CONFIG, random_weights, write_checkpoint
 from tests.test_bad_input import QUICK, Break, accepted, edit, not_quantized, refused, replace
@@ -132,7 +132,7 @@ def test_disk_fills_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         message = refused(*command)
         assert "1,000 bytes free" in message and "needed" in message and not (tmp_path / "out.partial").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.formats.writer.open", Full, raising=False)
+        patch.setattr("quantkit.checkpoint.writer.open", Full, raising=False)
         message = refused(*command)
         assert "00002-of-00003.safetensors: No space left" in message and "resumes" in message
     assert not (tmp_path / "out").exists() and not [*(tmp_path / "out.partial").glob(".*.tmp")]
@@ -261,13 +261,13 @@ def test_out_of_memory_is_no_bug(finished: Path, monkeypatch: pytest.MonkeyPatch
     def inspect(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr("quantkit.verify.inspect", inspect)
+    monkeypatch.setattr("quantkit.checkpoint.verify.inspect", inspect)
     found = CliRunner().invoke(main, ["inspect", str(finished / "out")])
     assert found.exit_code == 2 and found.stderr.startswith("error: out of memory: 64 GB\nFix: "), found.stderr
 
 
 def test_a_bug_is_no_verdict(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkit.verify.inspect", lambda folder: {}["no such key"])
+    monkeypatch.setattr("quantkit.checkpoint.verify.inspect", lambda folder: {}["no such key"])
     found = CliRunner().invoke(main, ["inspect", str(finished / "out")])
     assert found.exit_code == 70 and "KeyError: 'no such key'" in found.stderr and found.stdout == ""
     assert found.stderr.splitlines()[-1].startswith("error: this is a bug in quantkit")

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
+from quantkit.atomic import sha256
+from quantkit.checkpoint.by_name import spec_by_name
+from quantkit.checkpoint.opened import schemes_of
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.verify import verify
 from quantkit.cli import main
 from quantkit.errors import VerificationError
-from quantkit.formats.atomic import sha256
-from quantkit.formats.reader import CheckpointReader
-from quantkit.model.by_name import spec_by_name
-from quantkit.opened import schemes_of
-from quantkit.pipeline import Step
-from quantkit.scheme import Recipe
-from quantkit.verify import verify
+from quantkit.job.pipeline import Step
+from quantkit.recipe import Recipe
 
 
 def weights() -> dict[str, Tensor]:

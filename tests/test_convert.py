@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
-from quantkit import conversion
-from quantkit.conversion import TARGETS
-from quantkit.formats.reader import CheckpointReader
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.verify import damaged
 from quantkit.formats.table import FORMATS
+from quantkit.job import conversion
+from quantkit.job.conversion import TARGETS
 from quantkit.model.spec import Linear, Role
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Recipe, weight_only
-from quantkit.verify import damaged
+from quantkit.recipe import Recipe
+from quantkit.scheme import weight_only
 from tests.conftest import random_weights, write_checkpoint
 from tests.foreign import CASES, KEPT, SMALL_CONFIG
 from tests.test_bad_input import accepted, edit, refused

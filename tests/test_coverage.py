@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit.coverage import Fate, account, reconcile
+from quantkit.checkpoint.coverage import Fate, account, reconcile
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import VerificationError
 from quantkit.formats import compressed_tensors
-from quantkit.formats.reader import CheckpointReader
-from quantkit.plan import make_plan
-from quantkit.scheme import Recipe, scheme_named
+from quantkit.job.plan import make_plan
+from quantkit.recipe import Recipe
+from quantkit.scheme import scheme_named
 from tests.engine_models import SIZES, seen
 from tests.test_bad_input import not_quantized, refused
 

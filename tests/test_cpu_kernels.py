@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.formats.dtypes import DTYPES
+from quantkit.dtypes import DTYPES
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import build
 from quantkit.kernels.cpu.backend import rounding_of_w4a8

@@ -17,8 +17,10 @@ from quantkit.cli import main
 from quantkit.errors import CheckpointError
 from quantkit.kernels import dispatch
 from quantkit.kernels.cpu import build
-from quantkit.runtime import Kernels, KernelWeights, Model
-from quantkit.scheme import PRESETS, Recipe, scheme_named
+from quantkit.recipe import Recipe
+from quantkit.run.model import Model
+from quantkit.run.weights import Kernels, KernelWeights
+from quantkit.scheme import PRESETS, scheme_named
 
 built = pytest.mark.skipif(isinstance(build.load(), str), reason=f"no CPU kernels: {build.load()}")
 CPU, SHAPE = torch.device("cpu"), (64, 128)

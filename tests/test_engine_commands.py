@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
+from quantkit.checkpoint.reader import INDEX
 from quantkit.cli import main
 from quantkit.engines.on_file import random_experts
 from quantkit.engines.registry import ENGINES
 from quantkit.engines.replay import parameter
 from quantkit.engines.rules import Verdict
-from quantkit.formats.reader import INDEX
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 from tests.engine_models import seen
 from tests.test_bad_input import accepted, refused

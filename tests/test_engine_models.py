@@ -12,7 +12,7 @@ from quantkit.engines.registry import ENGINES
 from quantkit.engines.rules import Verdict, view_of
 from quantkit.formats import compressed_tensors
 from quantkit.model.registry import ARCHITECTURES, build_spec
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.architectures import RELEASED, TINY
 from tests.engine_models import SIZES, seen
 

@@ -17,22 +17,22 @@ from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
+from quantkit.checkpoint.contents import contents
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.evals import context
-from quantkit.evals.cache import BaselineCache
-from quantkit.evals.compare import against
-from quantkit.evals.evaluate import Extent, measure
-from quantkit.evals.gate_names import expected
-from quantkit.evals.gates import decide, parse_gate
-from quantkit.evals.html import html
-from quantkit.evals.markdown import markdown
-from quantkit.evals.metrics import metrics
-from quantkit.evals.provenance import contents
-from quantkit.evals.report import read_report
-from quantkit.evals.schema import Report, Run, Task
-from quantkit.evals.task_schema import TaskRun, TaskSource
+from quantkit.measure import context
+from quantkit.measure.cache import BaselineCache
+from quantkit.measure.evaluate import Extent, measure
 from quantkit.model.cache import KVFormat
-from quantkit.runtime import Model
+from quantkit.report.compare import against
+from quantkit.report.gate_names import expected
+from quantkit.report.gates import decide, parse_gate
+from quantkit.report.html import html
+from quantkit.report.markdown import markdown
+from quantkit.report.metrics import metrics
+from quantkit.report.report import read_report
+from quantkit.report.schema import Report, Run, Task
+from quantkit.report.task_schema import TaskRun, TaskSource
+from quantkit.run.model import Model
 from tests.conftest import CONFIG, random_weights, write_checkpoint
 from tests.test_report import cli
 
@@ -217,7 +217,7 @@ def test_another_fine_tune_is_another_baseline(pair: tuple[Path, Path], tmp_path
 
 
 def test_other_code_is_another_cached_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from quantkit.evals import cache
+    from quantkit.measure import cache
 
     def key() -> Path:
         return BaselineCache(tmp_path, "model", "text", 8, torch.device("cpu")).folder

@@ -14,23 +14,24 @@ import pytest
 from click.testing import CliRunner
 
 import quantkit
-from quantkit import cli_eval
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.cli import main
+from quantkit.commands import evaluate as cli_eval
 from quantkit.errors import NotFiniteError
-from quantkit.evals import evaluate, run_code, tasks
-from quantkit.evals.evaluate import Extent, measure
-from quantkit.evals.gates import decide
-from quantkit.evals.html import html
-from quantkit.evals.markdown import markdown
-from quantkit.evals.report import read_report
-from quantkit.evals.run import Evaluation
-from quantkit.evals.schema import Report, Run
-from quantkit.evals.tasks import Options, Plan
-from quantkit.evals.words import number
-from quantkit.scheme import Recipe
+from quantkit.measure import evaluate
+from quantkit.measure.evaluate import Extent, measure
+from quantkit.measure.run import Evaluation
+from quantkit.recipe import Recipe
+from quantkit.report.gates import decide
+from quantkit.report.html import html
+from quantkit.report.markdown import markdown
+from quantkit.report.report import read_report
+from quantkit.report.schema import Report, Run
+from quantkit.report.words import number
+from quantkit.tasks import run_code, tasks
+from quantkit.tasks.tasks import Options, Plan
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 from tests.test_eval_flow import EXTENT, SHORT, both, flip
 from tests.test_report import cli, rescaled

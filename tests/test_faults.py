@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import conversion, pipeline
+from quantkit.atomic import temporary_name
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import CheckpointError, ConfigError, OutputError, QuantkitError, VerificationError
-from quantkit.formats.atomic import temporary_name
-from quantkit.formats.reader import CheckpointReader
-from quantkit.scheme import Recipe
+from quantkit.job import conversion, pipeline
+from quantkit.recipe import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 
 RECIPE = Recipe(experts="W4A16", attention="FP8", **SMALL)  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ def test_killed_between_publishing_and_clean_up(undisturbed: Path, tmp_path: Pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("quantkit.partial._clean", killed)
+        patch.setattr("quantkit.job.partial._clean", killed)
         quantkit.quantize(model, out, RECIPE)
     assert (out / ".work").is_dir()
     for _ in range(2):  # the second time there is nothing left to do

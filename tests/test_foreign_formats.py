@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
-from quantkit.formats.reader import CheckpointReader
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.kernels import dispatch
 from quantkit.kernels.cpu import build
-from quantkit.runtime import CheckpointWeights, Model
+from quantkit.run.model import Model
+from quantkit.run.weights import CheckpointWeights
 from tests.foreign import CASES, KEPT, Case
 from tests.test_bad_input import accepted, edit, refused
 
@@ -41,7 +42,7 @@ def test_numbers_mean_what_the_format_says(case: Case, tmp_path: Path) -> None:
 
 
 def quantkit_inspect(folder: Path) -> dict[str, object]:
-    from quantkit.verify import inspect
+    from quantkit.checkpoint.verify import inspect
 
     return inspect(folder)
 

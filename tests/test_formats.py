@@ -12,19 +12,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from quantkit.atomic import write_bytes
+from quantkit.checkpoint.fingerprint import fingerprint
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.writer import ShardPlan, ShardWriter
+from quantkit.dtypes import DTYPES, TensorPlan
 from quantkit.errors import ConfigError, OutputError
 from quantkit.formats import compressed_tensors as ct
-from quantkit.formats.atomic import write_bytes
-from quantkit.formats.dtypes import DTYPES, TensorPlan
-from quantkit.formats.fingerprint import fingerprint
-from quantkit.formats.reader import CheckpointReader
-from quantkit.formats.writer import ShardPlan, ShardWriter
-from quantkit.journal import Journal
+from quantkit.job.journal import Journal
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, Role
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.solve import rtn, solve
-from quantkit.scheme import PRESETS, Recipe, scheme_named
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS, scheme_named
 from quantkit.stats import LinearStats
 from tests.conftest import CONFIG
 

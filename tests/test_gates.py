@@ -12,17 +12,18 @@ import pytest
 import torch
 
 from quantkit.errors import ConfigError
-from quantkit.evals.compare import against
-from quantkit.evals.divergence import Resampler, TokenScores, bootstrap, student, tail_needs, wilson
-from quantkit.evals.gates import DEFAULT_GATES, decide, junit, parse_gate
-from quantkit.evals.html import html
-from quantkit.evals.markdown import markdown
-from quantkit.evals.metrics import metrics, worst_expert
-from quantkit.evals.schema import Divergence, Figure, Finite, GateResult, Moe, MoeLayer, Probe, Report, Run, Task
-from quantkit.evals.sections import moe
-from quantkit.evals.task_schema import TaskRun
-from quantkit.evals.trace import OutputErrors
-from quantkit.runtime import Model
+from quantkit.measure.divergence import TokenScores, bootstrap
+from quantkit.measure.sections import moe
+from quantkit.measure.trace import OutputErrors
+from quantkit.report.compare import against
+from quantkit.report.gates import DEFAULT_GATES, decide, junit, parse_gate
+from quantkit.report.html import html
+from quantkit.report.intervals import Resampler, student, tail_needs, wilson
+from quantkit.report.markdown import markdown
+from quantkit.report.metrics import metrics, worst_expert
+from quantkit.report.schema import Divergence, Figure, Finite, GateResult, Moe, MoeLayer, Probe, Report, Run, Task
+from quantkit.report.task_schema import TaskRun
+from quantkit.run.model import Model
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"
 SURE = Figure(value=0.01, low=0.009, high=0.011)

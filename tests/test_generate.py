@@ -18,10 +18,10 @@ from quantkit.cli import main
 from quantkit.errors import ConfigError, NotFiniteError
 from quantkit.model import attention
 from quantkit.model.cache import KV, Cache, KVFormat
-from quantkit.runtime import Kernels
-from quantkit.sampling import Sampling, sample
-from quantkit.scheme import Recipe
-from quantkit.text import complete, stream_text
+from quantkit.recipe import Recipe
+from quantkit.run.sampling import Sampling, sample
+from quantkit.run.text import complete, stream_text
+from quantkit.run.weights import Kernels
 from tests.conftest import byte_tokenizer
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"

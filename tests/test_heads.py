@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantkit
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.sets import weight_sets
 from quantkit.cli import main
 from quantkit.errors import CheckpointError
-from quantkit.formats.reader import CheckpointReader
-from quantkit.formats.sets import weight_sets
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.architectures import TINY
 from tests.conftest import random_weights, write_checkpoint
 from tests.test_bad_input import not_quantized, refused

@@ -16,12 +16,12 @@ import torch
 import transformers
 
 import quantkit
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.engines import transformers_model, vllm_plugin
 from quantkit.engines.hunyuan_config import HunyuanLargeConfig, register_config
 from quantkit.engines.transformers_model import CACHE
-from quantkit.formats.reader import CheckpointReader
 from quantkit.model.registry import build_spec
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.architectures import RELEASED
 from tests.conftest import CONFIG
 

@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 
 import quantkit
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.cli import main
 from quantkit.errors import ConfigError
-from quantkit.formats.reader import CheckpointReader
-from quantkit.plan import make_plan
-from quantkit.scheme import Recipe
+from quantkit.job.plan import make_plan
+from quantkit.recipe import Recipe
 from tests.architectures import TINY
 from tests.conftest import random_weights, write_checkpoint
 from tests.test_bad_input import not_quantized

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import conversion, journal, pipeline
 from quantkit.errors import CheckpointError
-from quantkit.evals import cache
-from quantkit.evals.cache import BaselineCache, BaselineRun
-from quantkit.host import arithmetic, instructions
-from quantkit.journal import code_digest
+from quantkit.host import arithmetic, code_digest, instructions
+from quantkit.job import conversion, journal, pipeline
+from quantkit.measure import cache
+from quantkit.measure.cache import BaselineCache, BaselineRun
 from tests.test_layers import MODULES, imports, within
 
 # Modules that a run imports and that decide no byte of OUT: they check, they keep books, they say.

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
+from quantkit.checkpoint.opened import schemes_of
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import ConfigError
-from quantkit.formats.reader import CheckpointReader
+from quantkit.job.plan import make_plan
 from quantkit.model.names import Special, specials
-from quantkit.opened import schemes_of
-from quantkit.plan import make_plan
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.test_by_name import refused, run
 
 CONFIG = {"model_type": "mamba9", "text_config": {"vocab_size": 48, "num_hidden_layers": 2, "num_experts": 2}}

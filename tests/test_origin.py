@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import quantkit
+from quantkit.checkpoint.opened import schemes_of
+from quantkit.checkpoint.origin import content_digest, read_statement, tensor_digest
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.verify import stated
 from quantkit.formats.compressed_tensors import FORMAT
-from quantkit.formats.origin import content_digest, read_statement, tensor_digest
-from quantkit.formats.reader import CheckpointReader
 from quantkit.model.registry import build_spec
-from quantkit.opened import schemes_of
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from quantkit.stats import weight_error
-from quantkit.verify import stated
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 
 

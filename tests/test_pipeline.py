@@ -12,12 +12,13 @@ import torch
 from click.testing import CliRunner
 
 import quantkit
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.verify import verify
 from quantkit.cli import main
-from quantkit.evals.divergence import TokenScores, bootstrap, score, summary
-from quantkit.formats.reader import CheckpointReader
+from quantkit.measure.divergence import TokenScores, bootstrap, score, summary
 from quantkit.model.registry import build_spec
-from quantkit.scheme import PRESETS, Recipe
-from quantkit.verify import verify
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 
 

@@ -19,15 +19,16 @@ import torch
 from safetensors.torch import load_file
 
 import quantkit
-from quantkit import verify as verify_module
+from quantkit import atomic
 from quantkit.calib.tape import Tape
+from quantkit.checkpoint import folder, reader, shard
+from quantkit.checkpoint import verify as verify_module
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.shard import OpenShard
+from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError, OutputError
-from quantkit.formats import atomic, folder, reader, shard
-from quantkit.formats.reader import CheckpointReader
-from quantkit.formats.shard import OpenShard
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Recipe
-from quantkit.verify import verify
+from quantkit.recipe import Recipe
 from tests import sparse
 from tests.architectures import TINY
 from tests.conftest import CONFIG, random_weights, write_checkpoint
@@ -205,7 +206,7 @@ class Counted:
         monkeypatch.setattr(reader, "read_header", parse)
         monkeypatch.setattr(OpenShard, "__init__", opening)
         monkeypatch.setattr(QuantizedTensor, "dequantize", value)
-        for module in (atomic, folder, verify_module, quantkit.pipeline):
+        for module in (atomic, folder, verify_module, quantkit.job.pipeline):
             monkeypatch.setattr(module, "sha256", hashing)
 
 
@@ -230,7 +231,7 @@ def test_rounding_without_calibration_dequantises_for_the_stated_error_alone(
 ) -> None:
     """A shard is hashed when it is committed and once more when it is read again to be verified."""
     counted = Counted(monkeypatch)
-    monkeypatch.setattr(quantkit.pipeline, "verify", lambda *_: None)
+    monkeypatch.setattr(quantkit.job.pipeline, "verify", lambda *_: None)
     record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
     assert counted.dequantised == len(record["linears"]) > 0
     monkeypatch.undo()

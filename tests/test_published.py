@@ -17,12 +17,12 @@ import transformers
 import quantkit
 from quantkit.calib.documents import Conversation
 from quantkit.calib.tokenizer import load_text_tokenizer, load_tokenizer
-from quantkit.conversion import convert
+from quantkit.checkpoint.published import NATIVE, published_config, published_files, published_notes
+from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError
+from quantkit.job.conversion import convert
 from quantkit.model.registry import ARCHITECTURES
-from quantkit.published import NATIVE, published_config, published_files, published_notes
-from quantkit.scheme import Recipe
-from quantkit.verify import verify
+from quantkit.recipe import Recipe
 from tests.architectures import RELEASED
 from tests.released_layout import (
     AUTO_MAP,

@@ -22,15 +22,15 @@ from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.cli import main
-from quantkit.evals.evaluate import Extent, measure
-from quantkit.evals.gates import decide, parse_gate
-from quantkit.evals.html import html
-from quantkit.evals.metrics import metrics, worst_expert
-from quantkit.evals.report import read_report
-from quantkit.evals.schema import Report, Run
+from quantkit.measure.evaluate import Extent, measure
 from quantkit.model.cache import KVFormat
 from quantkit.model.forward import forward
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
+from quantkit.report.gates import decide, parse_gate
+from quantkit.report.html import html
+from quantkit.report.metrics import metrics, worst_expert
+from quantkit.report.report import read_report
+from quantkit.report.schema import Report, Run
 from scripts.report_schema import TARGET, text
 from tests.conftest import CONFIG, random_weights, write_checkpoint
 from tests.pages import parsed
@@ -106,7 +106,7 @@ def test_output_error_against_a_direct_computation(good: Report, folder: Path) -
     """One expert of layer 0: its inputs there are the baseline's, so both models can be run apart."""
     base, quant = (quantkit.load(path, kernels="reference") for path in (MODEL, folder / "good"))
     data = tokens.evaluation_set(load_text_tokenizer(MODEL), read_documents("stdlib-held-out"), 96, 16)
-    from quantkit.evals.trace import BaselineTrace
+    from quantkit.measure.trace import BaselineTrace
 
     scored = (torch.arange(data.ids.shape[1])[None, :] < data.lengths[:, None] - 1).flatten()
     listening = BaselineTrace(base.weights, scored, torch.zeros(len(scored), dtype=torch.int64))
@@ -294,7 +294,7 @@ def test_page_escapes_everything_and_loads_nothing(good: Report) -> None:
 
 
 def test_markdown_is_escaped(good: Report) -> None:
-    from quantkit.evals.markdown import markdown
+    from quantkit.report.markdown import markdown
 
     found = markdown([Run(name="x", report=decide(hostile(good)))])
     assert "<script" not in found.split("To reproduce")[0] and "\\|" in found
@@ -358,8 +358,8 @@ def test_overlap_of_calibration_and_evaluation_text(tmp_path: Path) -> None:
 def test_long_context_in_pieces_equals_one_pass_and_needles_are_recalled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantkit.evals import context
-    from quantkit.runtime import Model
+    from quantkit.measure import context
+    from quantkit.run.model import Model
 
     models = [Model(path, torch.device("cpu")) for path in (MODEL, folder / "good")]
     texts = read_documents("stdlib-held-out")

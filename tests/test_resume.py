@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import pipeline
 from quantkit.errors import OutputError
-from quantkit.scheme import Recipe
+from quantkit.job import pipeline
+from quantkit.recipe import Recipe
 from tests.conftest import SMALL
 
 # Forks a child per attempt from one process that has imported everything, so that a kill costs no import.
@@ -24,8 +24,8 @@ CHILD = """
 import json, os, sys, time
 import torch
 torch.set_num_threads(1)
-from quantkit import pipeline
-from quantkit.scheme import Recipe
+from quantkit.job import pipeline
+from quantkit.recipe import Recipe
 import compressed_tensors.quantization
 model, out, recipe = sys.argv[1], sys.argv[2], Recipe(**json.loads(sys.argv[3]))
 print("ready", flush=True)
@@ -98,8 +98,8 @@ def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
 # Kills itself before the n-th operation on a file of OUT or OUT.partial; prints how many there were.
 AT = """
 import os, sys
-from quantkit import pipeline
-from quantkit.scheme import Recipe
+from quantkit.job import pipeline
+from quantkit.recipe import Recipe
 import compressed_tensors.quantization
 model, out = sys.argv[1:]
 

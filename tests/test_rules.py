@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.formats import compressed_tensors
-from quantkit.formats.reader import CheckpointReader
+from quantkit.job.plan import make_plan
 from quantkit.model.registry import build_spec
-from quantkit.plan import make_plan
-from quantkit.scheme import Recipe, Scheme, scheme_named
+from quantkit.recipe import Recipe
+from quantkit.scheme import Scheme, scheme_named
 from tests.conftest import CONFIG, SMALL
 
 RULES = [{"match": "model.layers.0.*", "scheme": "BF16"}, {"match": "model.layers.[13].mlp.*", "scheme": "W8A16"}]

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from quantkit.checkpoint.reader import INDEX, CheckpointReader
 from quantkit.cli import main
+from quantkit.commands.tables import console, print_tables
 from quantkit.errors import CheckpointError, QuantkitError, shown
-from quantkit.evals.gates import _printable as in_junit
-from quantkit.evals.html import _printable as in_page
-from quantkit.evals.markdown import _safe as in_markdown
-from quantkit.formats.reader import INDEX, CheckpointReader
-from quantkit.progress import console, print_tables
+from quantkit.report.gates import _printable as in_junit
+from quantkit.report.html import _printable as in_page
+from quantkit.report.markdown import _safe as in_markdown
 from tests.conftest import CONFIG, write_checkpoint
 from tests.test_bad_input import refused
 

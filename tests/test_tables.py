@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from quantkit.evals.suite import SUITES
-from quantkit.progress import (
+from quantkit.commands.tables import (
     bench_table,
     eval_table,
     inspect_table,
@@ -18,7 +17,8 @@ from quantkit.progress import (
     print_tables,
     verdict_tables,
 )
-from quantkit.task_tables import suite_table, task_table
+from quantkit.commands.task_tables import suite_table, task_table
+from quantkit.tasks.suite import SUITES
 
 ROLE = {"schemes": ["FP8_DYNAMIC"], "tensors": 12_288, "weights": 377_487_360_000, "bytes": 189_999_999_999}
 TASK = {

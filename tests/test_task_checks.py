@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.evals.run import Evaluation
+from quantkit.measure.run import Evaluation
 from tests.test_report import cli
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: make tasks-test")
 
-from quantkit.evals.harness import QuantkitLM
-from quantkit.evals.tasks import Options, plan_tasks
+from quantkit.tasks.harness import QuantkitLM
+from quantkit.tasks.tasks import Options, plan_tasks
 
 
 @pytest.fixture

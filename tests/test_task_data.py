@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from quantkit.errors import ConfigError
-from quantkit.evals import run_code
-from quantkit.evals.suite import ALIASES, HUNYUAN_LARGE
-from quantkit.evals.task_data import _SHAPES, _read, local_files, read_local
-from quantkit.evals.task_data import LocalData as Data
+from quantkit.tasks import run_code
+from quantkit.tasks.suite import ALIASES, HUNYUAN_LARGE
+from quantkit.tasks.task_data import _SHAPES, _read, local_files, read_local
+from quantkit.tasks.task_data import LocalData as Data
 from scripts import tasks_doc
 
 SUBSETS = Path(__file__).parents[2] / "shared" / "bench-subsets"

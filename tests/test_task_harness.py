@@ -23,7 +23,7 @@ from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from quantkit.errors import ConfigError  # noqa: E402
-from quantkit.evals.harness import QuantkitLM  # noqa: E402
+from quantkit.tasks.harness import QuantkitLM  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
 NEAR = 1e-3  # nats of a whole continuation: float32 sums in another order
@@ -214,7 +214,7 @@ def test_a_task_has_hf_s_metrics(tmp_path: Path, ours: QuantkitLM, hf: Any) -> N
 def test_the_harness_s_command_line(tmp_path: Path, name: str) -> None:
     """`--model quantkit` as a user would call it, in another process."""
     made = checkpoint(tmp_path / "model", name)
-    command = [sys.executable, "-m", "quantkit.evals.harness", "run", "--model", "quantkit", "--tasks", "own_choice"]
+    command = [sys.executable, "-m", "quantkit.tasks.harness", "run", "--model", "quantkit", "--tasks", "own_choice"]
     command += [
         "--model_args",
         f"pretrained={made},kernels=reference",

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from quantkit.evals.task_stats import compare, mcnemar, paired_ratio
+from quantkit.report.task_stats import compare, mcnemar, paired_ratio
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 2), (2, 5), (9, 9), (30, 11)])

@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 
 import quantkit
 from quantkit.cli import main
+from quantkit.commands.task_tables import suite_table, task_table
 from quantkit.errors import ConfigError
-from quantkit.evals.tasks import Chosen, Options, _pairs, evaluate_tasks, plan_tasks
-from quantkit.scheme import Recipe
-from quantkit.task_tables import suite_table, task_table
+from quantkit.recipe import Recipe
+from quantkit.tasks.tasks import Chosen, Options, _pairs, evaluate_tasks, plan_tasks
 from tests.conftest import SMALL
 
 HARNESS = importlib.util.find_spec("lm_eval") is not None

@@ -18,10 +18,10 @@ from quantkit.calib.tokenizer import TextTokenizer, load_text_tokenizer
 from quantkit.calib.tokens import calibration_windows, evaluation_set
 from quantkit.cli import main
 from quantkit.errors import ConfigError
-from quantkit.evals.evaluate import Extent, read_text
-from quantkit.evals.samples import generations
-from quantkit.sampling import Sampling
-from quantkit.text import complete, stream_text
+from quantkit.measure.evaluate import Extent, read_text
+from quantkit.measure.samples import generations
+from quantkit.run.sampling import Sampling
+from quantkit.run.text import complete, stream_text
 from tests.conftest import byte_tokenizer
 from tests.test_bad_input import not_quantized, refused
 from tests.tokenizer_layouts import LAYOUTS, MESSAGES, write_tokenizer

@@ -12,9 +12,9 @@ import quantkit
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import evaluation_set
-from quantkit.formats.reader import CheckpointReader
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.verify import inspect
 from quantkit.model.spec import MoE
-from quantkit.verify import inspect
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.calib import corpus, hy_tiktoken
+from quantkit.calib import corpus
 from quantkit.calib.tokenizer import TextTokenizer, load_tokenizer
 from quantkit.calib.tokens import calibration_windows, digest, evaluation_set
+from quantkit.checkpoint import hy_tiktoken
 from quantkit.errors import CalibrationError, CheckpointError
 from tests.conftest import byte_tokenizer
 

@@ -19,8 +19,8 @@ import quantkit
 from quantkit.kernels.reference import round_activation
 from quantkit.model.forward import Weights, forward
 from quantkit.model.spec import Linear, Role
-from quantkit.runtime import Model
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
+from quantkit.run.model import Model
 from tests.architectures import TINY
 from tests.conftest import SMALL, byte_tokenizer, random_weights, write_checkpoint
 

@@ -12,7 +12,7 @@ import torch
 
 import quantkit
 from quantkit.errors import CheckpointError, ConfigError, OutputError
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 
 ROUNDED = Recipe(scheme="W8A16", group_size=32)
 
@@ -23,8 +23,10 @@ def test_what_is_made_at_import_does_not_hang_on_the_caller() -> None:
 import torch
 torch.set_default_dtype(torch.bfloat16)
 with torch.device("meta"):
-    from quantkit import conversion, pipeline, runtime
-    from quantkit.evals import evaluate
+    from quantkit.job import conversion
+    from quantkit.job import pipeline
+    from quantkit.run import model as runtime
+    from quantkit.measure import evaluate
 from quantkit.quant import grid
 print(grid._SHRINK)
 """

@@ -17,15 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
-from quantkit.bounds import misplaced_codes, range_of, wrong_scales
+from quantkit.checkpoint.bounds import misplaced_codes, range_of, wrong_scales
+from quantkit.checkpoint.reader import INDEX
+from quantkit.checkpoint.verify import verify
 from quantkit.cli import main
 from quantkit.errors import QuantkitError, VerificationError
-from quantkit.formats.reader import INDEX
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.grid import search_scale
 from quantkit.quant.solve import rtn
-from quantkit.scheme import PRESETS, Recipe, scheme_named
-from quantkit.verify import verify
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS, scheme_named
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 
 Break = Callable[[Path], object]

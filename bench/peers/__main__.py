@@ -28,8 +28,8 @@ import quantkit
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import calibration_windows
+from quantkit.commands.tables import console, print_tables
 from quantkit.errors import QuantkitError
-from quantkit.progress import console, print_tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"

@@ -21,8 +21,8 @@ from typing import IO, Any
 from tokenizers import Tokenizer
 
 from quantkit.calib.documents import Conversation
+from quantkit.checkpoint.reader import load_json
 from quantkit.errors import CalibrationError
-from quantkit.formats.reader import load_json
 
 __all__ = ["Chat", "Settings", "settings_of"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.atomic import disk_errors, fsync_folder, sha256
+from quantkit.checkpoint.ranges import read_into, write_from
 from quantkit.errors import OutputError
-from quantkit.formats.atomic import disk_errors, fsync_folder, sha256
-from quantkit.formats.ranges import read_into, write_from
 from quantkit.owned import no_links
 
 __all__ = ["Tape"]

@@ -16,11 +16,11 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from quantkit.calib import hy_tiktoken
 from quantkit.calib.chat import Chat, settings_of
 from quantkit.calib.documents import Conversation, Document
+from quantkit.checkpoint import hy_tiktoken
+from quantkit.checkpoint.reader import load_json
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError
-from quantkit.formats.reader import load_json
 
 __all__ = ["Bos", "TextTokenizer", "end_tokens", "has_tokenizer", "load_text_tokenizer", "load_tokenizer"]
 

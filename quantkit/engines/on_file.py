@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.engines.rules import View
-from quantkit.formats.reader import CheckpointReader
 from quantkit.model.spec import MoE
 
 __all__ = ["random_experts", "unequal_input_scales"]

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.coverage import bystanders
+from quantkit.checkpoint.coverage import bystanders
+from quantkit.checkpoint.reader import CheckpointReader, Entry
+from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.engines.assess import Assessment, assess, check_deployment
 from quantkit.engines.held import EXPERT_PARTS, FUSED, Deployment
 from quantkit.engines.rules import Engine, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
 from quantkit.formats.base import Format, Schemes
-from quantkit.formats.dtypes import FLOATS, TensorPlan
-from quantkit.formats.reader import CheckpointReader, Entry
 from quantkit.formats.table import recognise
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.engines.held import Deployment, Held, hold
 from quantkit.formats import compressed_tensors
-from quantkit.formats.reader import CheckpointReader
 from quantkit.model.hunyuan_a13b import is_a13b
 from quantkit.model.spec import ModelSpec
 from quantkit.scheme import Scheme

@@ -14,9 +14,9 @@ import torch
 from pydantic import BaseModel, field_validator
 from torch import Tensor
 
+from quantkit.dtypes import TensorPlan
 from quantkit.errors import ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
-from quantkit.formats.dtypes import TensorPlan
 from quantkit.formats.gptq import integer_scheme
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear

@@ -10,9 +10,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from quantkit.dtypes import DTYPES, FLOATS, Entry, TensorPlan
 from quantkit.errors import ConfigError
-from quantkit.formats.dtypes import DTYPES, FLOATS, TensorPlan
-from quantkit.formats.reader import Entry
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.errors import ConfigError, shown
 from quantkit.formats.base import Entries, Format, Schemes, Tensors, scale_dtype
-from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor

@@ -18,9 +18,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, PositiveInt
 from torch import Tensor
 
+from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.errors import ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
-from quantkit.formats.dtypes import FLOATS, TensorPlan
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, Strategy, fp8_block

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum
 from typing import Any
 
-__all__ = ["Special", "experts_of", "fused_with", "is_outside", "specials", "template"]
+__all__ = ["Special", "experts_of", "fused_with", "is_outside", "specials", "target", "template"]
 
 Shape = tuple[int, ...]
 
@@ -103,3 +103,8 @@ def experts_of(key: str) -> str | None:
 def template(key: str) -> str:
     """A glob for the tensors that differ from this one in layer or expert only."""
     return _NUMBER.sub("*", key)
+
+
+def target(name: str) -> str:
+    """What patterns and rules call a tensor."""
+    return name.removesuffix(".weight")

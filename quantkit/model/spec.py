@@ -1,6 +1,6 @@
 """What a model is made of, as data: every linear with its name on disk, shape and role, and how layers are wired.
 
-A spec holds no weights and no tensors. `forward.py` runs it, `calib/walk.py` walks it, `plan.py` compares its names with
+A spec holds no weights and no tensors. `forward.py` runs it, `calib/walk.py` walks it, `job/plan.py` compares its names with
 a checkpoint's. A new architecture is one file that maps a config.json to a `ModelSpec`, and one row in `registry.py`.
 """
 

@@ -24,7 +24,8 @@ from quantkit.engines.rules import Verdict
 from quantkit.formats import compressed_tensors
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import ModelSpec
-from quantkit.scheme import BF16, PRESETS, Recipe
+from quantkit.recipe import Recipe
+from quantkit.scheme import BF16, PRESETS
 from tests.architectures import RELEASED, TINY
 from tests.conftest import CONFIG, random_weights, write_checkpoint
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import quantkit
-from quantkit.scheme import BF16, Recipe
+from quantkit.recipe import Recipe
+from quantkit.scheme import BF16
 from tests.engines.conftest import ROOT, Answer, Vllm
 from tests.engines.models import make_model
 from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, kernels_like_vllm, logprobs

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 import quantkit
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.engines.conftest import environment
 from tests.engines.models import make_model
 from tests.engines.test_hunyuan_large import BUNDLED, TEXTS

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
+from quantkit.checkpoint.reader import INDEX
 from quantkit.engines.assess import assess
 from quantkit.engines.held import Deployment
 from quantkit.engines.registry import engine_named
 from quantkit.engines.replay import replay
 from quantkit.engines.rules import Verdict
-from quantkit.formats.reader import INDEX
 from quantkit.model.registry import build_spec
-from quantkit.scheme import Recipe
+from quantkit.recipe import Recipe
 from tests.engines.conftest import Vllm
 from tests.engines.models import make_model
 from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, logprobs

@@ -15,8 +15,9 @@ from torch import Tensor
 import quantkit
 from quantkit.engines.held import Deployment
 from quantkit.engines.rules import Verdict
-from quantkit.runtime import Kernels
-from quantkit.scheme import BF16, Recipe
+from quantkit.recipe import Recipe
+from quantkit.run.weights import Kernels
+from quantkit.scheme import BF16
 from tests.engines.conftest import Results, Vllm
 from tests.engines.models import CASES, RECIPES, damaged, make_model, recipe, said
 

@@ -10,7 +10,8 @@ import torch
 
 import quantkit
 from quantkit.kernels.triton import lang
-from quantkit.scheme import PRESETS, Recipe
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS
 
 DEVICE = "cpu" if lang.simulated() else "cuda"
 

@@ -16,7 +16,8 @@ from quantkit.kernels.cuda import build, decode
 from quantkit.kernels.triton import ops, serve
 from quantkit.kernels.triton.backend import BACKEND, lacks
 from quantkit.kernels.triton.layout import PackedInt, pack
-from quantkit.scheme import PRESETS, Recipe, Scheme
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS, Scheme
 from tests.kernel_helpers import close, layer, poison, product, random_expert, random_weight
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tiny-hunyuan"

@@ -1,0 +1,294 @@
+"""Independent checks of a checkpoint on disk: `verify` re-reads what was written, `inspect` says what is in it.
+
+Shares no code with the writer, the walk or the algorithms: only the reader, and the definition of the format.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.atomic import sha256
+from quantkit.checkpoint.by_name import NamedSpec, spec_of
+from quantkit.checkpoint.coverage import bystanders
+from quantkit.checkpoint.faithful import (
+    OWN,
+    config_differences,
+    file_differences,
+    is_source,
+    settings_unknown,
+    statement_problems,
+)
+from quantkit.checkpoint.opened import format_of, misfits, schemes_of
+from quantkit.checkpoint.origin import STATEMENT, read_statement
+from quantkit.checkpoint.reader import CheckpointReader, load_json
+from quantkit.checkpoint.sets import weight_sets
+from quantkit.checkpoint.share import share
+from quantkit.checkpoint.stored import head_problem
+from quantkit.checkpoint.verify_linears import Found, check_linears
+from quantkit.dtypes import FLOATS
+from quantkit.errors import CheckpointError, ConfigError, VerificationError, counted, shown
+from quantkit.formats import compressed_tensors
+from quantkit.host import plain_arithmetic
+from quantkit.model.spec import ModelSpec
+from quantkit.scheme import Scheme
+
+__all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "inspect", "stated", "verify"]
+
+SUMS = "SHA256SUMS"
+_UNSUMMED = {SUMS, "run.json"}
+_OWN_FOLDER = "eval"  # what `eval` writes into an OUT
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was looked at. errors: by role, the mean and worst ||W - Q|| / ||W||, when a source was given. bf16_share: see
+    `kept.share`.
+
+    not_checked: what could not be, in words. Only where it is empty is the checkpoint known to be what it should be.
+    """
+
+    files: int
+    tensors: int
+    linears: int
+    errors: dict[str, dict[str, float]]
+    bf16_share: dict[str, float]
+    not_checked: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ok": True,
+            "files": self.files,
+            "tensors": self.tensors,
+            "linears": self.linears,
+            "errors": self.errors,
+            "not_checked": list(self.not_checked),
+            "bf16_share": self.bf16_share,
+        }
+
+
+@plain_arithmetic()
+def verify(folder: Path, source: Path | None = None) -> VerifyReport:
+    """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values; with `source` also its config.json, the
+    files that it carries, and of each weight whether its scales, codes and error are what the method makes of the source.
+
+    Raises VerificationError listing what is wrong, CheckpointError when nothing was seen to be wrong but something could not
+    be read, or ConfigError for a source of another architecture.
+    """
+    problems: list[str] = []
+    files = check_hashes(folder, problems)
+    intact = not problems
+    reader = CheckpointReader(folder)
+    spec, said = spec_of(reader), read_statement(folder)
+    schemes = schemes_of(reader)
+    original = CheckpointReader(source) if source else None
+    if original and isinstance(spec, ModelSpec) and intact:  # the config that the spec is from is as it was written
+        _check_source(original, spec, folder)
+    problems += misfits(reader, spec, schemes)
+    problems += _said(reader, spec, schemes, said)
+    if original:
+        problems += _beside(reader, original, spec, schemes)
+    linears, whole = Found(), not problems
+    if whole:
+        rows = said["linears"] if said else {}
+        linears = check_linears(reader, original, spec, schemes, rows)
+        problems += linears.problems
+        _check_kept(reader, original, _kept(reader, spec, schemes), problems, linears.unread)
+    if original and intact and problems:
+        _blame_source(folder, original, said, problems)
+    if found := problems + linears.unread:
+        listed = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
+        raise (VerificationError if problems else CheckpointError)(listed, "quantise again, or copy the files again")
+    summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in linears.errors.items()}
+    unchecked = tuple(_not_checked(original, said, linears))
+    return VerifyReport(files, len(reader.entries), len(schemes), summary, share(reader, spec, schemes), unchecked)
+
+
+def _said(
+    reader: CheckpointReader,
+    spec: ModelSpec | NamedSpec,
+    schemes: dict[str, Scheme | None],
+    said: dict[str, Any] | None,
+) -> list[str]:
+    """What config.json and quantkit.json say of the linears that is not so."""
+    problems: list[str] = []
+    quantization = reader.config.get("quantization_config")
+    if quantization and format_of(reader) is compressed_tensors.FORMAT:  # other formats name no linears
+        problems += compressed_tensors.inexact(quantization, _stored(reader, spec, schemes), *bystanders(spec))
+        problems += settings_unknown(quantization) if said else []
+    return problems + (statement_problems(said, schemes) if said else [])
+
+
+def _beside(
+    reader: CheckpointReader, original: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]
+) -> list[str]:
+    """What is not as it is in the source: config.json, names of tensors that were kept, and files."""
+    problems = config_differences(reader.config, original.config)
+    quantized = {ref.weight for ref in spec.linears() if schemes[ref.key]}
+    differing = (original.entries.keys() - quantized) ^ _kept(reader, spec, schemes)
+    problems += [f"tensor '{key}' is in one of source and output" for key in sorted(differing)]
+    names = stated(reader.folder).keys() - {*OWN, *reader.shards}
+    present = {name: digest for name, digest in stated(reader.folder).items() if name in names}
+    return problems + file_differences(present, original.folder, original.config)
+
+
+def _kept(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> set[str]:
+    """Tensors that belong to no quantised linear."""
+    layout = format_of(reader)
+    planned = (layout.planned(ref, scheme) for ref in spec.linears() if (scheme := schemes[ref.key]))
+    return reader.entries.keys() - {tensor.name for tensors in planned for tensor in tensors}
+
+
+def _not_checked(original: CheckpointReader | None, said: dict[str, Any] | None, linears: Found) -> list[str]:
+    if original is None:
+        return ["config.json, files and weights against the model that it was made from: give --source"]
+    missing = []
+    if linears.unstated:
+        why = f"has no {STATEMENT}" if said is None else f"{STATEMENT} does not say how they were made"
+        missing.append(f"{counted(linears.unstated, 'linear')} by more than a general bound: it {why}")
+    if linears.unscaled:
+        missing.append(f"{counted(linears.unscaled, 'input scale')}, which came from calibration text")
+    return missing
+
+
+def _stored(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]
+) -> dict[str, Scheme | None]:
+    """What the config says of each linear, except that one which lies there as plain floats is kept, whatever it says."""
+
+    def plain(weight: str) -> bool:
+        return weight in reader.entries and reader.entries[weight].dtype in FLOATS
+
+    return {ref.key: None if plain(ref.weight) else schemes[ref.key] for ref in spec.linears()}
+
+
+def stated(folder: Path) -> dict[str, str]:
+    """The hash of each file that SHA256SUMS lists, by name; empty without one."""
+    path = folder / SUMS
+    lines = path.read_text("utf-8", errors="replace").splitlines() if os.path.isfile(path) else []
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines) if name}
+
+
+def damaged(folder: Path) -> dict[str, str]:
+    """What is wrong with each file that is missing or not what SHA256SUMS states, by name; empty without SHA256SUMS."""
+    problems = {}
+    for name, digest in stated(folder).items():
+        if Path(name).name != name or not os.path.isfile(folder / name):
+            problems[name] = f"{shown(name)} is listed in {SUMS} but missing"
+        elif sha256(folder / name) != digest:
+            problems[name] = f"{shown(name)} does not have the hash that {SUMS} states"
+    return problems
+
+
+def check_hashes(folder: Path, problems: list[str]) -> int:
+    """How many files SHA256SUMS lists; what does not agree with it is added to `problems`."""
+    if not os.path.isfile(folder / SUMS):
+        problems.append(f"no {SUMS}: this is not a finished quantkit output")
+        return 0
+    listed = stated(folder)
+    problems += damaged(folder).values()
+    present = [path for path in sorted(folder.iterdir()) if path.name not in _UNSUMMED]
+    problems += [
+        f"{shown(path.name)} is not listed in {SUMS}" for path in present if path.is_file() and path.name not in listed
+    ]
+    folders = [path.name for path in present if path.is_dir() and path.name != _OWN_FOLDER and path.name[0] != "."]
+    problems += [f"folder {shown(name)} holds what {SUMS} does not list" for name in folders]
+    return len(listed)
+
+
+def _check_source(original: CheckpointReader, spec: ModelSpec, folder: Path) -> None:
+    """Refuse a source that is not of the output's architecture: nothing that differs from it would say anything."""
+    if problems := misfits(original, spec, {ref.key: None for ref in spec.linears()}):
+        raise ConfigError(
+            f"{original.folder} seems not to be the model that {folder} was made from: {problems[0]}",
+            "give the unquantised model that it was made from as --source",
+        )
+
+
+def _blame_source(folder: Path, original: CheckpointReader, said: dict[str, Any] | None, problems: list[str]) -> None:
+    """Raise VerificationError where something differs and OUT, whose files are as they were written, is of other weights."""
+    if is_source(said, original) is not False:
+        return
+    record = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    made_from = f"; run.json records {record['model']}" if "model" in record else ""
+    raise VerificationError(
+        f"{original.folder} seems not to be the model that {folder} was made from: {STATEMENT} states other weights"
+        f"{made_from}; {counted(len(problems), 'difference')}, the first: {problems[0]}",
+        "give the model that it was made from as --source",
+    )
+
+
+def _check_kept(
+    reader: CheckpointReader, original: CheckpointReader | None, keys: set[str], problems: list[str], unread: list[str]
+) -> None:
+    """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
+    for key in sorted(keys):
+        try:
+            kept = reader.tensor(key)
+            same = original is None or _identical(kept, original.tensor(key))
+        except CheckpointError as broken:
+            unread.append(broken.problem)
+            continue
+        if not same:
+            problems.append(f"tensor '{key}' should be unchanged but differs from the source")
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)  # a scalar has no axis to view otherwise
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds: per role the schemes, linears, weights, bytes and bits per weight; the same in total."""
+    reader = CheckpointReader(folder)
+    spec = spec_of(reader)
+    schemes, layout = schemes_of(reader), format_of(reader)
+    roles: dict[str, dict[str, Any]] = {}
+    counted = 0
+
+    def count(role: str, scheme: str, weights: int, size: int) -> None:
+        row = roles.setdefault(role, {"schemes": [], "tensors": 0, "weights": 0, "bytes": 0})
+        row["schemes"] += [scheme] if scheme not in row["schemes"] else []
+        row["tensors"] += 1
+        row["weights"] += weights
+        row["bytes"] += size
+
+    for ref in spec.linears():
+        scheme = schemes[ref.key]
+        names = [t.name for t in layout.planned(ref, scheme) if t.name in reader.entries] if scheme else [ref.weight]
+        size = sum(reader.entry(name).nbytes for name in names)
+        label = scheme.name if scheme else reader.entry(ref.weight).dtype
+        count(ref.role.value, label, ref.out_features * ref.in_features, size)
+        counted += size
+    others = spec.tensors().keys() - {ref.weight for ref in spec.linears()}
+    for key in sorted({*others, "lm_head.weight"} & reader.entries.keys()):
+        entry = reader.entries[key]
+        role = "norms and router" if isinstance(spec, ModelSpec) else "others"
+        role = "embedding and head" if key in (*spec.around()[:1], "lm_head.weight") else role
+        count(role, entry.dtype, torch.Size(entry.shape).numel(), entry.nbytes)
+        counted += entry.nbytes
+    for row in roles.values():
+        row["bits_per_weight"] = round(8 * row["bytes"] / row["weights"], 3)
+    total = {key: sum(row[key] for row in roles.values()) for key in ("tensors", "weights", "bytes")}
+    differing = head_problem(reader, spec) if isinstance(spec, ModelSpec) else None
+    return {
+        "path": str(folder),
+        "architecture": spec.architecture,
+        "layers": len(spec.layers),
+        "quantized": any(schemes.values()),
+        "format": layout.name if any(schemes.values()) else None,
+        "shards": len(reader.shards),
+        "roles": roles,
+        "total": {**total, "bits_per_weight": round(8 * total["bytes"] / total["weights"], 3)},
+        "bf16_share": share(reader, spec, schemes),
+        "notes": [*weight_sets(folder), *([differing] if differing else [])],
+        "unknown_bytes": sum(entry.nbytes for entry in reader.entries.values()) - counted,
+    }

@@ -1,0 +1,91 @@
+"""Writing safetensors shards tensor by tensor, so that no more than one tensor need be in memory.
+
+The layout of a shard (names, dtypes, shapes) is known before its first byte; the header goes first, each tensor is then
+written at its offset, in any order. Format: https://github.com/huggingface/safetensors (8-byte little-endian header
+length, JSON header, data without gaps).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from quantkit.atomic import disk_errors, fsync_folder, temporary_name
+from quantkit.dtypes import DTYPES, TensorPlan
+
+__all__ = ["MAX_SHARD_BYTES", "ShardPlan", "ShardWriter"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass
+class ShardPlan:
+    """The tensors of one shard file."""
+
+    file: str
+    tensors: list[TensorPlan] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def layout(self) -> tuple[bytes, dict[str, tuple[int, TensorPlan]]]:
+        """The file's header, and each tensor's absolute offset. Wide dtypes first, so all data is aligned."""
+        ordered = sorted(self.tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offsets, position = {}, 0
+        for tensor in ordered:
+            offsets[tensor.name] = (position, tensor)
+            ends = [position, position + tensor.nbytes]
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": ends}
+            position += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        return len(text).to_bytes(8, "little") + text, {name: (start + at, t) for name, (at, t) in offsets.items()}
+
+
+class ShardWriter:
+    """Context manager. The file gets its name only on a clean exit with every tensor written."""
+
+    def __init__(self, folder: Path, plan: ShardPlan) -> None:
+        self.path = folder / plan.file
+        self._temporary = temporary_name(self.path)
+        header, self._pending = plan.layout()
+        with disk_errors(self.path):
+            self._file = open(self._temporary, "xb")  # noqa: SIM115 (closed by __exit__)
+            self._file.write(header)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store one tensor. Raises ValueError when it is not what the plan says, KeyError when it is not in the plan."""
+        offset, plan = self._pending.pop(name)
+        if tuple(tensor.shape) != plan.shape or tensor.dtype is not DTYPES[plan.dtype]:
+            raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {plan.dtype} {plan.shape}")
+        with disk_errors(self.path):
+            self._file.seek(offset)
+            self._file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None and self._pending:
+                raise ValueError(f"shard {self.path.name} misses {len(self._pending)} tensors: {min(self._pending)}, ...")
+            with disk_errors(self.path):
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                self._file.close()
+                if kind is None:
+                    os.replace(self._temporary, self.path)
+                    fsync_folder(self.path.parent)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""How much of a model stays in BF16, and the refusal of a run that leaves much there without being told to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from quantkit.checkpoint.by_name import NamedSpec
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.share import is_inside
+from quantkit.dtypes import FLOATS
+from quantkit.errors import ConfigError
+from quantkit.job.chosen import is_kept_by_rule
+from quantkit.model.names import Special, specials, target, template
+from quantkit.model.spec import Linear, ModelSpec, Role
+from quantkit.recipe import Recipe
+from quantkit.scheme import BF16, Scheme
+
+__all__ = ["MOST", "check_meant"]
+
+MOST = 0.05  # of the bytes of the matrices inside the layers
+_ALWAYS = (Special.ROUTER, Special.GATE)  # are never quantised unless they are named
+_OPTIONS = {Role.EXPERTS: "experts", Role.SHARED_EXPERTS: "shared_experts", Role.ATTENTION: "attention"}
+
+
+def check_meant(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, recipe: Recipe, schemes: Mapping[str, Scheme | None]
+) -> None:
+    """Refuse a run that leaves more than MOST of the matrices inside the layers in BF16 where nothing says that it should:
+    no rule, no --keep, no option of their role. Raises ConfigError."""
+    linears = {ref.weight: ref for ref in spec.linears()}
+    total, untold = 0, dict[tuple[str, str], int]()
+    for name, entry in reader.entries.items():
+        ref = linears.get(name)
+        always = ref is None and isinstance(spec, ModelSpec)  # a router
+        if entry.dtype not in FLOATS or always or not is_inside(reader, spec, name):
+            continue
+        total += entry.nbytes
+        if (ref is None or schemes[ref.key] is None) and not _is_told(reader, recipe, name, ref):
+            group = template(target(name)), _option(spec, target(name), ref)
+            untold[group] = untold.get(group, 0) + entry.nbytes
+    left = sum(untold.values())
+    if left <= MOST * total:
+        return
+    largest = sorted(untold.items(), key=lambda item: -item[1])
+    shown = "; ".join(f"'{name}' with {size / total:.1%}" for (name, _), size in largest[:3])
+    wanted = " ".join([*dict.fromkeys(option for (_, option), _ in largest)][:8])
+    raise ConfigError(
+        f"{left / total:.1%} of the bytes of the matrices inside the layers would stay in BF16, and nothing says that they "
+        f"should: {shown}",
+        f"quantise them, or say that it is meant: {wanted}",
+    )
+
+
+def _is_told(reader: CheckpointReader, recipe: Recipe, name: str, ref: Linear | None) -> bool:
+    """Whether a tensor that stays was named, or is of a kind that always stays."""
+    if is_kept_by_rule(recipe, target(name)):
+        return True
+    if ref is not None and ref.role in _OPTIONS:
+        return bool(getattr(recipe, _OPTIONS[ref.role]) == BF16)
+    if ref is not None and ref.role is not Role.LINEAR:
+        return False
+    found = specials(target(name), reader.entries[name].shape, reader.config)
+    return bool(found) and all(special in _ALWAYS for special in found.values())
+
+
+def _option(spec: ModelSpec | NamedSpec, name: str, ref: Linear | None) -> str:
+    """What says that this tensor stays on purpose."""
+    role = _OPTIONS.get(ref.role) if ref is not None else None
+    return f"--{role.replace('_', '-')} BF16" if role else f"--keep '{template(name)}'"

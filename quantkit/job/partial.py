@@ -1,0 +1,114 @@
+"""OUT.partial, where a job works until OUT is complete; when OUT is there already; what is kept of what failed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from quantkit.atomic import disk_errors, fsync_folder, sha256
+from quantkit.checkpoint.folder import refuse_present
+from quantkit.checkpoint.reader import load_json
+from quantkit.checkpoint.verify import check_hashes
+from quantkit.errors import CheckpointError, OutputError
+
+__all__ = [
+    "RECORD",
+    "WORK",
+    "finished",
+    "keep_failed",
+    "made_by",
+    "partial_of",
+    "publish",
+    "refuse_others",
+    "set_aside_damaged",
+]
+
+RECORD = "run.json"
+WORK = ".work"  # of OUT.partial: the journal, the lock, what is needed between units
+
+
+def partial_of(target: Path) -> Path:
+    return target.with_name(target.name + ".partial")
+
+
+def refuse_others(target: Path) -> None:
+    """As `refuse_present`, but an OUT that a job has recorded may yet prove to be this job's (`finished`)."""
+    if _job(target) is None:
+        refuse_present(target)
+
+
+def made_by(target: Path, key: Mapping[str, str]) -> bool:
+    """Whether OUT is there, made by this job. Raises OutputError when it is another's."""
+    if os.path.lexists(target) and _job(target) != key:
+        refuse_present(target)
+    return os.path.lexists(target)
+
+
+def finished(target: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
+    """What run.json says in an OUT that this very job has published: it was killed after that, or is repeated. None where
+    there is no OUT. Raises OutputError when it is another's, or damaged."""
+    if not made_by(target, key):
+        return None
+    problems: list[str] = []
+    check_hashes(target, problems)
+    if problems:
+        seen = f"{target} exists: this command has made it, and since then {problems[0]}"
+        raise OutputError(seen, "remove it, or choose another OUT")
+    _clean(target)
+    return load_json(target / RECORD)
+
+
+def _job(target: Path) -> Any:
+    try:
+        return load_json(target / RECORD).get("job") if os.path.isfile(target / RECORD) else None
+    except CheckpointError:
+        return None
+
+
+def set_aside_damaged(target: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Which of OUT.partial's files are not what was written (sha256 by name), in words; what is there of them is kept."""
+    said = []
+    for name, digest in hashes.items():
+        path = partial_of(target) / name
+        if not os.path.lexists(path):
+            said.append(f"{path} is gone")
+        elif path.is_symlink() or not path.is_file() or sha256(path) != digest:
+            said.append(f"{path} is no longer what was written, and is kept as {keep_failed(path, target)}")
+    return said
+
+
+def keep_failed(path: Path, target: Path) -> Path:
+    """Move a file or folder into OUT.failed, under a name that is free; the new path."""
+    folder = target.with_name(target.name + ".failed")
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+        number, place = 1, folder / path.name
+        while os.path.lexists(place):
+            number, place = number + 1, folder / f"{path.name}.{number + 1}"
+        os.rename(path, place)
+        fsync_folder(folder)
+        fsync_folder(path.absolute().parent)
+    return place
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give the finished folder its name, and remove what the work needed."""
+    with disk_errors(target):
+        os.rename(partial, target)
+        fsync_folder(target.absolute().parent)
+    _clean(target)
+
+
+def _clean(target: Path) -> None:
+    """Open OUT to those to whom new folders are open here, and remove what the work needed. The same command, started once
+    more by now, may be at it too."""
+    work = target / WORK
+    with suppress(OSError):  # OUT is complete: what cannot be tidied does not make it less so
+        usual = work / "usual"
+        usual.mkdir(exist_ok=True)
+        os.chmod(target, os.stat(usual).st_mode & 0o777)
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,339 @@
+"""`quantize`: plan, open, walk, commit, verify, publish. OUT exists only when it is complete and verified."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import quantkit
+from quantkit.atomic import sha256
+from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tape import Tape
+from quantkit.calib.tokenizer import load_text_tokenizer
+from quantkit.checkpoint.by_name import Part
+from quantkit.checkpoint.coverage import reconcile
+from quantkit.checkpoint.fingerprint import Watch
+from quantkit.checkpoint.folder import complete, find_model, watched, write_json
+from quantkit.checkpoint.origin import DigestingReader, content_digest
+from quantkit.checkpoint.published import published_config, published_files
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.verify import verify
+from quantkit.errors import ConfigError, OutputError, VerificationError
+from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
+from quantkit.job.journal import Journal
+from quantkit.job.partial import (
+    RECORD,
+    WORK,
+    finished,
+    keep_failed,
+    made_by,
+    partial_of,
+    publish,
+    refuse_others,
+    set_aside_damaged,
+)
+from quantkit.job.plan import Plan, make_plan, summary
+from quantkit.job.unit import Place, UnitRun
+from quantkit.model.spec import Layer
+from quantkit.recipe import Recipe
+
+__all__ = ["DECISIVE", "Progress", "RunRecord", "Step", "describe", "quantize"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: `done` of `total` layers are quantised. error: the mean relative output error of this layer's linears."""
+
+    layer: int
+    done: int
+    total: int
+    seconds: float
+    eta_seconds: float
+    peak_memory_bytes: int
+    error: float | None
+    least_coverage: float | None
+    fallbacks: int
+
+
+# Modules whose code decides the bytes of OUT.
+DECISIVE = (
+    *("calib", "checkpoint", "formats", "host", "job", "kernels.reference", "kernels.triton.activation"),
+    *("kernels.triton.repair", "model", "qtensor", "quant", "recipe", "scheme", "stats"),
+)
+Progress = Callable[[Step], None]
+RunRecord = dict[str, Any]
+
+
+@plain_arithmetic()
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> RunRecord:
+    """Quantise the checkpoint `model` into the new folder `out`; returns what run.json there says.
+
+    Interrupted, the same call resumes and ends with the same bytes; finished, it returns that again. Raises a QuantkitError,
+    and leaves no `out`, when anything is wrong.
+    """
+    ready = _prepare(model, out, recipe or Recipe(), device)
+    key = ready.key()
+    if (record := finished(ready.target, key)) is not None:
+        return record
+    if shortage := ready.shortage():
+        raise OutputError(shortage, "free space, or choose another OUT")
+    job = _Job(ready, key)
+    try:
+        return job.run(progress or (lambda step: None))
+    finally:
+        job.journal.close()
+
+
+@plain_arithmetic()
+def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
+    """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
+    without enough space is a note: the plan may be for another machine."""
+    ready = _prepare(model, out, recipe, device)
+    made_by(ready.target, ready.key())
+    plan, shortage = ready.plan, ready.shortage()
+    return {**summary(plan), "notes": [*plan.notes, *ready.text_notes, *([shortage] if shortage else [])]}
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A run of which everything is checked and nothing is written. ids: int64 [windows, seq_len] if it is calibrated; text:
+    what they were made of (`tokens.beginning`). changed: of `published_files`."""
+
+    reader: DigestingReader
+    source: Watch
+    plan: Plan
+    ids: Tensor | None
+    text: dict[str, Any] | None
+    text_notes: tuple[str, ...]
+    changed: dict[str, bytes | None]
+    target: Path
+    device: torch.device
+    start: float
+
+    def shortage(self) -> str | None:
+        """What to say when there is not enough room for what is still to be written."""
+        partial = partial_of(self.target)
+        folder = next(p for p in (partial, *partial.absolute().parents) if p.exists())
+        present = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
+        needed, free = self.plan.output_bytes + self.plan.tape_bytes - present, shutil.disk_usage(folder).free
+        return f"{folder} has {free:,} bytes free, and {needed:,} are needed" if free < needed else None
+
+    def key(self) -> dict[str, str]:
+        """All that decides the bytes of the result, and nothing else. The number of threads, which does too, is kept as it
+        was when the job began."""
+        recipe = {f"recipe.{name}": json.dumps(value) for name, value in self.plan.resolved.items()}
+        return {
+            "source": self.source.fingerprint,
+            **recipe,
+            "tokens": tokens.digest(self.ids) if self.ids is not None else "",
+            "quantkit": f"{quantkit.__version__} {code_digest(DECISIVE)[:16]}",
+            **arithmetic(self.device),
+        }
+
+
+def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> _Ready:
+    start, place, target = time.monotonic(), pick_device(device), Path(out)
+    folder = find_model(model)
+    refuse_others(target)
+    reader = DigestingReader(folder)
+    changed = published_files(folder, reader.config)
+    source = Watch(folder, reader.shards, watched(folder, changed))
+    plan = make_plan(reader, recipe)
+    ids, text, notes = _calibration(reader, plan) if plan.calibrated else (None, None, ())
+    return _Ready(reader, source, plan, ids, text, notes, changed, target, place, start)
+
+
+def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+    """Windows, what they were made of, and what to tell of it."""
+    recipe = plan.recipe
+    tokenizer, texts = load_text_tokenizer(reader.folder, recipe.add_bos), read_documents(recipe.calibration)
+    ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
+    if int(ids.max()) >= plan.model.vocab:
+        raise ConfigError(
+            f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
+            "use the tokenizer that belongs to this model",
+        )
+    note = texts.note(recipe.calibration)
+    return ids, tokens.beginning(tokenizer, texts), (note,) if note else ()
+
+
+class _Job:
+    def __init__(self, ready: _Ready, key: dict[str, str]) -> None:
+        self.start, self.target, self.source = ready.start, ready.target, ready.source
+        self.reader, self.plan, self.ids, self.key, self.ready = ready.reader, ready.plan, ready.ids, key, ready
+        self.partial = partial_of(ready.target)
+        self.work = self.partial / WORK
+        self.place = Place(ready.reader, ready.plan, ready.ids, ready.device, self.partial, self.work)
+        self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
+        self.threads = int(self.journal.begun["threads"])
+        self.recovered: list[str] = []
+        self.tapes: dict[int, Tape] = {}  # sound ones, by the unit that reads them
+        self.resumed_at, self.layers_done = len(self.journal.units), 0
+
+    def run(self, progress: Progress) -> RunRecord:
+        with using_threads(self.threads):
+            self._take_stock()
+            for index in range(len(self.plan.units)):
+                if index not in self.journal.units:
+                    self._commit(index, progress)
+            return self._publish()
+
+    def _take_stock(self) -> None:
+        """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""
+        for index, unit in sorted(self.journal.units.items()):
+            if damage := set_aside_damaged(self.target, unit["shards"]):
+                self.recovered += [f"{said}: unit {index} was quantised again" for said in damage]
+                del self.journal.units[index]
+        for index, unit in self.journal.units.items():
+            if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
+                self.tapes[index + 1] = tape
+        kept = {name for unit in self.journal.units.values() for name in unit["shards"]}
+        kept |= {"journal", "lock", *(tape.path.name for tape in self.tapes.values())}
+        for path in [*self.partial.iterdir(), *self.work.iterdir()]:
+            if path.name in kept or path == self.work:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _commit(self, index: int, progress: Progress) -> None:
+        begun, unit = time.monotonic(), self.plan.units[index]
+        calibrated, last = self.plan.calibrated, index + 1 == len(self.plan.units)
+        tape = self._input_tape(index)
+        following = Tape.create(*self._tape(index + 1)) if calibrated else None
+        done = UnitRun(self.place, unit, lambda layer, outcomes: progress(self.step(layer, outcomes)))
+        outcomes = done.run(tape, following)
+        digest = following.sync() if following and not last else None
+        self.source.check()
+        hashes = {shard.file: sha256(self.partial / shard.file) for shard in unit.shards}
+        digests = {name: self.reader.digests[name] for name in unit.source()}
+        line = {"shards": hashes, "linears": outcomes, "source": digests, "tape": digest}
+        self.journal.commit(index, {**line, "seconds": round(time.monotonic() - begun, 3)})
+        for number in [number for number in self.tapes if number <= index]:
+            self.tapes.pop(number).remove()
+        if following is not None:
+            self.tapes[index + 1] = following
+
+    def _tape(self, index: int) -> tuple[Path, int, int]:
+        assert self.ids is not None
+        return self.work / f"tape-{index}.f32", self.ids.numel(), self.plan.model.hidden
+
+    def _input_tape(self, index: int) -> Tape | None:
+        """The tape that unit `index` reads: none for unit 0 and without calibration. Where it is lost, it is computed again
+        from the last one that is not, through what is committed."""
+        if index == 0 or not self.plan.calibrated:
+            return None
+        start = max((number for number in self.tapes if number <= index), default=0)
+        for number in range(start, index):
+            following = Tape.create(*self._tape(number + 1))
+            UnitRun(self.place, self.plan.units[number], lambda *_: None).again(self.tapes.get(number), following)
+            if following.sync() != self.journal.units[number]["tape"]:
+                seen = f"{self.partial}: the hidden states after unit {number} cannot be computed again as they were"
+                raise OutputError(seen, f"remove {self.partial} and repeat the command")
+            if number in self.tapes:
+                self.tapes.pop(number).remove()
+            self.tapes[number + 1] = following
+        return self.tapes[index]
+
+    def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
+        """What to tell about a layer that has just been quantised."""
+        elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
+        of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
+        covered = [o["coverage"] for o in of_layer if o["coverage"] is not None]
+        self.layers_done += 1
+        return Step(
+            layer=layer.index,
+            done=layer.index + 1,
+            total=total,
+            seconds=elapsed,
+            eta_seconds=elapsed / self.layers_done * (total - layer.index - 1),
+            peak_memory_bytes=peak_memory(),
+            error=sum(o["error"] for o in of_layer) / len(of_layer) if of_layer else None,
+            least_coverage=min(covered) if covered else None,
+            fallbacks=sum(bool(o["fallback"]) for o in of_layer),
+        )
+
+    def _publish(self) -> RunRecord:
+        config = published_config(self.reader.config, self.plan.quantization_config)
+        hashes = {name: digest for unit in self.journal.units.values() for name, digest in unit["shards"].items()}
+        shards = (shard for unit in self.plan.units for shard in unit.shards)
+        complete(self.partial, self.reader.folder, config, shards, hashes, self.ready.changed, self._made())
+        try:
+            verify(self.partial, self.reader.folder)
+            coverage = reconcile(self.plan.coverage, CheckpointReader(self.partial))
+        except VerificationError as error:
+            raise self._kept(error, hashes) from error
+        self.source.check()
+        record = self._record(coverage)
+        for tape in self.work.glob("tape-*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
+            tape.unlink()
+        write_json(self.partial / RECORD, record)
+        publish(self.partial, self.target)
+        return record
+
+    def _kept(self, error: VerificationError, hashes: dict[str, str]) -> VerificationError:
+        """What to say when the result is not sound. Nothing is thrown away. A shard that was damaged since it was written
+        costs its unit, anything else all of them, since the same bytes would come again."""
+        self.source.check()
+        if damage := set_aside_damaged(self.target, hashes):
+            fix = "repeat the command: it quantises again only what lay in there; check the disk"
+            return VerificationError("\n  ".join([error.problem, *damage]), fix)
+        kept = keep_failed(self.partial, self.target)
+        back = f"; or, if the source was wrong, put it right, move {kept} back to {self.partial}, and repeat the command"
+        return VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", f"{error.fix}{back}")
+
+    def _made(self) -> dict[str, Any]:
+        """What quantkit.json says."""
+        digests = {name: digest for unit in self.journal.units.values() for name, digest in unit["source"].items()}
+        linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
+        said = ("scheme", "method", "weight_error", "input_scale")
+        return {
+            "source": {"digest": content_digest(self.reader.entries, digests)},
+            "recipe": self.plan.resolved,
+            "linears": {key: {name: linears[key][name] for name in said if name in linears[key]} for key in sorted(linears)},
+        }
+
+    def _record(self, coverage: dict[str, Any]) -> RunRecord:
+        linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
+        fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
+        return {
+            "schema_version": 1,
+            "quantkit": quantkit.__version__,
+            "job": self.key,
+            "model": str(self.reader.folder),
+            "recipe": self.plan.recipe.model_dump(),
+            "calibration_tokens": 0 if self.ids is None else self.ids.numel(),
+            "calibration_text": self.ready.text,
+            "roles": self.plan.by_role(),
+            "coverage": coverage,
+            "source_bytes": self.plan.source_bytes,
+            "output_bytes": self.plan.output_bytes,
+            "bf16_share": self.plan.kept_share,
+            "fallbacks": fallbacks,
+            "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
+            "linears": linears,
+            "resumed_at_unit": self.resumed_at,
+            "threads": self.threads,
+            "recovered": self.recovered,
+            "seconds": round(sum(unit["seconds"] for unit in self.journal.units.values()), 2),
+            "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
+            "peak_memory_bytes": peak_memory(),
+            "notes": [*self.plan.notes, *self.ready.text_notes],
+        }

@@ -1,0 +1,353 @@
+"""What a run will do, from headers alone: every linear its scheme, every tensor its shard, every byte counted.
+
+All that can be refused is refused here, before any work: unknown names, shapes that do not fit, groups that an engine
+would not load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.by_name import NamedSpec, is_known, spec_by_name
+from quantkit.checkpoint.coverage import Coverage, Fate, account, bystanders
+from quantkit.checkpoint.folder import without_tokenizer
+from quantkit.checkpoint.published import published_notes
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.sets import weight_sets
+from quantkit.checkpoint.share import share
+from quantkit.checkpoint.stored import HEAD, HEAD_FIX, head_problem
+from quantkit.dtypes import FLOATS
+from quantkit.errors import CheckpointError, ConfigError
+from quantkit.formats import compressed_tensors
+from quantkit.job.chosen import Chosen, choose, joined
+from quantkit.job.kept import check_meant
+from quantkit.job.placement import Unit, place
+from quantkit.model.names import target
+from quantkit.model.registry import build_spec
+from quantkit.model.spec import Linear, ModelSpec, Role
+from quantkit.recipe import Recipe
+from quantkit.scheme import BF16, Scheme, Strategy
+
+__all__ = ["Plan", "make_plan", "summary"]
+
+_TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a recipe decides nothing without calibration
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. schemes: by linear, None where it is kept. coverage: what becomes of every tensor of the source."""
+
+    spec: ModelSpec | NamedSpec
+    recipe: Recipe
+    schemes: dict[str, Scheme | None]
+    units: tuple[Unit, ...]
+    coverage: Coverage
+    source_bytes: int
+    output_bytes: int
+    kept_share: dict[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """For config.json. Made when it is wanted: importing the library that checks it takes seconds and 180 MB."""
+        return compressed_tensors.config(self.schemes, self._routers)
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """All of it that decides, without that library."""
+        return compressed_tensors.written(self.schemes, self._routers)
+
+    @property
+    def _routers(self) -> list[str]:
+        return [moe.router.key for moe in self.spec.moes()]
+
+    @property
+    def model(self) -> ModelSpec:
+        """The architecture, which a calibrated run has."""
+        assert isinstance(self.spec, ModelSpec)
+        return self.spec
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any linear needs tokens."""
+        return any(needs_tokens(self.recipe, scheme) for scheme in self.schemes.values())
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with each role's scheme, and without what decides nothing here; a file of text by its name alone."""
+        said = self.recipe.model_dump(mode="json")
+        said |= {role: said[role] or self.recipe.scheme for role in ("experts", "shared_experts", "attention")}
+        if not self.calibrated:
+            return {name: value for name, value in said.items() if name not in _TEXT}
+        return {**said, "calibration": Path(self.recipe.calibration).name}
+
+    @property
+    def tape_bytes(self) -> int:
+        """Scratch disk: hidden states in and out, K/V, and the widest stage input, float32 per calibration token."""
+        if not self.calibrated:
+            return 0
+        a, hidden = self.model.layers[0].attention, self.model.hidden
+        width = 3 * hidden + a.kv_width + max(hidden, a.o.in_features)
+        return self.recipe.samples * self.recipe.seq_len * width * 4
+
+    def by_role(self) -> dict[str, dict[str, Any]]:
+        """Per role: the schemes, how many linears and weights, and bits per weight on disk."""
+        table: dict[str, dict[str, Any]] = {}
+        for ref in self.spec.linears():
+            scheme, count = self.schemes[ref.key], ref.out_features * ref.in_features
+            row = table.setdefault(ref.role.value, {"schemes": [], "linears": 0, "weights": 0, "bits": 0.0})
+            name = scheme.name if scheme else "BF16"
+            if name not in row["schemes"]:
+                row["schemes"].append(name)
+            row["linears"] += 1
+            row["weights"] += count
+            row["bits"] += count * (scheme.bits_per_weight(ref.out_features, ref.in_features) if scheme else 16)
+        for row in table.values():
+            row["bits_per_weight"] = round(row.pop("bits") / row["weights"], 3)
+        return table
+
+
+def needs_tokens(recipe: Recipe, scheme: Scheme | None) -> bool:
+    """Whether quantising to this scheme looks at calibration text."""
+    return scheme is not None and (scheme.static or recipe.method_of(scheme) == "gptq")
+
+
+def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
+    """Check the checkpoint against its architecture and the recipe against both. Raises CheckpointError, ConfigError."""
+    where = str(reader.folder / "config.json")
+    if reader.config.get("quantization_config"):
+        raise ConfigError(
+            f"{where} says the model is already quantised", "start from the BF16 model, or use 'quantkit convert --to bf16'"
+        )
+    spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
+    chosen = None
+    if isinstance(spec, ModelSpec):
+        _check_names(reader, spec)
+    else:
+        chosen = choose(reader, spec, recipe)
+    schemes = _assign(reader, spec, recipe, chosen)
+    check_meant(reader, spec, recipe, schemes)
+    units = place(reader, spec, schemes)
+    plan = Plan(
+        spec=spec,
+        recipe=recipe,
+        schemes=schemes,
+        units=units,
+        coverage=_covered(reader, spec, schemes, units),
+        source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
+        output_bytes=sum(shard.nbytes for unit in units for shard in unit.shards),
+        kept_share=share(reader, spec, schemes),
+        notes=(
+            *weight_sets(reader.folder),
+            *(chosen.notes if chosen else ()),
+            *_unused(recipe, schemes),
+            *published_notes(reader.folder, reader.config),
+        )
+        + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
+    )
+    if isinstance(spec, NamedSpec):
+        _check_by_name(plan)
+    elif plan.calibrated and spec.positions and recipe.seq_len > spec.positions:
+        seen = f"seq_len {recipe.seq_len} is longer than the model reads: max_position_embeddings in {where}"
+        raise ConfigError(f"{seen} is {spec.positions}", f"give --seq-len {spec.positions} or less")
+    if problems := compressed_tensors.inexact(plan.written, schemes, *bystanders(spec)):
+        raise ConfigError(
+            f"the config for engines would not be exact: {problems[0]}", "choose patterns that keep them apart"
+        )
+    return plan
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The plan as people and programs read it."""
+    return {
+        "architecture": plan.spec.architecture,
+        "layers": len(plan.spec.layers),
+        "parameters": plan.spec.parameters,
+        "roles": plan.by_role(),
+        "coverage": plan.coverage.as_dict(),
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "tape_bytes": plan.tape_bytes,
+        "shards": sum(len(unit.shards) for unit in plan.units),
+        "calibrated": plan.calibrated,
+        "bf16_share": plan.kept_share,
+        "notes": list(plan.notes),
+        "recipe": plan.recipe.model_dump(),
+    }
+
+
+def _covered(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None], units: tuple[Unit, ...]
+) -> Coverage:
+    """Every tensor's fate. Raises CheckpointError when one has none, or the shards would not hold exactly the outputs."""
+    coverage = account(reader.entries, spec, schemes)
+    if refused := coverage.of(Fate.REFUSED):
+        raise CheckpointError(f"{reader.folder}: tensor '{refused[0]}' is not understood", "check config.json")
+    placed = [tensor.name for unit in units for shard in unit.shards for tensor in shard.tensors]
+    outputs = coverage.output_bytes()
+    if len(placed) != len(outputs) or set(placed) != outputs.keys():
+        differing = sorted(set(placed) ^ outputs.keys())
+        raise CheckpointError(f"{reader.folder}: the plan does not cover {differing[:3]}", "check config.json")
+    return coverage
+
+
+def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
+    if is_known(reader.config):
+        raise ConfigError(
+            f"'linears' is for architectures that quantkit does not know, and it knows {reader.config['model_type']}",
+            "name linears by role (--experts, --attention, ...) or by 'rules' in a recipe",
+        )
+    spec = spec_by_name(reader)
+    for ref in spec.linears():
+        if ref.weight not in reader.entries or reader.entries[ref.weight].dtype not in FLOATS:
+            raise ConfigError(f"'{ref.key}' in {reader.folder} is already quantised", "start from the BF16 model")
+    return spec
+
+
+def _check_by_name(plan: Plan) -> None:
+    """Refuse what cannot be done without knowing the architecture."""
+    for key, scheme in plan.schemes.items():
+        if needs_tokens(plan.recipe, scheme):
+            assert scheme
+            raise ConfigError(
+                f"'{key}' in {scheme.name} needs calibration, and so an architecture that quantkit knows",
+                "add --method rtn, or choose FP8_DYNAMIC, FP8_BLOCK, W8A8 or W8A16",
+            )
+    seen = compressed_tensors.parse(plan.written, plan.schemes)
+    for key, scheme in plan.schemes.items():
+        if seen[key] != scheme:
+            raise ConfigError(
+                f"the name '{key}' ends as another linear's does that is treated differently; engines would mix them up",
+                "choose patterns that treat both alike",
+            )
+
+
+def _check_names(reader: CheckpointReader, spec: ModelSpec) -> None:
+    expected = spec.tensors()
+    if HEAD in reader.entries:  # a tied head may be stored once more; it is carried over
+        expected[HEAD] = expected[spec.embedding]
+    missing = sorted(expected.keys() - reader.entries.keys())
+    extra = sorted(reader.entries.keys() - expected.keys())
+    if missing == [HEAD] and not extra:
+        raise CheckpointError(
+            f"{reader.folder} has no '{HEAD}', and config.json does not tie the head: tie_word_embeddings is "
+            f"{reader.config.get('tie_word_embeddings', 'not given, which means false')}",
+            "say tie_word_embeddings: true in config.json if the head is the embedding, or fetch the missing shard",
+        )
+    if missing or extra:
+        raise CheckpointError(
+            f"{reader.folder}: tensors do not match architecture {spec.architecture}: {len(missing)} missing "
+            f"{missing[:3]}, {len(extra)} unexpected {extra[:3]}",
+            "check config.json against the weights (layers, experts, cross-layer attention, tied head)",
+        )
+    for key, shape in expected.items():
+        entry = reader.entries[key]
+        if entry.shape != shape or entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{reader.folder / entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}, expected "
+                f"{' or '.join(FLOATS)} {shape}",
+                "check config.json against the weights",
+            )
+    if problem := head_problem(reader, spec):
+        raise CheckpointError(f"{reader.folder}: {problem}", HEAD_FIX)
+
+
+def _assign(
+    reader: CheckpointReader, spec: ModelSpec | NamedSpec, recipe: Recipe, chosen: Chosen | None
+) -> dict[str, Scheme | None]:
+    """chosen: the linears that a run by name takes."""
+    _nothing_idle(recipe, spec)
+    schemes: dict[str, Scheme | None] = {}
+    for ref in spec.linears():
+        scheme = recipe.scheme_of(ref) if chosen is None or ref.key in chosen.keys else None
+        problem = scheme.misfit(ref.out_features, ref.in_features) if scheme else None
+        if problem:
+            assert scheme
+            raise ConfigError(
+                f"tensor '{ref.weight}' [{ref.out_features}, {ref.in_features}] cannot take {scheme.name}: {problem}",
+                "choose a --group-size that divides it, another scheme, or BF16 for its role",
+            )
+        schemes[ref.key] = scheme
+    keepable = schemes if chosen is None else [target(name) for name in reader.entries]
+    for rule in recipe.rules:
+        nameable = keepable if rule.scheme == BF16 or chosen is None else chosen.keys
+        if not any(fnmatchcase(key, rule.match) for key in nameable):
+            raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
+    _no_accident(recipe, spec, schemes)
+    if not any(schemes.values()):
+        raise ConfigError("every linear is kept in BF16: there is nothing to quantise", "choose a scheme")
+    for layer in spec.layers:
+        for group in layer.same_input():
+            _same_scheme(group, schemes, "engines fuse them into one weight")
+    for refs, why in joined(spec) if isinstance(spec, NamedSpec) else ():
+        _same_scheme(refs, schemes, why)
+    for moe in spec.moes():
+        _same_scheme([ref for e in moe.experts for ref in e.linears()], schemes, "engines fuse a layer's experts")
+    return schemes
+
+
+def _nothing_idle(recipe: Recipe, spec: ModelSpec | NamedSpec) -> None:
+    """An option for what the model does not have would leave its user believing that it was done."""
+    roles = {ref.role for ref in spec.linears()}
+    asked = {"experts": Role.EXPERTS, "shared_experts": Role.SHARED_EXPERTS, "attention": Role.ATTENTION}
+    for field, role in asked.items():
+        if getattr(recipe, field) is not None and role not in roles:
+            raise ConfigError(
+                f"{field} is {getattr(recipe, field)}, and {spec.architecture} has no linear with the role {role.value}",
+                f"leave {field} out; the roles here are {', '.join(sorted(r.value for r in roles))}",
+            )
+
+
+def _unused(recipe: Recipe, schemes: dict[str, Scheme | None]) -> list[str]:
+    """What changes nothing is no mistake where one command line serves several schemes; it is said."""
+    notes, names = [], ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
+    if recipe.group_size is not None and not any(scheme and scheme.weight.group_size for scheme in schemes.values()):
+        notes.append(f"group size {recipe.group_size} changes nothing: {names} has no groups")
+    if recipe.calibration != Recipe().calibration and not any(needs_tokens(recipe, s) for s in schemes.values()):
+        notes.append(f"calibration '{recipe.calibration}' is not read: {names} is rounded without calibration")
+    return notes
+
+
+def _no_accident(recipe: Recipe, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> None:
+    """Routed experts hold nearly all weights: they stay in BF16 only where the recipe says so of them."""
+    if not any(schemes.values()) or recipe.experts == BF16:
+        return
+    for ref in spec.linears():
+        if ref.role is not Role.EXPERTS or schemes[ref.key] is not None:
+            continue
+        if not any(fnmatchcase(ref.key, rule.match) for rule in recipe.rules):
+            raise ConfigError(
+                f"routed expert '{ref.key}' would stay in BF16 because the general scheme is BF16",
+                "give --experts a scheme, or say --experts BF16 if that is meant",
+            )
+
+
+def _same_scheme(refs: list[Linear] | tuple[Linear, ...], schemes: dict[str, Scheme | None], why: str) -> None:
+    for ref in refs[1:]:
+        if schemes[ref.key] != schemes[refs[0].key]:
+            raise ConfigError(
+                f"'{refs[0].key}' and '{ref.key}' get different schemes, but {why}",
+                "write a rule that covers both alike",
+            )
+
+
+def _engine_notes(reader: CheckpointReader, spec: ModelSpec, schemes: dict[str, Scheme | None]) -> tuple[str, ...]:
+    """What engines lack to serve the result, and where tensor parallelism would cut a group or block, which they refuse."""
+    missing = without_tokenizer(reader.folder)
+    notes: dict[str, None] = {missing: None} if missing else {}
+    for ref in (ref for layer in spec.layers for ref in (layer.attention.o, *(mlp.down for mlp in layer.mlps()))):
+        scheme = schemes[ref.key]
+        if scheme is None:
+            continue
+        unit = {Strategy.GROUP: scheme.weight.group_size, Strategy.BLOCK: (scheme.weight.block or (0, 0))[1]}.get(
+            scheme.weight.strategy
+        )
+        if unit:
+            degree = max(tp for tp in (1, 2, 4, 8, 16) if ref.in_features % (tp * unit) == 0)
+            if degree < 16:
+                other = " or expert parallel" if ref.role is Role.EXPERTS else ""
+                notes[f"{ref.role.value} {ref.key.rsplit('.', 1)[-1]}: tensor parallel up to {degree}{other}"] = None
+    return tuple(notes)

@@ -1,0 +1,200 @@
+"""Where a report's models come from: what run.json says, digests, sizes, machine, and overlap of calibration and text."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import quantkit
+from quantkit.calib import tokens
+from quantkit.calib.documents import read_documents
+from quantkit.calib.tokenizer import load_text_tokenizer
+from quantkit.calib.tokens import EvalSet
+from quantkit.checkpoint.contents import Contents
+from quantkit.checkpoint.reader import load_json
+from quantkit.checkpoint.verify import inspect
+from quantkit.errors import CalibrationError
+from quantkit.recipe import Recipe
+from quantkit.report.schema import LinearRow, Overlap, Provenance, Size, SizeRow
+from quantkit.report.text_schema import TextTokens
+from quantkit.run.model import Model
+
+__all__ = ["Said", "linear_rows", "overlap", "provenance", "run_record", "size"]
+
+_NGRAM = 16
+_OVERFLOWN = 1e30  # error of weights that are not finite once dequantised: JSON has no infinity
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """What `quantize` wrote into run.json; empty for a checkpoint that quantkit did not make."""
+    path = folder / "run.json"
+    record = load_json(path) if path.is_file() else {}
+    return record if isinstance(record.get("linears"), dict) and isinstance(record.get("job"), dict) else {}
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _hardware(device: torch.device) -> dict[str, str]:
+    found = {"processor": _processor(), "threads": str(torch.get_num_threads()), "system": platform.platform(terse=True)}
+    return found | ({"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu"})
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the caller asked for, as it was given."""
+
+    baseline: str
+    quantized: str
+    text: str
+    seq_len: int
+    kv_cache: str | None
+    command: str
+    text_tokens: TextTokens
+
+
+def provenance(
+    models: list[Model],
+    held: Sequence[Contents],
+    record: dict[str, Any],
+    data: EvalSet,
+    seen: Overlap,
+    said: Said,
+    scored: int,
+) -> Provenance:
+    """models, held: of baseline and quantised model. record: `run_record`. scored: tokens."""
+    base = models[0]
+    versions = {"quantkit": quantkit.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if record:
+        versions["quantized by quantkit"] = f"{record['quantkit']} (code {record['job'].get('quantkit', '')[:12]})"
+    return Provenance(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=said.command,
+        baseline=said.baseline,
+        baseline_digest=held[0].digest,
+        quantized=said.quantized,
+        quantized_digest=held[1].digest,
+        architecture=base.spec.architecture,
+        parameters=base.spec.parameters,
+        recipe=record.get("recipe"),
+        calibration_tokens=record.get("calibration_tokens"),
+        calibration_digest=record["job"].get("tokens") or None if record else None,
+        text=said.text,
+        text_digest=data.digest(),
+        text_tokens=said.text_tokens,
+        seq_len=said.seq_len,
+        windows=len(data.ids),
+        tokens=scored,
+        unit=data.unit_name,
+        units=len(data.unit.unique()),
+        kv_cache=said.kv_cache,
+        overlap=seen,
+        versions=versions,
+        hardware=_hardware(base.device),
+    )
+
+
+def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
+    """How much of the evaluation text the calibration has seen: its windows are drawn again from the recipe and checked
+    against the digest of those that were used."""
+
+    def unknown(note: str) -> Overlap:
+        return Overlap(ngram=_NGRAM, share=None, note=note)
+
+    if not record:
+        return unknown("the checkpoint has no run.json that says what it was calibrated on")
+    if not record.get("calibration_tokens"):
+        return Overlap(ngram=_NGRAM, share=0.0, note="no calibration text was used")
+    recipe = Recipe.of(record["recipe"], "run.json")
+    try:
+        texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
+        seen = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
+    except CalibrationError as error:
+        return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
+    if tokens.digest(seen) != record["job"].get("tokens"):
+        return unknown(f"calibration text '{recipe.calibration}' is not what it was when the model was quantised")
+    known = np.unique(np.concatenate([_ngrams(row) for row in seen]))
+    grams = np.concatenate([_ngrams(row[:length]) for row, length in zip(data.ids, data.lengths.tolist(), strict=True)])
+    if not len(grams):
+        return unknown(f"no window has {_NGRAM} tokens")
+    share = float(np.isin(grams, known).mean())
+    return Overlap(ngram=_NGRAM, share=share, note=f"of {len(grams):,} runs of {_NGRAM} tokens")
+
+
+def _ngrams(ids: Tensor) -> NDArray[np.uint64]:
+    """A 64-bit polynomial hash of every run of `_NGRAM` ids."""
+    values = ids.numpy().astype(np.uint64) + np.uint64(1)
+    if len(values) < _NGRAM:
+        return np.empty(0, dtype=np.uint64)
+    windows = np.lib.stride_tricks.sliding_window_view(values, _NGRAM)
+    factor = np.uint64(0x9E3779B97F4A7C15)
+    powers = np.cumprod(np.full(_NGRAM, factor), dtype=np.uint64)
+    return np.asarray((windows * powers).sum(axis=1, dtype=np.uint64))
+
+
+def linear_rows(models: list[Model], record: dict[str, Any]) -> list[LinearRow]:
+    """Every linear: its scheme, the distance of its weights from the baseline's, and what run.json says of it."""
+    base, quant = models
+    rows = []
+    for layer in base.spec.layers:
+        for ref in layer.linears():
+            scheme, found = quant.weights.schemes[ref.key], record.get("linears", {}).get(ref.key, {})
+            error = None
+            if scheme is not None:
+                own = base.weights.schemes[ref.key]
+                weight = base.weights.quantized(ref, own).dequantize() if own else base.weights.tensor(ref.weight)
+                weight = weight.double()
+                difference = quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
+                error = min(float(difference.norm() / weight.norm().clamp(min=1e-30)), _OVERFLOWN)
+            rows.append(
+                LinearRow(
+                    key=ref.key,
+                    layer=layer.index,
+                    role=ref.role.value,
+                    scheme=scheme.name if scheme else None,
+                    weight_error=error,
+                    method=found.get("method"),
+                    fallback=found.get("fallback"),
+                    output_error=found.get("error"),
+                    coverage=found.get("coverage"),
+                    lent=found.get("lent"),
+                )
+            )
+    return rows
+
+
+def size(base: Path, quant: Path, record: dict[str, Any], seconds: float) -> Size:
+    before, after = inspect(base), inspect(quant)
+    rows = [
+        SizeRow(
+            role=role,
+            schemes=row["schemes"],
+            weights=row["weights"],
+            bytes=row["bytes"],
+            baseline_bytes=before["roles"].get(role, {}).get("bytes", 0),
+        )
+        for role, row in after["roles"].items()
+    ]
+    return Size(
+        roles=rows,
+        bytes=after["total"]["bytes"],
+        baseline_bytes=before["total"]["bytes"],
+        bits_per_weight=after["total"]["bits_per_weight"],
+        quantize_seconds=record.get("seconds"),
+        quantize_peak_memory_bytes=record.get("peak_memory_bytes"),
+        evaluate_seconds=seconds,
+        speed=[],
+    )

@@ -1,0 +1,396 @@
+"""Benchmark tasks through lm-evaluation-harness: baseline and quantised model on the same items, compared item by item."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from quantkit.atomic import write_bytes
+from quantkit.errors import ConfigError
+from quantkit.host import plain_arithmetic
+from quantkit.report.task_stats import compare
+from quantkit.tasks.suite import ALIASES, SUITES, Benchmark
+from quantkit.tasks.task_data import LocalData, local_files, read_local
+
+__all__ = ["Chosen", "Options", "Plan", "evaluate_tasks", "plan_tasks", "prepared"]
+
+_SEED = 1234
+_PUNKT = "nltk's data punkt_tab, which is not on this machine"
+_FILES = Path(__file__).parent / "task_files"
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tasks are run. data_dir: local items instead of the hub's. limit: items of a benchmark with data_dir, else of each
+    of the harness's tasks. shots: examples before each question; without it a suite's published number, else the task's
+    own. max_new_tokens: an upper bound. kv_cache: of the quantised model. The rest is `harness.QuantkitLM`'s."""
+
+    data_dir: Path | None = None
+    limit: int | None = None
+    shots: int | None = None
+    unsafe_code: bool = False
+    chat_template: bool = False
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    kernels: str = "auto"
+    kv_cache: str = "bf16"
+    device: str = "cpu"
+    add_bos: bool | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A benchmark to run. leaves: the harness's tasks it is made of; metric and filter: the task's first where None."""
+
+    name: str
+    task: str
+    leaves: tuple[str, ...]
+    shots: int
+    metric: str | None
+    filter: str | None
+    data: LocalData | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run, and what of a suite will not, with the reason. names: as asked for. index: of the harness, {name:
+    entry}."""
+
+    names: tuple[str, ...]
+    chosen: tuple[Chosen, ...]
+    left_out: tuple[tuple[str, str], ...]
+    suite: str | None
+    options: Options
+    index: dict[str, Any]
+
+    def words(self) -> list[object]:
+        """The options that ask for the same again."""
+        used = self.options
+        given: list[object] = ["--tasks", ",".join(self.names)] if self.names else []
+        given += ["--suite", self.suite] if self.suite else []
+        for name in ("data_dir", "limit", "shots", "max_new_tokens", "batch_size"):
+            value = getattr(used, name)
+            given += ["--" + name.replace("_", "-"), value] if value is not None else []
+        given += [f"--{name.replace('_', '-')}" for name in ("unsafe_code", "chat_template") if getattr(used, name)]
+        return given + (["--task-kernels", used.kernels] if used.kernels != "auto" else [])
+
+
+def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options | None = None) -> Plan:
+    """Check everything that can be checked before a model is loaded or a hub asked. Reads local data.
+
+    names: of the suite or of the harness. One that cannot be run is an error; of a suite it is left out, and said so.
+    Raises ConfigError.
+    """
+    options = options or Options()
+    if suite is not None and suite not in SUITES:
+        raise ConfigError(f"no suite is called '{suite}'", f"give one of {', '.join(SUITES)}")
+    rows = SUITES[suite] if suite else ()
+    named = tuple(dict.fromkeys(names))
+    asked = [name for name in named if name not in {row.name for row in rows}]
+    if not rows and not asked:
+        raise ConfigError("no task is given", "name some: --tasks gsm8k,piqa")
+    if importlib.util.find_spec("lm_eval") is None:
+        unsure = [f"'{name}'" for name in asked if name not in ALIASES]
+        said = f"; docs/tasks.md does not name {', '.join(unsure)}, so it alone knows whether that exists" if unsure else ""
+        raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{said}", "pip install 'quantkit[tasks]'")
+    for name in named:
+        _may_run(name, ALIASES.get(name), options)
+    left_out = {row.name: why for row in rows if row.name not in named and (why := _left_out(row, options))}
+    kept = [row for row in rows if row.name not in left_out]
+    index = _index({*asked, *(row.name for row in kept)})
+    chosen = [_chosen(row.name, index, options, row.shots) for row in kept]
+    chosen += [_chosen(name, index, options, None) for name in asked]
+    return Plan(named, tuple(chosen), tuple(left_out.items()), suite, options, index)
+
+
+def _index(names: set[str]) -> dict[str, Any]:
+    """The harness's tasks by name, of all its folders only if need be: there are thousands of files."""
+    import lm_eval.tasks
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    home = Path(lm_eval.tasks.__file__).parent
+    known = names <= ALIASES.keys()
+    folders = [home / ALIASES[name].folder for name in sorted(names) if ALIASES[name].folder] if known else [home]
+    return dict(lm_eval.tasks.TaskManager(include_path=[*folders, _FILES], include_defaults=False).task_index)
+
+
+def _left_out(row: Benchmark, options: Options) -> str:
+    if row.task is None:
+        return "needs a judge model"
+    if row.needs == "code" and not options.unsafe_code:
+        return "runs generated code: --unsafe-code"
+    if options.data_dir and row.needs == "punkt" and not _has_punkt():
+        return f"needs {_PUNKT}"
+    if options.data_dir and not local_files(options.data_dir, row.name):
+        return "no file in --data-dir"
+    return ""
+
+
+def _may_run(name: str, row: Benchmark | None, options: Options) -> None:
+    if row and row.task is None:
+        raise ConfigError(f"task '{name}' needs a judge model, and quantkit has none", "leave it out")
+    if row and row.needs == "code":
+        _needs_flag(name, options)
+    if row and row.needs == "punkt" and options.data_dir and not _has_punkt():
+        raise ConfigError(f"task '{name}' needs {_PUNKT}", "python -m nltk.downloader punkt_tab, where there is a network")
+
+
+def _has_punkt() -> bool:
+    """Whether nltk's sentence splitter is on this machine. With a network the harness fetches it on its own."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def _needs_flag(name: str, options: Options) -> None:
+    if not options.unsafe_code:
+        raise ConfigError(
+            f"task '{name}' runs code that the model wrote, with your rights",
+            "leave it out, or add --unsafe-code in a container that holds nothing of value",
+        )
+
+
+def _chosen(name: str, index: dict[str, Any], options: Options, published: int | None) -> Chosen:
+    row = ALIASES.get(name)
+    task = row.task if row and row.task else name
+    leaves = _leaves(task, index, name)
+    if any(index[leaf].cfg.get("unsafe_code") for leaf in leaves):
+        _needs_flag(name, options)
+    config = index[leaves[0]].cfg
+    given = published if options.shots is None else options.shots
+    shots = given if given is not None else config.get("num_fewshot") or 0
+    data = None
+    if options.data_dir:
+        from_file = 0 if "samples" in (config.get("fewshot_config") or {}) else shots  # some bring their examples along
+        data = read_local(options.data_dir, name, task, leaves, from_file, options.limit)
+        leaves = tuple(data.asked)
+    return Chosen(name, task, leaves, shots, row.metric if row else None, row.filter if row else None, data)
+
+
+def _leaves(task: str, index: dict[str, Any], asked: str) -> tuple[str, ...]:
+    """The tasks that a task, group or tag of the harness is made of."""
+    entry = index.get(task)
+    if entry is None:
+        near = difflib.get_close_matches(asked, [*ALIASES, *index], n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
+        raise ConfigError(f"no task is called '{asked}'", hint)
+    if entry.kind.name == "TAG":
+        members: list[Any] = sorted(entry.tags)
+    elif entry.kind.name == "GROUP":
+        members = entry.cfg["task"]
+    elif entry.yaml_path is None or entry.kind.name == "PY_TASK":
+        raise ConfigError(f"task '{asked}' is a program, not a description", "run it with the harness itself")
+    else:
+        return (task,)
+    if other := next((m for m in members if not isinstance(m, str)), None):
+        raise ConfigError(f"group '{asked}' changes its member {other}", "name its tasks one by one")
+    return tuple(dict.fromkeys(leaf for member in members for leaf in _leaves(member, index, member)))
+
+
+@plain_arithmetic()
+def evaluate_tasks(
+    quantized: str | Path,
+    baseline: str | Path,
+    plan: Plan,
+    *,
+    items: Path | None = None,
+    manager: Any = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Both models on the same items. {"tasks": [a row for each benchmark], "task_run": how it was done}.
+
+    items: a .jsonl file for every item's two answers. manager: of `prepared`, where other work came between. progress is
+    called with a line. Raises QuantkitError.
+    """
+    begun = time.monotonic()
+    found: list[dict[str, list[Sample]]] = []
+    truncated = {}
+    with nullcontext(manager) if manager else prepared(plan) as ready:
+        for label, path in (("baseline", baseline), ("quantized", quantized)):
+            kv = plan.options.kv_cache if label == "quantized" else "bf16"
+            samples, truncated[label] = _answers(path, ready, plan, kv, functools.partial(_say, progress, label))
+            found.append(samples)
+    rows, records, details = [], [], []
+    for one in plan.chosen:
+        pairs, metric, which = _pairs(one, *found)
+        base, quant = (np.array([float(pair[i][metric]) for pair in pairs]) for i in (0, 1))
+        rows.append({"name": one.name, "metric": metric, **compare(base, quant)})
+        records += [_record(one, metric, *pair) for pair in pairs]
+        source = str(one.data.file) if one.data else "hub"
+        details.append({"name": one.name, "task": one.task, "shots": one.shots, "filter": which, "data": source})
+    if items:
+        write_bytes(items, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records).encode())
+    used = plan.options
+    run = {
+        "suite": plan.suite,
+        "benchmarks": details,
+        "left_out": [{"name": name, "why": why} for name, why in plan.left_out],
+        "limit": used.limit,
+        "max_new_tokens": used.max_new_tokens,
+        "chat_template": used.chat_template,
+        "kernels": used.kernels,
+        "kv_cache": used.kv_cache,
+        "truncated": truncated,
+        "harness": importlib.metadata.version("lm_eval"),
+        "items": str(items) if items else None,
+        "seconds": round(time.monotonic() - begun, 2),
+    }
+    return {"tasks": rows, "task_run": run}
+
+
+def _say(progress: Callable[[str], None] | None, label: str, done: int, total: int) -> None:
+    if progress:
+        progress(f"{label}, {done} of {total} requests")
+
+
+@contextmanager
+def prepared(plan: Plan) -> Iterator[Any]:
+    """The harness's manager of a plan's tasks, with all their data at hand. Raises ConfigError."""
+    with tempfile.TemporaryDirectory(prefix="quantkit-tasks-") as scratch:
+        yield _manager(Path(scratch), plan)
+
+
+def _manager(scratch: Path, plan: Plan) -> Any:
+    """The harness's manager of these tasks alone: each is the stock one, with other data or another number of examples.
+
+    Loads them once, so that what is missing is said before a model runs. Raises ConfigError.
+    """
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    datasets.disable_progress_bars()
+    for one in plan.chosen:
+        for leaf in one.leaves:
+            config = {"include": str(plan.index[leaf].yaml_path), "task": leaf, "num_fewshot": one.shots}
+            if one.data:
+                config |= _local(scratch, leaf, one.data)
+            (scratch / f"{leaf}.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), "utf-8")
+    manager = TaskManager(include_path=str(scratch), include_defaults=False)
+    for one in plan.chosen:
+        try:
+            manager.load(list(one.leaves))
+        except Exception as error:  # a task may import anything, and the hub's client has errors of its own
+            raise ConfigError(
+                f"task '{one.name}' cannot be prepared: {type(error).__name__}: {error}",
+                f"give --data-dir with a file {one.name}.jsonl where there is no network; install what the task imports",
+            ) from error
+    return manager
+
+
+def _local(scratch: Path, leaf: str, data: LocalData) -> dict[str, Any]:
+    files = {}
+    for split, rows in (("asked", data.asked[leaf]), ("examples", data.examples[leaf])):
+        if rows:
+            path = scratch / f"{leaf}.{split}.jsonl"
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+            files[split] = str(path)
+    return {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(scratch / "cache")},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "asked",
+        "fewshot_split": "examples" if "examples" in files else None,
+    }
+
+
+def _answers(
+    path: str | Path, manager: Any, plan: Plan, kv_cache: str, progress: Callable[[int, int], None]
+) -> tuple[dict[str, list[Sample]], int]:
+    """A model's samples by the harness's task, and how many texts did not fit into its length."""
+    import torch
+    from lm_eval.evaluator import evaluate
+
+    from quantkit.tasks.harness import QuantkitLM
+
+    options = plan.options
+    model = QuantkitLM(
+        path,
+        device=options.device,
+        kernels=options.kernels,
+        kv_cache=kv_cache,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        add_bos=options.add_bos,
+        progress=progress,
+    )
+    # As the harness's own entry does: tasks draw from these generators, and both models must be asked the same.
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
+    loaded = manager.load([leaf for one in plan.chosen for leaf in one.leaves])
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=_SEED)
+    results = evaluate(
+        lm=model,
+        task_dict=loaded,
+        limit=None if options.data_dir else options.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=options.chat_template,
+        fewshot_as_multiturn=options.chat_template,
+        confirm_run_unsafe_code=options.unsafe_code,
+    )
+    return results["samples"], model.truncated
+
+
+def _pairs(
+    one: Chosen, base: dict[str, list[Sample]], quant: dict[str, list[Sample]]
+) -> tuple[list[tuple[Sample, Sample]], str, str]:
+    """The samples of both models, item by item, and the metric and filter that are compared. Raises ConfigError."""
+    first = base[one.leaves[0]][0]
+    metric, which = one.metric or first["metrics"][0], one.filter or first["filter"]
+    pairs = []
+    for leaf in one.leaves:
+        ours, theirs = ([s for s in samples[leaf] if s["filter"] == which] for samples in (base, quant))
+        pairs += list(zip(ours, theirs, strict=True))
+    for a, b in pairs:
+        if (a["doc_hash"], a["prompt_hash"]) != (b["doc_hash"], b["prompt_hash"]):
+            raise ConfigError(f"task '{one.name}' asked both models different items", "it draws at random: leave it out")
+        if any(not isinstance(s.get(metric), (bool, int, float)) or not 0 <= s[metric] <= 1 for s in (a, b)):
+            raise ConfigError(
+                f"task '{one.name}' has no score between 0 and 1 for an item: its {metric} is {a.get(metric)!r}",
+                "only such tasks can be compared item by item; perplexity is what eval --text measures",
+            )
+    return pairs, metric, which
+
+
+def _record(one: Chosen, metric: str, base: Sample, quant: Sample) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "item": base["doc_id"],
+        "doc": base["doc"],
+        "target": base["target"],
+        "baseline": _answer(base, metric),
+        "quantized": _answer(quant, metric),
+    }
+
+
+def _answer(sample: Sample, metric: str) -> dict[str, Any]:
+    """Generated text and what the task took from it; or each option's log-likelihood in nats."""
+    answer: dict[str, Any] = {"score": float(sample[metric])}
+    responses = [response[0] for response in sample["resps"]]
+    if isinstance(responses[0], (tuple, list)):
+        return {**answer, "loglikelihoods": [float(value[0]) for value in responses]}
+    return {**answer, "text": responses[0], "taken": sample["filtered_resps"][0]}
