@@ -25,8 +25,8 @@ from quantkit.kernels.cpu.backend import rounding_of_w4a8
 from quantkit.kernels.cpu.linear import PackedLinear, experts, gather, on_huge_pages, pack, stack
 from quantkit.model.blocks import Routing
 from quantkit.model.decoder import mlp
-from quantkit.model.forward import Weights
 from quantkit.model.spec import Linear, MoE, Role, Router
+from quantkit.model.weights import Weights
 from quantkit.run.bench import random_weight, timed
 from quantkit.scheme import PRESETS
 

@@ -22,9 +22,11 @@ from rich.table import Table
 from torch import Tensor
 
 from quantkit.model.attend import attend
-from quantkit.model.attention import attention_core
+from quantkit.model.attention import Positions
 from quantkit.model.cache import Cache, Kept, KVFormat
+from quantkit.model.mla import Latent
 from quantkit.model.spec import MLA, Linear, Role
+from quantkit.model.weights import Weights
 
 RESULTS = Path(__file__).parent / "results"
 GROUPED = {"Hunyuan-Large": (80, 8, 80), "Hunyuan-A13B": (32, 8, 128), "80 heads of 128": (80, 8, 128)}
@@ -54,19 +56,26 @@ def latent(heads: int, positions: int) -> dict[str, Callable[[], Tensor]]:
 
     kv_b, other = linear(heads * 256, 512), linear(1, 1)
     a = MLA(None, None, other, other, "", kv_b, other, heads, 512, 128, 64, 128, 192**-0.5, 1e-6, 0)
-    weight = (torch.randn(kv_b.out_features, 512) * 512**-0.5).bfloat16()
+    weight: Tensor = (torch.randn(kv_b.out_features, 512) * 512**-0.5).bfloat16()
     q = torch.randn(1, heads, 1, 192)
     kept = Cache(KVFormat.BF16).append(0, (torch.randn(1, 1, positions, 512), torch.randn(1, 1, positions, 64)))
 
-    def project(ref: Linear, x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), weight).float()
+    class OfKVB(Weights):
+        def tensor(self, key: str) -> Tensor:
+            return weight
+
+        def linear(self, ref: Linear, x: Tensor) -> Tensor:
+            out: Tensor = F.linear(x.bfloat16(), weight).float()
+            return out
+
+    weights = OfKVB()
 
     def expanded() -> Tensor:
-        both = project(kv_b, kept[0].codes[:, 0].float()).unflatten(-1, (heads, 256)).transpose(1, 2)
+        both = weights.linear(kv_b, kept[0].codes[:, 0].float()).unflatten(-1, (heads, 256)).transpose(1, 2)
         keys = torch.cat((both[..., :128], kept[1].codes.float().expand(-1, heads, -1, -1)), dim=-1)
         return before(q, Kept(keys), Kept(both[..., 128:]), a.scale)
 
-    return {"before": expanded, "now": lambda: attention_core(a, q, kept, project, matrix=lambda ref: weight)}
+    return {"before": expanded, "now": lambda: Latent().core(a, q, kept, weights, Positions((q, q)))}
 
 
 def measure(run: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:

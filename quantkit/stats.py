@@ -20,7 +20,7 @@ class LinearStats:
 
     hessian: float32 [in, in], sum of weight * x x^T; None when no algorithm asks for it. amax: largest |x|, infinite if
     one is not finite, of the tokens that the layer really sends here; lent_amax: of those lent to it, because the real
-    ones were too few (see calib/walk.py). tokens and lent count them; mass is the sum of their weights.
+    ones were too few (see calib/streams.py). tokens and lent count them; mass is the sum of their weights.
     """
 
     in_features: int
@@ -48,6 +48,16 @@ class LinearStats:
             self._accumulate(x, weight)
             self.lent_amax = max(self.lent_amax, _largest(x))
             self.lent += len(x)
+
+    def merge(self, other: LinearStats) -> None:
+        """Take in what was seen of other tokens at the same input, here or on another machine. Raises ValueError where the
+        two are not statistics of one kind."""
+        if self.in_features != other.in_features or (self.hessian is None) != (other.hessian is None):
+            raise ValueError(f"statistics of {self.in_features} and {other.in_features} features, or of two kinds")
+        if self.hessian is not None and other.hessian is not None:
+            self.hessian += other.hessian.to(self.hessian.device)
+        self.amax, self.lent_amax = max(self.amax, other.amax), max(self.lent_amax, other.lent_amax)
+        self.tokens, self.lent, self.mass = self.tokens + other.tokens, self.lent + other.lent, self.mass + other.mass
 
     def _accumulate(self, x: Tensor, weight: float) -> None:
         if self.hessian is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quantkit
-from quantkit.calib.walk import Walk, embed, walk_layer
+from quantkit.calib.replay import Listening, gather
+from quantkit.calib.streams import Part, Place, Stream
+from quantkit.calib.tape import Tape
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError
 from quantkit.model.cache import Cache, KVFormat
@@ -179,7 +181,7 @@ def test_the_check_notices(mistake: str, theirs: Callable[[str], Theirs]) -> Non
 
 def test_deepseek_rope_pairs_neighbours(theirs: Callable[[str], Theirs], monkeypatch: pytest.MonkeyPatch) -> None:
     expected = theirs("deepseek_v2")
-    monkeypatch.setattr("quantkit.model.attention.deinterleave", lambda x: x)
+    monkeypatch.setattr("quantkit.model.mla.deinterleave", lambda x: x)
     assert (ours(expected.spec, expected.weights)[0] - expected.logits).abs().max() > 50 * TOLERANCE
 
 
@@ -196,26 +198,36 @@ class Recording(InMemory):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_the_walk_sees_what_the_forward_computes(name: str, theirs: Callable[[str], Theirs], tmp_path: Path) -> None:
-    """Stage by stage over the tape: every linear's statistics are those of its input in a plain forward, and the hidden
-    states that are left for the next layer are the forward's."""
+def test_replay_equals_forward(name: str, theirs: Callable[[str], Theirs], tmp_path: Path) -> None:
+    """Part by part over the tapes: every linear's statistics are those of its input in a plain forward, and the hidden
+    states that are left for the next layer are the forward's. K and V are lent to layers that borrow them."""
     spec, tensors = theirs(name).spec, theirs(name).weights.tensors
     ids = torch.randint(1, 257, (6, 96), generator=torch.Generator().manual_seed(2))
-    recording = Recording(tensors)
+    recording, listening = Recording(tensors), Listening(tensors.__getitem__)
     expected = {trace.index: trace.hidden.flatten(0, 1) for trace in forward(spec, recording, ids)}
-    seen: dict[str, LinearStats] = {}
+    tape, seen = Tape.create(tmp_path / "hidden", ids.numel(), spec.hidden), dict[str, LinearStats]()
+    device = torch.device("cpu")
+    stream = Stream(Place(spec, device, tmp_path), (6, 96), listening, tape, tape)
 
-    def quantise(refs: Sequence[Linear], stats: LinearStats | None) -> list[Callable[[Tensor], Tensor]]:
-        assert stats is not None
-        seen.update(dict.fromkeys([ref.key for ref in refs], stats))
-        return [partial(F.linear, weight=tensors[ref.weight]) for ref in refs]
+    def passes(part: Part) -> None:
+        for wave in part.waves:
+            statistics = {group: LinearStats.empty(group[0].in_features, device, True) for group in wave}
+            gather(part, listening, statistics)
+            for group, stats in statistics.items():
+                seen.update(dict.fromkeys([ref.key for ref in group], stats))
+                listening.apply(group, [partial(F.linear, weight=tensors[ref.weight]) for ref in group])
+        part.finish()
+        listening.forget()
 
-    walk = Walk(spec, recording, (6, 96), torch.device("cpu"), tmp_path, quantise, lambda refs: True)
-    tape, kv = walk.tape("hidden", spec.hidden), walk.tape("kv", spec.layers[0].attention.kv_width)
-    embed(walk, ids, tape)
+    stream.embed(ids)
     for layer in spec.layers:
-        walk_layer(walk, layer, tape, tape, kv)
+        passes(stream.attention(layer))
+        for part in stream.mlps(layer):
+            passes(part)
+        stream.close()
         torch.testing.assert_close(tape.read(0, ids.numel()), expected[layer.index], atol=1e-4, rtol=1e-4)
+    stream.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["hidden"]
     assert seen.keys() == {ref.key for ref in spec.linears()}
     for ref in spec.linears():
         x, stats = recording.inputs.get(ref.key, torch.empty(0, ref.in_features)), seen[ref.key]

@@ -13,10 +13,12 @@ from torch import Tensor
 import quantkit
 from quantkit.model import attend as module
 from quantkit.model.attend import attend
-from quantkit.model.attention import attention_core
-from quantkit.model.cache import Cache, Kept, KVFormat
+from quantkit.model.attention import Positions
+from quantkit.model.cache import Cache, Kept, KeptKV, KVFormat
+from quantkit.model.mla import Latent
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import MLA, Linear
+from quantkit.model.weights import Weights
 from quantkit.recipe import Recipe
 from quantkit.run.weights import Kernels
 from tests.architectures import TINY
@@ -123,26 +125,53 @@ def latents(s: int) -> tuple[MLA, Tensor, Tensor, tuple[Tensor, Tensor]]:
     return a, weight, q, (draw(2, 1, s, a.rank, seed=1), draw(2, 1, s, a.rope_dim, seed=2))
 
 
+class OfKVB(Weights):
+    """kv_b alone; counts the rows that are projected through it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.calls = weight, list[int]()
+
+    def tensor(self, key: str) -> Tensor:
+        raise AssertionError(key)
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        self.calls.append(x.shape[:-1].numel())
+        return x @ self.weight.T
+
+    def matrix(self, ref: Linear) -> Tensor:
+        return self.weight
+
+
+def expanded_form(a: MLA, q: Tensor, held: KeptKV, weight: Tensor, padding: Tensor | None) -> Tensor:
+    both = (held[0].decode()[:, 0] @ weight.T).unflatten(-1, (a.heads, -1)).transpose(1, 2)
+    plain, values = both.split((a.nope_dim, a.v_dim), dim=-1)
+    keys = torch.cat((plain, held[1].decode().expand(-1, a.heads, -1, -1)), dim=-1)
+    return attend(q, Kept(keys), Kept(values), a.scale, padding)
+
+
+def core(a: MLA, q: Tensor, held: KeptKV, weights: Weights, padding: Tensor | None = None) -> Tensor:
+    return Latent().core(a, q, held, weights, Positions((q, q), padding))
+
+
 def test_decoding_projects_nothing_through_kv_b() -> None:
     """Its halves meet the new token alone; the values are those of the expanded form."""
     a, weight, q, kv = latents(300)
-    calls: list[int] = []
-
-    def linear(ref: Linear, x: Tensor) -> Tensor:
-        calls.append(x.shape[:-1].numel())
-        return x @ weight.T
-
     for kv_format in FORMATS:
         held = kept(kv_format, *kv)
         for padding in (None, torch.tensor([0, 9])):
-            expanded = attention_core(a, q, held, linear, padding)
-            assert calls == [600]
-            calls.clear()
-            absorbed = attention_core(a, q, held, linear, padding, lambda ref: weight)
-            assert calls == []
+            weights = OfKVB(weight)
+            expanded, absorbed = expanded_form(a, q, held, weight, padding), core(a, q, held, weights, padding)
             torch.testing.assert_close(absorbed, expanded, atol=1e-5, rtol=1e-4)
-            half = attention_core(a, q, held, linear, padding, lambda ref: weight.bfloat16())
-            assert 0 < (half - expanded).norm() / expanded.norm() < 2**-7
+            half = core(a, q, held, OfKVB(weight.bfloat16()), padding)
+            assert weights.calls == [] and 0 < (half - expanded).norm() / expanded.norm() < 2**-7
+
+
+def test_a_prompt_goes_through_kv_b_once() -> None:
+    a, weight, _, kv = latents(300)
+    weights, q = OfKVB(weight), draw(2, a.heads, 300, a.nope_dim + a.rope_dim)
+    held = kept(KVFormat.FLOAT32, *kv)
+    torch.testing.assert_close(core(a, q, held, weights), expanded_form(a, q, held, weight, None))
+    assert weights.calls == [600]
 
 
 def test_decoding_from_latents_is_flat_but_for_attention() -> None:
@@ -150,8 +179,8 @@ def test_decoding_from_latents_is_flat_but_for_attention() -> None:
     sizes = []
     for s in (1000, 4000):
         a, weight, q, kv = latents(s)
-        held = kept(KVFormat.FLOAT32, *kv)
-        sizes.append(ran(lambda a=a, q=q, held=held, w=weight: attention_core(a, q, held, None, None, lambda _: w)).total)  # type: ignore[misc]
+        held, weights = kept(KVFormat.FLOAT32, *kv), OfKVB(weight)
+        sizes.append(ran(lambda a=a, q=q, held=held, weights=weights: core(a, q, held, weights)).total)  # type: ignore[misc]
     scores, expanded = 3000 * 2 * a.heads * 4, 3000 * 2 * a.heads * (a.nope_dim + a.v_dim) * 4
     assert sizes[1] - sizes[0] <= 8 * scores < expanded
 

@@ -16,8 +16,8 @@ import quantkit
 from quantkit.calib.tokenizer import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError, NotFiniteError
-from quantkit.model import attention
 from quantkit.model.cache import KV, Cache, KVFormat
+from quantkit.model.gqa import GroupedQuery
 from quantkit.recipe import Recipe
 from quantkit.run.sampling import Sampling, sample
 from quantkit.run.text import complete, stream_text
@@ -57,14 +57,15 @@ def test_without_top_p_no_token_is_left_out(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_one_group_of_layers_holds_its_keys(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a cache, keys and values of earlier layers are let go."""
-    model, alive, plain = quantkit.load(make_model(), kernels="reference"), [], attention.keep
+    model, alive, plain = quantkit.load(make_model(), kernels="reference"), [], GroupedQuery.kept
 
-    def watched(*given: Any) -> KV:
+    def watched(*given: Any) -> KV | None:
         kv = plain(*given)
-        alive.append(weakref.ref(kv[0]))
+        if kv is not None:
+            alive.append(weakref.ref(kv[0]))
         return kv
 
-    monkeypatch.setattr("quantkit.model.forward.keep", watched)
+    monkeypatch.setattr(GroupedQuery, "kept", watched)
     for _ in model.layers(torch.arange(1, 13).view(2, 6)):
         assert sum(ref() is not None for ref in alive) == 1
     assert len(alive) > 1

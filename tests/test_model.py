@@ -21,9 +21,10 @@ from quantkit.errors import ConfigError
 from quantkit.model import attention, blocks
 from quantkit.model import forward as fw
 from quantkit.model.cache import Cache, KVFormat
-from quantkit.model.forward import Weights, forward, head
+from quantkit.model.forward import forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import GQA, Layer, Linear, ModelSpec, MoE
+from quantkit.model.weights import Weights
 from tests.conftest import CONFIG, random_weights
 
 GOLDEN = Path(__file__).parent / "golden-hunyuan-large"

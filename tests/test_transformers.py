@@ -17,8 +17,9 @@ from torch import Tensor
 
 import quantkit
 from quantkit.kernels.reference import round_activation
-from quantkit.model.forward import Weights, forward
+from quantkit.model.forward import forward
 from quantkit.model.spec import Linear, Role
+from quantkit.model.weights import Weights
 from quantkit.recipe import Recipe
 from quantkit.run.model import Model
 from tests.architectures import TINY

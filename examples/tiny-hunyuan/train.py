@@ -30,9 +30,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from quantkit.calib.corpus import held_out_files
-from quantkit.model.forward import LayerTrace, Weights, forward, head
+from quantkit.model.forward import LayerTrace, forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.weights import Weights
 
 CONFIG: dict[str, object] = {
     "architectures": ["HunYuanForCausalLM"],

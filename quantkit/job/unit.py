@@ -1,5 +1,5 @@
-"""One commit unit of a run: its shards open for writing, its layers walked or simply rounded; or walked once more as they
-were committed, to get hidden states back that are lost."""
+"""One commit unit of a run: its shards open for writing, its layers quantised part by part on the tokens that pass through,
+or simply rounded; or passed once more as they were committed, to get hidden states back that are lost."""
 
 from __future__ import annotations
 
@@ -7,37 +7,34 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.calib import streams
+from quantkit.calib.replay import Apply, Listening, gather
+from quantkit.calib.streams import Part, Stream
 from quantkit.calib.tape import Tape
-from quantkit.calib.walk import Apply, Walk, embed, walk_layer
-from quantkit.checkpoint.by_name import Part
+from quantkit.checkpoint import by_name
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.shard import OpenShard, read_header, tensor_of
 from quantkit.checkpoint.writer import ShardWriter
 from quantkit.dtypes import Entry
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
+from quantkit.job.group import GroupJob, applied
 from quantkit.job.placement import Unit
 from quantkit.job.plan import Plan, needs_tokens
-from quantkit.kernels.reference import round_activation
 from quantkit.model.spec import Layer, Linear
 from quantkit.qtensor import QuantizedTensor
-from quantkit.quant import gptq
-from quantkit.quant.solve import solve
-from quantkit.scheme import Scheme
 from quantkit.stats import LinearStats
 
 __all__ = ["Outcomes", "Place", "UnitRun"]
 
 Outcomes = dict[str, dict[str, Any]]  # of linears, by name: scheme, `Outcome`, and a fixed input_scale
-Quantise = Callable[[Sequence[Linear], LinearStats | None], list[Apply]]
+Group = Sequence[Linear]
 
 
 @dataclass(frozen=True)
@@ -51,13 +48,17 @@ class Place:
     partial: Path
     work: Path
 
+    def tensor(self, key: str) -> Tensor:
+        return self.reader.tensor(key).to(self.device)
+
 
 class UnitRun:
     """Called once, by `run` or `again`. done: called after each layer that was quantised, with all outcomes so far."""
 
-    def __init__(self, place: Place, unit: Unit, done: Callable[[Layer | Part, Outcomes], None]) -> None:
+    def __init__(self, place: Place, unit: Unit, done: Callable[[Layer | by_name.Part, Outcomes], None]) -> None:
         self.place, self.unit, self.plan, self.done = place, unit, place.plan, done
         self.outcomes: Outcomes = {}
+        self.weights = Listening(place.tensor)
         self._headers: dict[Path, dict[str, Entry]] = {}  # of its shards, once they are committed
         self.shard_of = {t.name: i for i, shard in enumerate(unit.shards) for t in shard.tensors}
 
@@ -67,99 +68,99 @@ class UnitRun:
             self.writers = [stack.enter_context(ShardWriter(self.place.partial, s)) for s in self.unit.shards]
             for key in self.unit.kept:
                 self._write(key, self.place.reader.tensor(key))
-            if following is None:
-                for layer in self.unit.layers:
-                    for group in layer.same_input():
-                        self.store(group, None)
-                    self.done(layer, self.outcomes)
-            else:
-                self._walk(tape, following, self.quantise, self.wants)
+            if following is not None:
+                self._pass(tape, following, self._quantise)
+                return self.outcomes
+            for layer in self.unit.layers:
+                for group in layer.same_input():
+                    self._store(group, None)
+                self.done(layer, self.outcomes)
         return self.outcomes
 
     def again(self, tape: Tape | None, following: Tape) -> None:
         """Leave the hidden states that `run` left, to the bit, by the weights in the unit's shards."""
-        self._walk(tape, following, self._committed, lambda refs: None)
+        self._pass(tape, following, self._committed)
 
-    def _walk(
-        self, tape: Tape | None, following: Tape, quantise: Quantise, wants: Callable[[Sequence[Linear]], bool | None]
-    ) -> None:
-        ids = self.place.ids
+    @torch.inference_mode()
+    def _pass(self, tape: Tape | None, following: Tape, prepare: Callable[[Part], None]) -> None:
+        """The hidden states through the unit's layers. prepare: makes a part's linears ready to be applied."""
+        ids, device = self.place.ids, self.place.device
         assert ids is not None
-        walk = Walk(
-            spec=self.plan.model,
-            weights=self.place.reader,
-            windows=(ids.shape[0], ids.shape[1]),
-            device=self.place.device,
-            scratch=self.place.work,
-            quantise=quantise,
-            wants=wants,
-        )
+        where = streams.Place(self.plan.model, device, self.place.work)
+        stream = Stream(where, (ids.shape[0], ids.shape[1]), self.weights, tape or following, following)
         if tape is None:
-            embed(walk, ids, following)
+            stream.embed(ids)
             return
-        kv = walk.tape("kv", self.plan.model.layers[0].attention.kv_width)
         for layer in self.unit.layers:
             assert isinstance(layer, Layer)
-            walk_layer(walk, layer, tape, following, kv)
-            if quantise == self.quantise:
+            self._parts([stream.attention(layer)], prepare)
+            self._parts(stream.mlps(layer), prepare)
+            stream.close()
+            if prepare == self._quantise:
                 self.done(layer, self.outcomes)
-            tape = following
-        kv.remove()
+        stream.remove()
+
+    def _parts(self, parts: Sequence[Part], prepare: Callable[[Part], None]) -> None:
+        for part in parts:
+            prepare(part)
+            part.finish()
+            self.weights.forget()
+
+    def _quantise(self, part: Part) -> None:
+        """Quantise the part's linears, write them, and have them applied as an engine would."""
+        for wave in part.waves:
+            self._solve(part, wave)
+
+    def _solve(self, part: Part, wave: Sequence[tuple[Linear, ...]]) -> None:
+        statistics = {group: self._statistics(group) for group in wave}
+        gather(part, self.weights, statistics)
+        for group in wave:
+            self.weights.apply(group, self._store(group, statistics.pop(group)))  # a Hessian is not kept longer than that
+
+    def _committed(self, part: Part) -> None:
+        """The same with what was written then."""
+        for group in (group for wave in part.waves for group in wave):
+            self.weights.apply(group, [self._written(ref) for ref in group])
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self.writers[self.shard_of[name]].write(name, tensor)
 
-    def wants(self, refs: Sequence[Linear]) -> bool | None:
-        """What statistics these linears need: none (None), the range (False), or the Hessian too (True)."""
-        scheme = self.plan.schemes[refs[0].key]
+    def _statistics(self, group: Group) -> LinearStats | None:
+        """Empty ones of what these linears need: none, the range, or the Hessian too."""
+        scheme = self.plan.schemes[group[0].key]
         if scheme is None or not needs_tokens(self.plan.recipe, scheme):
             return None
-        return self.plan.recipe.method_of(scheme) == "gptq"
+        with_hessian = self.plan.recipe.method_of(scheme) == "gptq"
+        return LinearStats.empty(group[0].in_features, self.place.device, with_hessian)
 
-    @torch.inference_mode()
-    def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
-        """Quantise linears that read one input, write them, and return how to apply each as an engine would."""
-        scheme, stored = self.plan.schemes[refs[0].key], self.store(refs, stats)
-        if scheme is None:
-            device = self.place.device
-            return [_apply(weight.to(device).float(), None, None) for weight in stored if isinstance(weight, Tensor)]
-        return [_apply(q.dequantize(), scheme, q.input_scale) for q in stored if isinstance(q, QuantizedTensor)]
-
-    @torch.inference_mode()
-    def store(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
-        """Quantise linears that read one input, and write them; what was written of each."""
-        scheme = self.plan.schemes[refs[0].key]
+    def _store(self, group: Group, stats: LinearStats | None) -> list[Apply]:
+        """Quantise linears that read one input, and write them; how each is applied."""
+        scheme = self.plan.schemes[group[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
-            seen = f"the input of '{refs[0].key}' is not finite on the calibration text"
+            seen = f"the input of '{group[0].key}' is not finite on the calibration text"
             raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
-        stored = [self.place.reader.tensor(ref.weight) for ref in refs]
+        weights = tuple(self.place.reader.tensor(ref.weight) for ref in group)
         if scheme is None:
-            for ref, weight in zip(refs, stored, strict=True):
+            for ref, weight in zip(group, weights, strict=True):
                 self._write(ref.weight, weight)
-            return stored
-        weights = [weight.to(self.place.device).float() for weight in stored]
-        method = self.plan.recipe.method_of(scheme)
-        solved = solve(weights, scheme, method, stats, repair_on(self.place.device))
-        for ref, (q, outcome) in zip(refs, solved, strict=True):
+            return [applied(weight.to(self.place.device).float()) for weight in weights]
+        applies = []
+        solved = GroupJob(weights, stats, scheme, self.plan.recipe.method_of(scheme)).run(self.place.device)
+        for ref, (q, outcome) in zip(group, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
             scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
             self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
-        return [q for q, _ in solved]
-
-    @torch.inference_mode()
-    def _committed(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
-        """As `quantise`, with what was written then."""
-        applies = []
-        for ref in refs:
-            scheme = self.plan.schemes[ref.key]
-            if scheme is None:
-                applies.append(_apply(self.place.reader.tensor(ref.weight).to(self.place.device).float(), None, None))
-                continue
-            tensors = {plan.name: self._stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
-            q = compressed_tensors.FORMAT.decode(ref, scheme, tensors)
-            applies.append(_apply(q.dequantize(), scheme, q.input_scale))
+            applies.append(applied(q.dequantize(), scheme, q.input_scale))
         return applies
+
+    def _written(self, ref: Linear) -> Apply:
+        scheme = self.plan.schemes[ref.key]
+        if scheme is None:
+            return applied(self.place.tensor(ref.weight).float())
+        tensors = {plan.name: self._stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
+        q: QuantizedTensor = compressed_tensors.FORMAT.decode(ref, scheme, tensors)
+        return applied(q.dequantize(), scheme, q.input_scale)
 
     def _stored(self, name: str) -> Tensor:
         path = self.place.partial / self.unit.shards[self.shard_of[name]].file
@@ -170,21 +171,3 @@ class UnitRun:
             return tensor_of(file, name, entry).to(self.place.device)
         finally:
             file.close()
-
-
-def repair_on(device: torch.device) -> gptq.Repair:
-    """GPTQ's block of columns, in one launch where the device is a GPU with Triton."""
-    if device.type == "cuda" and find_spec("triton"):
-        from quantkit.kernels.triton.repair import repair
-
-        return repair
-    return gptq.repair
-
-
-def _apply(weight: Tensor, scheme: Scheme | None, input_scale: Tensor | None) -> Apply:
-    activation = scheme.activation if scheme else None
-
-    def run(x: Tensor) -> Tensor:
-        return F.linear(x if activation is None else round_activation(x, activation, input_scale), weight)
-
-    return run

@@ -22,7 +22,8 @@ from quantkit.measure.samples import Worst
 from quantkit.measure.trace import BLOCKS, BaselineTrace, Bf16Products, OutputErrors, QuantizedTrace
 from quantkit.model.blocks import Routing
 from quantkit.model.cache import Cache, KVFormat
-from quantkit.model.forward import LayerTrace, Weights, forward, head
+from quantkit.model.forward import LayerTrace, forward, head
+from quantkit.model.weights import Weights
 from quantkit.run.model import Model
 
 __all__ = ["BATCH_TOKENS", "Evaluation", "probe_rows"]

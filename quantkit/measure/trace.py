@@ -16,8 +16,8 @@ from torch import Tensor
 
 from quantkit.measure.divergence import relative_error
 from quantkit.model.blocks import Routing
-from quantkit.model.forward import Weights
 from quantkit.model.spec import MLP, Linear, MoE
+from quantkit.model.weights import Weights
 from quantkit.report.intervals import Resampler, percentile_interval
 from quantkit.report.schema import Figure
 from quantkit.run.weights import CheckpointWeights

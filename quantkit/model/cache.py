@@ -1,6 +1,6 @@
 """Generation's memory: for each group of layers that share K/V (CLA), ONE key and ONE value.
 
-The key is rotated and normalised without a weight (see `forward.py`), so its elements are of the order of 1 whatever the
+The key is rotated and normalised without a weight (see `gqa.py`), so its elements are of the order of 1 whatever the
 model, and FP8 loses little on it.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["KV", "Cache", "KVFormat", "Kept"]
+__all__ = ["KV", "Cache", "KVFormat", "KVStore", "Kept", "KeptKV", "OneGroup", "kept"]
 
 KV = tuple[Tensor, Tensor]
 
@@ -69,6 +70,54 @@ def _plain(codes: Tensor) -> Tensor:
     return bits.view(torch.float16).float().mul_(256)
 
 
+KeptKV = tuple[Kept, Kept]
+
+
+def kept(x: Tensor, kv_format: KVFormat) -> Kept:
+    """Keys or values [batch, heads, time, width] as that format keeps them."""
+    if kv_format is KVFormat.FLOAT32:
+        return Kept(x.float())
+    if kv_format is KVFormat.BF16:
+        return Kept(x.bfloat16())
+    scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    return Kept((x.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale)
+
+
+class KVStore(Protocol):
+    """Where a layer that owns K and V puts them, and layers that borrow find them.
+
+    for_later: whether positions that come later read them too, so that they are kept as their readers round them.
+    """
+
+    for_later: bool
+
+    def append(self, layer: int, kv: KV) -> KeptKV:
+        """Add the new positions of the group that `layer` owns, each [batch, kv_heads, new, width]; all of its positions."""
+        ...
+
+    def borrow(self, layer: int) -> KeptKV:
+        """All positions of the group that `layer` owns. Raises ValueError where it has not run."""
+        ...
+
+
+class OneGroup:
+    """Without a cache: all positions are new, and K and V of one group of layers at a time are enough."""
+
+    for_later = False
+
+    def __init__(self) -> None:
+        self._held: tuple[int, KeptKV] | None = None
+
+    def append(self, layer: int, kv: KV) -> KeptKV:
+        self._held = layer, (Kept(kv[0]), Kept(kv[1]))
+        return self._held[1]
+
+    def borrow(self, layer: int) -> KeptKV:
+        if self._held is None or self._held[0] != layer:
+            raise ValueError(f"K/V are borrowed from layer {layer}, which has not run")
+        return self._held[1]
+
+
 class _Buffer:
     """One tensor [batch, heads, time, head_dim] that grows in time; room is doubled when it runs out."""
 
@@ -76,17 +125,13 @@ class _Buffer:
         self.format, self.length = kv_format, 0
         self.parts: list[Tensor] = []  # codes [b, h, room, d], and for FP8 scales [b, h, room, 1]
 
-    def _encode(self, x: Tensor) -> list[Tensor]:
-        if self.format is KVFormat.FLOAT32:
-            return [x.float()]
-        if self.format is KVFormat.BF16:
-            return [x.bfloat16()]
-        scale = (x.float().abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
-        return [(x.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale]
+    def view(self) -> Kept:
+        return Kept(*(part[:, :, : self.length] for part in self.parts))
 
     def append(self, x: Tensor) -> Kept:
         """Keep x [batch, heads, new, head_dim] after what is there; a view of the whole of it."""
-        new, end = self._encode(x), self.length + x.shape[2]
+        added, end = kept(x, self.format), self.length + x.shape[2]
+        new = [added.codes] if added.scale is None else [added.codes, added.scale]
         if not self.parts or end > self.parts[0].shape[2]:
             room = max(64, 2 * end)
             grown = [part.new_empty((*part.shape[:2], room, part.shape[3])) for part in new]
@@ -96,7 +141,7 @@ class _Buffer:
         for part, values in zip(self.parts, new, strict=True):
             part[:, :, self.length : end] = values
         self.length = end
-        return Kept(*(part[:, :, :end] for part in self.parts))
+        return self.view()
 
     def nbytes(self) -> int:
         return sum(part[:, :, : self.length].numel() * part.element_size() for part in self.parts)
@@ -108,6 +153,8 @@ class Cache:
     padding: int64 [batch], how many ids at the start of each row only fill it up; None for none. Positions count from the
     first id that is real.
     """
+
+    for_later = True
 
     def __init__(self, kv_format: KVFormat = KVFormat.FLOAT32, padding: Tensor | None = None) -> None:
         self.format, self.padding = kv_format, padding
@@ -122,7 +169,12 @@ class Cache:
         """Bytes of what is held, scales included, room to grow not."""
         return sum(buffer.nbytes() for group in self.groups.values() for buffer in group)
 
-    def append(self, layer: int, kv: KV) -> tuple[Kept, Kept]:
-        """Add the new positions of one group, each [batch, kv_heads, new, head_dim]; the whole of it, undecoded."""
+    def append(self, layer: int, kv: KV) -> KeptKV:
         key, value = self.groups.setdefault(layer, (_Buffer(self.format), _Buffer(self.format)))
         return key.append(kv[0]), value.append(kv[1])
+
+    def borrow(self, layer: int) -> KeptKV:
+        if layer not in self.groups:
+            raise ValueError(f"K/V are borrowed from layer {layer}, which has not run")
+        key, value = self.groups[layer]
+        return key.view(), value.view()

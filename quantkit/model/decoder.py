@@ -209,6 +209,7 @@ def decoder(
         layers=tuple(
             Layer(
                 index=i,
+                eps=c.rms_norm_eps,
                 input_norm=f"model.layers.{i}.input_layernorm.weight",
                 post_attention_norm=f"model.layers.{i}.post_attention_layernorm.weight",
                 attention=attention(i),

@@ -1,6 +1,6 @@
 """What a model is made of, as data: every linear with its name on disk, shape and role, and how layers are wired.
 
-A spec holds no weights and no tensors. `forward.py` runs it, `calib/walk.py` walks it, `job/plan.py` compares its names with
+A spec holds no weights and no tensors. `layer.py` computes it, `job/plan.py` compares its names with
 a checkpoint's. A new architecture is one file that maps a config.json to a `ModelSpec`, and one row in `registry.py`.
 """
 
@@ -97,8 +97,13 @@ class GQA:
     def linears(self) -> tuple[Linear, ...]:
         return tuple(ref for ref in (self.q, self.k, self.v, self.o) if ref is not None)
 
-    def same_input(self) -> list[tuple[Linear, ...]]:
-        return [self.linears()[:-1], (self.o,)]
+    def waves(self) -> list[list[tuple[Linear, ...]]]:
+        """Groups of linears that read one input; what a wave reads is made by the waves before it."""
+        return [[self.linears()[:-1]], [(self.o,)]]
+
+    def absorbed(self) -> tuple[Linear, ...]:
+        """Linears of which decoding needs the plain matrix (`Weights.matrix`)."""
+        return ()
 
     def norms(self) -> dict[str, tuple[int, ...]]:
         return {key: (self.head_dim,) for key in (self.q_norm, self.k_norm) if key}
@@ -135,11 +140,15 @@ class MLA:
         return self.rank + self.rope_dim
 
     def linears(self) -> tuple[Linear, ...]:
-        return tuple(ref for group in self.same_input() for ref in group)
+        return tuple(ref for wave in self.waves() for group in wave for ref in group)
 
-    def same_input(self) -> list[tuple[Linear, ...]]:
-        first = [(self.q_a, self.kv_a), (self.q,)] if self.q_a else [(self.q, self.kv_a)]
-        return [*first, (self.kv_b,), (self.o,)]
+    def waves(self) -> list[list[tuple[Linear, ...]]]:
+        if self.q_a is None:
+            return [[(self.q, self.kv_a)], [(self.kv_b,)], [(self.o,)]]
+        return [[(self.q_a, self.kv_a)], [(self.q,), (self.kv_b,)], [(self.o,)]]
+
+    def absorbed(self) -> tuple[Linear, ...]:
+        return (self.kv_b,)
 
     def norms(self) -> dict[str, tuple[int, ...]]:
         norms: dict[str, tuple[int, ...]] = {self.kv_a_norm: (self.rank,)}
@@ -160,6 +169,9 @@ class MLP:
     def linears(self) -> tuple[Linear, ...]:
         return (self.gate, self.up, self.down)
 
+    def waves(self) -> list[list[tuple[Linear, ...]]]:
+        return [[(self.gate, self.up)], [(self.down,)]]
+
 
 @dataclass(frozen=True)
 class MoE:
@@ -175,9 +187,10 @@ class MoE:
 
 @dataclass(frozen=True)
 class Layer:
-    """h += attention(norm(h)); h += mlp(norm(h))."""
+    """h += attention(norm(h)); h += mlp(norm(h)). eps: of its norms."""
 
     index: int
+    eps: float
     input_norm: str
     post_attention_norm: str
     attention: Attention
@@ -192,10 +205,8 @@ class Layer:
 
     def same_input(self) -> list[tuple[Linear, ...]]:
         """The same linears, grouped by the tensor they read: q, k, v together, gate and up together."""
-        groups = self.attention.same_input()
-        for mlp in self.mlps():
-            groups += [(mlp.gate, mlp.up), (mlp.down,)]
-        return groups
+        parts = self.attention.waves(), *(mlp.waves() for mlp in self.mlps())
+        return [group for waves in parts for wave in waves for group in wave]
 
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Tensors that are carried over unchanged, with their shapes."""

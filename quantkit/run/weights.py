@@ -16,8 +16,8 @@ from quantkit.errors import CheckpointError
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
 from quantkit.model.blocks import Routing
-from quantkit.model.forward import Weights
-from quantkit.model.spec import MLA, MLP, Linear, ModelSpec, MoE
+from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
+from quantkit.model.weights import Weights
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
@@ -135,8 +135,8 @@ class KernelWeights(CheckpointWeights):
         for layer in spec.layers:
             for ref in layer.attention.linears():
                 self._linear(ref, self.schemes[ref.key])
-            if isinstance(layer.attention, MLA):
-                self.matrix(layer.attention.kv_b)
+            for ref in layer.attention.absorbed():
+                self.matrix(ref)
             if isinstance(mlp := layer.mlp, MLP):
                 self._pack((mlp,))
             elif not (mlp.shared and self._experts((*mlp.experts, mlp.shared))):

@@ -1,0 +1,90 @@
+"""Statistics of what linears read: a part of a layer is replayed with weights that listen. No architecture is known here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+from torch import Tensor
+
+from quantkit.calib.streams import Part
+from quantkit.model.spec import Linear
+from quantkit.model.weights import Weights
+from quantkit.stats import LinearStats
+
+__all__ = ["LENT_WEIGHT", "Apply", "Listening", "gather"]
+
+Apply = Callable[[Tensor], Tensor]
+Ear = Callable[[Tensor], None]
+Group = tuple[Linear, ...]
+LENT_WEIGHT = 0.25  # of a real token, so that real ones decide where there are any
+
+
+class _Reached(Exception):
+    """All that was listened for has been heard."""
+
+
+class Listening(Weights):
+    """Applies what is quantised already, and hears what is read by what is not.
+
+    tensors: gives a tensor that is no linear's, on the device.
+    """
+
+    def __init__(self, tensors: Callable[[str], Tensor]) -> None:
+        self._tensors = tensors
+        self._applied: dict[str, Apply] = {}
+        self._ears: dict[str, Ear | None] = {}
+        self._unheard: set[Ear] = set()
+
+    def tensor(self, key: str) -> Tensor:
+        return self._tensors(key)
+
+    def apply(self, refs: Sequence[Linear], applies: Sequence[Apply]) -> None:
+        self._applied.update({ref.key: apply for ref, apply in zip(refs, applies, strict=True)})
+
+    def forget(self) -> None:
+        """Let go of what was applied."""
+        self._applied.clear()
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        if ref.key not in self._ears:
+            return self._applied[ref.key](x)
+        ear = self._ears[ref.key]
+        if ear is not None and ear in self._unheard:
+            ear(x.flatten(0, -2))
+            self._unheard.discard(ear)
+        if not self._unheard:
+            raise _Reached
+        return x.new_zeros(*x.shape[:-1], ref.out_features)  # nothing that is listened for depends on it
+
+    def hear(self, wave: Mapping[Group, Ear | None], run: Callable[[], object]) -> None:
+        """Run until each group of a wave has been reached; its ear gets what it reads, [n, in_features]. None: deaf."""
+        self._ears = {ref.key: ear for group, ear in wave.items() for ref in group}
+        self._unheard = {ear for ear in wave.values() if ear is not None}
+        try:
+            with suppress(_Reached):
+                run()
+        finally:
+            self._ears, self._unheard = {}, set()
+
+
+def gather(part: Part, weights: Listening, wave: Mapping[Group, LinearStats | None]) -> None:
+    """Fill the statistics of one wave's groups. None: of this group none are needed."""
+    if all(stats is None for stats in wave.values()):
+        return
+    last = wave.get((part.last,))
+    real = {group: None if stats is None else stats.add for group, stats in wave.items()}
+    lent = {group: None if stats is None else partial(stats.lend, weight=LENT_WEIGHT) for group, stats in wave.items()}
+    for where, x in part.batches():
+        if last is None:
+            weights.hear(real, partial(part.inner, where, x, weights))
+        else:
+            inner = part.inner(where, x, weights)
+            last.add(inner)
+            part.keep(where, inner)
+    for x in part.lent():
+        if last is None:
+            weights.hear(lent, partial(part.inner, None, x, weights))
+        else:
+            last.lend(part.inner(None, x, weights), LENT_WEIGHT)

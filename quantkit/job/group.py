@@ -1,0 +1,55 @@
+"""What is solved at once, as data: a group of linears that read one input. Runs anywhere, and touches no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantkit.kernels.reference import round_activation
+from quantkit.qtensor import QuantizedTensor
+from quantkit.quant import gptq
+from quantkit.quant.solve import Outcome, solve
+from quantkit.scheme import Scheme
+from quantkit.stats import LinearStats
+
+__all__ = ["GroupJob", "applied", "repair_on"]
+
+
+@dataclass(frozen=True)
+class GroupJob:
+    """weights: as they are stored, [out_i, in_features] each, of linears that read one input. stats: of that input, from
+    all tokens; None where the method needs none. The result depends on nothing else but the device's arithmetic."""
+
+    weights: tuple[Tensor, ...]
+    stats: LinearStats | None
+    scheme: Scheme
+    method: str
+
+    def run(self, device: torch.device) -> list[tuple[QuantizedTensor, Outcome]]:
+        """Codes and scales of each, and what happened to it."""
+        weights = [weight.to(device).float() for weight in self.weights]
+        return solve(weights, self.scheme, self.method, self.stats, repair_on(device))
+
+
+def repair_on(device: torch.device) -> gptq.Repair:
+    """GPTQ's block of columns, in one launch where the device is a GPU with Triton."""
+    if device.type == "cuda" and find_spec("triton"):
+        from quantkit.kernels.triton.repair import repair
+
+        return repair
+    return gptq.repair
+
+
+def applied(weight: Tensor, scheme: Scheme | None = None, input_scale: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x [..., in] -> x W^T for a float32 weight [out, in], x rounded as an engine would under that scheme."""
+    activation = scheme.activation if scheme else None
+
+    def run(x: Tensor) -> Tensor:
+        return F.linear(x if activation is None else round_activation(x, activation, input_scale), weight)
+
+    return run

@@ -1,0 +1,57 @@
+"""Where a model's numbers come from: memory, a checkpoint on disk, a quantised one, or one that is being quantised."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quantkit.model.blocks import Routing
+from quantkit.model.spec import MLP, Linear, MoE
+
+__all__ = ["Weights", "gated"]
+
+
+class Weights(ABC):
+    """The only seam between a model's mathematics and its numbers: every product but the router's is `linear`.
+
+    `mlp` and `experts` are defined by `linear`; a subclass may compute the same in fewer steps.
+    """
+
+    @abstractmethod
+    def tensor(self, key: str) -> Tensor:
+        """What is not a linear's: norms, router, embedding, head; on the device where the layer runs."""
+
+    @abstractmethod
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x.dtype."""
+
+    def matrix(self, ref: Linear) -> Tensor:
+        """What `linear` multiplies by, [out, in], any float. A subclass whose weights are not plain overrides this."""
+        return self.tensor(ref.weight)
+
+    def read(self, ref: Linear, x: Tensor) -> Tensor:
+        """x [..., in] as `linear` multiplies it: rounded, where the scheme says so."""
+        return x
+
+    def mlp(self, spec: MLP, x: Tensor) -> Tensor:
+        """down(silu(gate(x)) * up(x)); x [n, hidden]."""
+        return self.linear(spec.down, gated(spec, x, self))
+
+    def experts(self, spec: MoE, x: Tensor, routing: Routing) -> Tensor:
+        """The routed experts' outputs, weighted, plus the shared expert's; x [n, hidden]. An idle expert is not called."""
+        order = routing.experts.flatten().argsort(stable=True)  # (token, slot) pairs, expert by expert
+        tokens = order // spec.router.top_k
+        counts = torch.bincount(routing.experts.flatten(), minlength=len(spec.experts)).tolist()
+        parts = zip(spec.experts, x[tokens].split(counts), strict=True)
+        y = torch.cat([self.mlp(expert, part) for expert, part in parts if len(part)])
+        y = y * routing.weights.flatten()[order, None].to(y.dtype)
+        out = self.mlp(spec.shared, x) if spec.shared else torch.zeros_like(x)
+        return out.index_add(0, tokens, y.to(out.dtype))
+
+
+def gated(spec: MLP, x: Tensor, weights: Weights) -> Tensor:
+    """silu(gate(x)) * up(x), what down reads; x [n, hidden] -> [n, size]."""
+    return F.silu(weights.linear(spec.gate, x)) * weights.linear(spec.up, x)
