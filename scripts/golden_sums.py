@@ -201,7 +201,8 @@ def differences(seen: Sums, expected: Sums | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record the sums instead of comparing them")
-    write, known, fresh, differing = parser.parse_args().write, recorded(), {}, 0
+    write, known, differing = parser.parse_args().write, recorded(), 0
+    fresh: dict[str, dict[str, Sums]] = {}
     for case in cases():
         seen, record = run(case)
         where = machine(record) if case.calibrated else "every machine"
