@@ -8,6 +8,7 @@ import platform
 import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -139,9 +140,15 @@ def code_digest(parts: tuple[str, ...]) -> str:
     for part in sorted(parts):
         whole = root / part.replace(".", "/")
         for path in sorted(whole.rglob("*.py")) if whole.is_dir() else [whole.with_suffix(".py")]:
-            tree = ast.parse(path.read_bytes())
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                    node.body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
-            digest.update(f"{path.relative_to(root)}\n{ast.dump(tree)}\n".encode())
+            digest.update(f"{path.relative_to(root)}\n{_code(path.read_bytes())}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def _code(source: bytes) -> str:
+    """A module's syntax tree without docstrings; parsed once, however many jobs a process runs."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()

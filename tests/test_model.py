@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit.errors import ConfigError
-from quantkit.model import attention, blocks
-from quantkit.model import forward as fw
+from quantkit.model import blocks
+from quantkit.model.attention import Positions, split_heads
 from quantkit.model.cache import Cache, KVFormat
 from quantkit.model.forward import forward, head
+from quantkit.model.gqa import GroupedQuery
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import GQA, Layer, Linear, ModelSpec, MoE
 from quantkit.model.weights import Weights
@@ -99,15 +100,15 @@ def leader_key_norm(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSp
 
 
 def no_key_norm_on_cross_layers(monkeypatch: pytest.MonkeyPatch, spec: ModelSpec) -> ModelSpec:
-    original = attention.query
+    original = GroupedQuery.query
 
-    def without(a, x, linear, tables, weights, eps):  # type: ignore[no-untyped-def]
+    def without(self: GroupedQuery, a: GQA, x: Tensor, weights: Weights, at: Positions, eps: float) -> Tensor:
         if a.k is not None:
-            return original(a, x, linear, tables, weights, eps)
-        q = blocks.apply_rope(attention._split_heads(linear(a.q, x), a.head_dim), *tables)
-        return blocks.rms_norm(q, weights.tensor(a.q_norm), eps)
+            return original(self, a, x, weights, at, eps)
+        q = blocks.apply_rope(split_heads(weights.linear(a.q, x), a.head_dim), *at.tables)
+        return blocks.rms_norm(q, weights.tensor(str(a.q_norm)), eps)
 
-    monkeypatch.setattr(fw, "query", without)
+    monkeypatch.setattr(GroupedQuery, "query", without)
     return spec
 
 
