@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.calib import tokens
+from quantkit.calib import streams, tokens
 from quantkit.calib.documents import read_documents
+from quantkit.calib.streams import Span, Stream
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import contents
@@ -22,7 +24,9 @@ from quantkit.errors import CheckpointError, ConfigError
 from quantkit.measure import context
 from quantkit.measure.cache import BaselineCache
 from quantkit.measure.evaluate import Extent, measure
+from quantkit.measure.sides import Track
 from quantkit.model.cache import KVFormat
+from quantkit.model.spec import Layer
 from quantkit.report.compare import against
 from quantkit.report.gate_names import expected
 from quantkit.report.gates import decide, parse_gate
@@ -33,10 +37,12 @@ from quantkit.report.report import read_report
 from quantkit.report.schema import Report, Run, Task
 from quantkit.report.task_schema import TaskRun, TaskSource
 from quantkit.run.model import Model
+from quantkit.run.weights import CheckpointWeights
 from tests.conftest import CONFIG, random_weights, write_checkpoint
 from tests.test_report import cli
 
 SHORT = ("--seq-len", 48, "--windows", 8, "--samples", 0)
+LAST = CONFIG["num_hidden_layers"] - 1
 EXTENT = Extent(seq_len=48, windows=8, samples=0)
 
 
@@ -55,16 +61,19 @@ def both(pair: tuple[Path, Path]) -> list[Model]:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, which: Path, beyond: int) -> None:
-    """In long windows, the hidden states of one model are NaN after so many positions."""
-    real = context._hidden
-    monkeypatch.setattr(context, "_PIECE_TOKENS", 32)
+    """In long windows, the hidden states of one model are NaN after so many positions, after the last layer."""
+    real = Track.done
 
-    def hidden(model: Model, ids: torch.Tensor, cache: Any) -> Any:
-        found, layer = real(model, ids, cache)
-        broken = model.folder == which and cache.length > beyond
-        return (found * float("nan"), 1) if broken else (found, layer)
+    def done(self: Track, layer: Layer) -> None:
+        own = isinstance(self.stream.weights, CheckpointWeights) and self.stream.weights.reader.folder == which
+        windows, length = self.ids.shape
+        if own and layer == self.stream.place.spec.layers[-1] and length > beyond:
+            for window in range(windows):
+                rows = torch.full((length - beyond, self.stream.target.shape[1]), float("nan"))
+                self.stream.target.write(window * length + beyond, rows)
+        real(self, layer)
 
-    monkeypatch.setattr(context, "_hidden", hidden)
+    monkeypatch.setattr(Track, "done", done)
 
 
 # Long context
@@ -76,13 +85,13 @@ def test_far_tokens_that_are_not_finite_are_counted_and_fail(
     spoil(monkeypatch, pair[0], 96)
     found = measure(*pair, extent=dataclasses.replace(EXTENT, context=129))
     assert found.context is not None and found.probe is not None
-    assert found.context.not_finite == 8 * 32 and found.finite.layer == 1
+    assert found.context.not_finite == 8 * 32 and found.finite.layer == LAST
     assert found.finite.tokens == 8 * 32 + 3 * 8 * 3  # and what three needles in each window are answered with
     assert found.finite.of >= report.provenance.tokens + 8 * 128
     assert any("256 tokens of the long windows" in note for note in found.notes)
     judged = decide(found, [parse_gate("context.perplexity_ratio < 9")])
     assert judged.verdict.status == "fail" and [gate.status for gate in judged.gates] == ["fail", "fail"]
-    assert "begins in layer 1" in judged.gates[0].reason
+    assert f"begins in layer {LAST}" in judged.gates[0].reason
 
 
 def test_no_ratio_where_the_whole_far_half_is_not_finite(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,19 +123,20 @@ def test_needles_that_are_answered_with_nothing_finite_fail(
         context.long_context(both(pair), windows(pair[1], 129), KVFormat.FLOAT32)
 
 
-def test_one_window_at_a_time_in_pieces_gives_the_same(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = windows(pair[1], 150)
+def test_windows_cut_into_pieces_give_the_same(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, real, sizes = windows(pair[1], 150), Stream.spans, set[tuple[int, int]]()
     whole = context.long_context(both(pair), ids, KVFormat.FLOAT32)
-    real, rows = context._hidden, set()
 
-    def hidden(model: Model, ids: torch.Tensor, cache: Any) -> Any:
-        rows.add(tuple(ids.shape))
-        return real(model, ids, cache)
+    def spans(self: Stream) -> Iterator[Span]:
+        for span in real(self):
+            sizes.add((span.batch, span.stop - span.start))
+            yield span
 
-    monkeypatch.setattr(context, "_hidden", hidden)
-    monkeypatch.setattr(context, "_PIECE_TOKENS", 40)
+    monkeypatch.setattr(Stream, "spans", spans)
+    monkeypatch.setattr(streams, "_BATCH_TOKENS", 40)
+    monkeypatch.setattr(streams, "_LONGEST_WHOLE", 40)
     cut = context.long_context(both(pair), ids, KVFormat.FLOAT32)
-    assert {shape[0] for shape in rows} == {1} and max(shape[1] for shape in rows) == 40
+    assert {batch for batch, _ in sizes} == {1} and max(size for _, size in sizes) == 40
     for a, b in zip(whole.positions, cut.positions, strict=True):
         assert a.perplexity_quantized == pytest.approx(b.perplexity_quantized, rel=1e-5)
     assert whole.last_ratio and cut.last_ratio and cut.last_ratio.value == pytest.approx(whole.last_ratio.value, rel=1e-5)
@@ -141,11 +151,11 @@ def test_needle_recall_is_a_share_of_what_the_baseline_recalls(
     assert nothing.needle_recall is None  # random weights recall nothing
     assert "context.needle_recall" not in metrics(report.model_copy(update={"context": nothing}))
 
-    def recall(model: Model, ids: torch.Tensor, wanted: torch.Tensor, kv: KVFormat) -> Any:
+    def recall(model: Model, track: Track, first: int, wanted: torch.Tensor) -> Any:
         hits = np.ones(wanted.shape, dtype=bool)
-        hits[0] = False  # neither recalls this one
+        hits[:: len(ids)] = False  # at each depth, neither recalls this one
         if model is models[1]:
-            hits[1, 2] = False  # the quantised model forgets a token of this one
+            hits[1 :: len(ids), 2] = False  # the quantised model forgets a token of this one
         return hits.astype(float), hits
 
     monkeypatch.setattr(context, "_recall", recall)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import quantkit
@@ -23,6 +24,8 @@ from quantkit.errors import NotFiniteError
 from quantkit.measure import evaluate
 from quantkit.measure.evaluate import Extent, measure
 from quantkit.measure.run import Evaluation
+from quantkit.measure.sides import Track
+from quantkit.model.spec import Layer
 from quantkit.recipe import Recipe
 from quantkit.report.gates import decide
 from quantkit.report.html import html
@@ -189,15 +192,17 @@ def test_held_out_windows_are_no_longer_than_the_model_reads(make_model: Callabl
 def test_the_first_broken_layer_is_that_of_all_batches(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     models = both(pair)
     data = tokens.evaluation_set(load_text_tokenizer(pair[1]), read_documents("stdlib-held-out"), 32, 4)
-    real = Evaluation._side_by_side
+    real = Track.done
 
-    def broken(self: Evaluation, batch: Any, live: Any) -> Iterator[Any]:
-        for before, after in real(self, batch, live):
-            if after.index >= (3 if batch.first == 0 else 1):
-                after = dataclasses.replace(after, hidden=after.hidden * float("nan"))
-            yield before, after
+    def broken(self: Track, layer: Layer) -> None:
+        """The second window's hidden states break after layer 3, the third's after layer 1."""
+        rows, length = self.stream.target, self.ids.shape[1]
+        for window, first in ((1, 3), (2, 1)):
+            if self.looks_at is not None and layer.index == first:
+                rows.write(window * length, torch.full((length, rows.shape[1]), float("nan")))
+        real(self, layer)
 
-    monkeypatch.setattr(Evaluation, "_side_by_side", broken)
+    monkeypatch.setattr(Track, "done", broken)
     run = Evaluation(models, data, None, None)
     run.run(2, None)
     assert run.broken_at == 1
@@ -226,14 +231,15 @@ def test_numbers_of_a_broken_model_can_be_read() -> None:
 
 
 def test_probed_variants_that_are_not_finite_are_counted(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Evaluation._variant
+    real = Evaluation._score
 
-    def variant(self: Evaluation, *args: Any) -> Any:
-        found = real(self, *args)
-        found.kl[:3] = np.nan
-        return found
+    def score(self: Evaluation, name: str, *args: Any, **kwargs: Any) -> Any:
+        scores = real(self, name, *args, **kwargs)
+        if name == "floor":
+            scores.kl[:3] = np.nan
+        return scores
 
-    monkeypatch.setattr(Evaluation, "_variant", variant)
+    monkeypatch.setattr(Evaluation, "_score", score)
     found = decide(measure(*pair, extent=EXTENT))
     assert found.finite.tokens == 3 == found.finite.probe["floor"] and found.finite.probe["forced"] == 0
     assert found.verdict.status == "fail" and not found.finite.head

@@ -106,14 +106,15 @@ def test_output_error_against_a_direct_computation(good: Report, folder: Path) -
     """One expert of layer 0: its inputs there are the baseline's, so both models can be run apart."""
     base, quant = (quantkit.load(path, kernels="reference") for path in (MODEL, folder / "good"))
     data = tokens.evaluation_set(load_text_tokenizer(MODEL), read_documents("stdlib-held-out"), 96, 16)
-    from quantkit.measure.trace import BaselineTrace
-
     scored = (torch.arange(data.ids.shape[1])[None, :] < data.lengths[:, None] - 1).flatten()
-    listening = BaselineTrace(base.weights, scored, torch.zeros(len(scored), dtype=torch.int64))
+    expert, read = base.spec.layers[0].mlp.experts[3], list[torch.Tensor]()  # type: ignore[union-attr]
+    real, routed = base.weights.mlp, list[torch.Tensor]()
+    base.weights.mlp = lambda spec, x: read.append(x) or real(spec, x) if spec is expert else real(spec, x)  # type: ignore[method-assign, func-returns-value]
     with torch.inference_mode():
-        next(forward(base.spec, listening, data.ids))
-        expert = base.spec.layers[0].mlp.experts[3]  # type: ignore[union-attr]
-        x = listening.heard[expert.gate.key].x
+        trace = next(forward(base.spec, base.weights, data.ids))
+        assert trace.routing is not None
+        routed.append((trace.routing.experts == 3).any(-1).nonzero().flatten())
+        x = read[0][scored[routed[0]]]
         before, after = base.weights.mlp(expert, x).double(), quant.weights.mlp(expert, x).double()
     expected = ((after - before).square().sum() / before.square().sum()).item()
     assert good.moe.layers[0].output_error[3].value == pytest.approx(expected, rel=1e-3)  # type: ignore[union-attr]
@@ -358,12 +359,14 @@ def test_overlap_of_calibration_and_evaluation_text(tmp_path: Path) -> None:
 def test_long_context_in_pieces_equals_one_pass_and_needles_are_recalled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from quantkit.calib import streams
     from quantkit.measure import context
     from quantkit.run.model import Model
 
     models = [Model(path, torch.device("cpu")) for path in (MODEL, folder / "good")]
     texts = read_documents("stdlib-held-out")
-    monkeypatch.setattr(context, "_PIECE_TOKENS", 128)
+    monkeypatch.setattr(streams, "_BATCH_TOKENS", 128)
+    monkeypatch.setattr(streams, "_LONGEST_WHOLE", 128)
     ids = tokens.calibration_windows(load_text_tokenizer(MODEL), texts, 6, 420, 0)
     found = context.long_context(models, ids, KVFormat.FLOAT32)
     p = [model.logits(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].double() for model in models]

@@ -181,7 +181,7 @@ def evaluate_and_write(
             extent,
             device=place,
             command=_command(quantized, baseline, text, extent, place, plan),
-            progress=lambda done, total: status.update(f"evaluating, {done} of {total} windows"),
+            progress=lambda done, total: status.update(f"evaluating, {done} of {total} layers"),
             warn=lambda line: screen.print(f"warning: {line}", soft_wrap=True),
         )
         if plan and found.divergence is not None:

@@ -43,7 +43,7 @@ __all__ = ["TARGETS", "convert"]
 
 BF16 = "bf16"
 # Modules whose code decides the bytes of OUT.
-DECISIVE = ("checkpoint", "formats", "job.conversion", "model", "qtensor", "scheme")
+DECISIVE = ("checkpoint", "dtypes", "formats", "job.conversion", "model", "qtensor", "scheme")
 TARGETS = (*FORMATS, BF16)
 Progress = Callable[[int, int], None]
 

@@ -26,18 +26,8 @@ __all__ = ["BaselineCache", "BaselineRun"]
 
 # Modules whose code decides the baseline's hidden states.
 DECISIVE = (
-    *(
-        "checkpoint",
-        "formats",
-        "host",
-        "kernels.reference",
-        "measure.run",
-        "measure.trace",
-        "model",
-        "qtensor",
-        "run",
-        "scheme",
-    ),
+    *("calib.streams", "checkpoint", "dtypes", "formats", "host", "kernels.reference", "measure.run"),
+    *("measure.sides", "model", "qtensor", "run", "scheme"),
 )
 
 
@@ -69,6 +59,10 @@ class BaselineCache:
             return load_json(self._manifest) if self._manifest.exists() else {}
         except CheckpointError as error:
             raise CheckpointError(f"cached baseline: {error.problem}", f"remove {self.folder}") from error
+
+    def has(self, start: int) -> bool:
+        """Whether the batch that begins with window `start` is there."""
+        return self._name(start) in self._known() and (self.folder / self._name(start)).is_file()
 
     def get(self, start: int) -> BaselineRun | None:
         """The batch that begins with window `start`, if it is there. Raises CheckpointError when it is damaged."""

@@ -1,28 +1,33 @@
 """Losses that only show far into a context: perplexity by position, and recall of something said early.
 
-Long windows run through the cache one after another, in pieces, so that memory is that of one piece and one window's cache.
+Long windows pass the layers beside the others, in pieces that find K and V of what came before on a tape, so that memory is
+that of one piece and one window's K and V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quantkit.calib.streams import MLPPart, Part
 from quantkit.errors import CheckpointError
 from quantkit.measure.divergence import TokenScores, chunks, score
-from quantkit.model.cache import Cache, KVFormat
-from quantkit.model.forward import forward
+from quantkit.measure.sides import Observer, SideBySide, Track
+from quantkit.model.cache import KVFormat
+from quantkit.model.spec import Layer
 from quantkit.report.intervals import Resampler, figure, wilson
 from quantkit.report.schema import Context, ContextBucket, Figure, Needle
 from quantkit.run.model import Model
 
-__all__ = ["buckets", "long_context"]
+__all__ = ["LongContext", "buckets", "long_context"]
 
-_PIECE_TOKENS = 2048
 _DEPTHS = (0.1, 0.5, 0.9)
 _NEEDLE = 4  # tokens, of which the first is the cue
 _SHORTEST = 64
@@ -51,26 +56,105 @@ def buckets(scores: TokenScores) -> list[ContextBucket]:
     return found
 
 
-@torch.inference_mode()
-def long_context(models: list[Model], ids: Tensor, kv: KVFormat) -> Context:
-    """ids: int64 [windows, length]. The quantised model keeps K and V in `kv`, the baseline in float32. Raises
-    CheckpointError when the baseline's logits are not finite."""
-    every, layer = _by_position(models, ids, kv)
-    scores = every.where(np.isfinite(every.kl))
-    far = scores.where(scores.position >= ids.shape[1] // 2)
-    needles = [_needle(models, ids, depth, kv) for depth in _DEPTHS] if ids.shape[1] >= _SHORTEST else []
-    return Context(
-        length=ids.shape[1],
-        windows=len(ids),
-        kv_cache=kv.value,
-        tokens=len(every),
-        not_finite=len(every) - len(scores),
-        not_finite_layer=layer,
-        positions=buckets(scores) if len(scores) else [],
-        last_ratio=_last_ratio(far) if len(far) else None,
-        needles=[needle for needle, *_ in needles],
-        needle_recall=_kept([both for _, both, _ in needles], [base for *_, base in needles]),
-    )
+class LongContext(Observer):
+    """ids: int64 [windows, length]. The quantised model keeps K and V in `kv`, the baseline in float32. `context` is the
+    finding. Raises CheckpointError when the baseline's logits are not finite."""
+
+    def __init__(self, models: Sequence[Model], ids: Tensor, kv: KVFormat) -> None:
+        self.models, self.ids, self.kv, self.tracks = models, ids, kv, list[Track]()
+        self.context: Context
+        self._needles = [_plant(ids, models[0].spec.vocab, depth) for depth in _DEPTHS] if ids.shape[1] >= _SHORTEST else []
+
+    def prepare(self, sides: SideBySide, step: int) -> None:
+        """Text through both models; the windows with needles too, and those without them through the baseline."""
+        base, quant = (model.weights for model in self.models)
+        texts = [(base, self.ids[:, :-1], None), (quant, self.ids[:, :-1], self.kv)]
+        if self._needles:
+            planted, bare = (torch.cat([getattr(needle, name) for needle in self._needles]) for name in ("planted", "bare"))
+            texts += [(base, torch.cat((planted, bare)), None), (quant, planted, self.kv)]
+        self.tracks = [Track(sides.stream(weights, ids, kv), ids, torch.ones_like(ids) > 0) for weights, ids, kv in texts]
+
+    def routed(self, layer: Layer) -> None:
+        pass
+
+    def passed(self, part: MLPPart, x: Tensor, y: Tensor, rows: Tensor) -> None:
+        pass
+
+    def after(self, parts: Sequence[Part]) -> None:
+        pass
+
+    def done(self, layer: Layer) -> None:
+        pass
+
+    def finish(self, step: int) -> None:
+        every = self._by_position()
+        scores = every.where(np.isfinite(every.kl))
+        far = scores.where(scores.position >= self.ids.shape[1] // 2)
+        needles = self._recalled() if self._needles else []
+        self.context = Context(
+            length=self.ids.shape[1],
+            windows=len(self.ids),
+            kv_cache=self.kv.value,
+            tokens=len(every),
+            not_finite=len(every) - len(scores),
+            not_finite_layer=self.tracks[1].broken_at,
+            positions=buckets(scores) if len(scores) else [],
+            last_ratio=_last_ratio(far) if len(far) else None,
+            needles=[needle for needle, *_ in needles],
+            needle_recall=_kept([both for _, both, _ in needles], [base for *_, base in needles]),
+        )
+
+    def _by_position(self) -> TokenScores:
+        """Scores of all tokens, also those that are not finite."""
+        parts: list[TokenScores] = []
+        base, quant = self.models
+        for window, row in enumerate(self.ids):
+            hidden = [track.hidden(slice(window, window + 1))[0] for track in self.tracks[:2]]
+            targets, at = row[1:].to(hidden[0].device), np.arange(len(row) - 1)
+            for part in chunks(len(targets), base.spec.vocab):
+                scored = score(base.head(hidden[0][part]), quant.head(hidden[1][part]), targets[part])
+                if not torch.isfinite(scored.nll_baseline).all():
+                    raise _baseline_broken(base, len(row))
+                parts.append(TokenScores.of([scored], np.ones(len(scored.kl)), np.full(len(scored.kl), window), at[part]))
+        return TokenScores.join(parts)
+
+    def _recalled(self) -> list[tuple[Needle, int, int]]:
+        """Each depth's needle; of how many windows both models, and the baseline, recall all three tokens."""
+        base, quant = self.models
+        windows, wanted = len(self.ids), torch.cat([needle.wanted for needle in self._needles])
+        right, hits = _recall(base, self.tracks[2], 0, wanted)
+        without, _ = _recall(base, self.tracks[2], len(wanted), wanted)
+        quant_right, quant_hits = _recall(quant, self.tracks[3], 0, wanted)
+        if np.isnan(right).any() or np.isnan(without).any():
+            raise _baseline_broken(base, self.ids.shape[1])
+        rows = []
+        for index, depth in enumerate(_DEPTHS):
+            of = slice(index * windows, (index + 1) * windows)
+            needle = Needle(
+                depth=depth,
+                n=windows,
+                baseline_without=float(without[of].mean()),
+                baseline=float(right[of].mean()),
+                quantized=float(np.nan_to_num(quant_right[of]).mean()),
+                baseline_hits=float(hits[of].mean()),
+                quantized_hits=float(quant_hits[of].mean()),
+                not_finite=int(np.isnan(quant_right[of]).sum()),
+            )
+            recalled = hits[of].all(axis=1)
+            rows.append((needle, int((recalled & quant_hits[of].all(axis=1)).sum()), int(recalled.sum())))
+        return rows
+
+
+def long_context(models: Sequence[Model], ids: Tensor, kv: KVFormat) -> Context:
+    """`LongContext` in a pass of its own."""
+    found = LongContext(models, ids, kv)
+    with TemporaryDirectory(prefix="quantkit-eval-") as folder, torch.inference_mode():
+        sides = SideBySide(models, Path(folder))
+        found.prepare(sides, len(ids))
+        sides.run([found])
+        found.finish(len(ids))
+        sides.release()
+    return found.context
 
 
 def _last_ratio(far: TokenScores) -> Figure:
@@ -86,39 +170,9 @@ def _kept(both: Sequence[int], baseline: Sequence[int]) -> Figure | None:
     return figure(sum(both) / found, wilson(sum(both), found)) if found else None
 
 
-def _by_position(models: list[Model], ids: Tensor, kv: KVFormat) -> tuple[TokenScores, int | None]:
-    """Scores of all tokens, also those that are not finite, and the first layer after which the quantised model was not."""
-    parts: list[TokenScores] = []
-    layers: list[int] = []
-    for window, row in enumerate(ids):
-        caches = Cache(), Cache(kv)
-        for start in range(0, len(row) - 1, _PIECE_TOKENS):
-            piece = row[start : min(start + _PIECE_TOKENS, len(row) - 1)]
-            (base, _), (quant, layer) = (_hidden(m, piece[None], cache) for m, cache in zip(models, caches, strict=True))
-            layers += [] if layer is None else [layer]
-            targets = row[start + 1 : start + 1 + len(piece)].to(base.device)
-            at = np.arange(start, start + len(piece))
-            for part in chunks(len(piece), models[0].spec.vocab):
-                found = score(models[0].head(base[0, part]), models[1].head(quant[0, part]), targets[part])
-                if not torch.isfinite(found.nll_baseline).all():
-                    raise _baseline_broken(models[0], len(row))
-                parts.append(TokenScores.of([found], np.ones(len(found.kl)), np.full(len(found.kl), window), at[part]))
-    return TokenScores.join(parts), min(layers, default=None)
-
-
 def _baseline_broken(model: Model, length: int) -> CheckpointError:
     seen = f"{model.folder}: logits of the baseline are not finite in windows of {length} tokens"
     return CheckpointError(seen, "check that checkpoint, or lower --context")
-
-
-def _hidden(model: Model, ids: Tensor, cache: Cache) -> tuple[Tensor, int | None]:
-    """After the last layer, and the first layer after which it is not finite."""
-    hidden, broken = torch.empty(0), None
-    for trace in forward(model.spec, model.weights, ids.to(model.device), cache):
-        hidden = trace.hidden
-        if broken is None and not torch.isfinite(hidden).all():
-            broken = trace.index
-    return hidden, broken
 
 
 def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
@@ -130,45 +184,32 @@ def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
     return chosen.repeat(-(-count // len(chosen)))[:count]
 
 
-def _needle(models: list[Model], ids: Tensor, depth: float, kv: KVFormat) -> tuple[Needle, int, int]:
-    """Plant rare tokens a b c d at `depth` of each window, end it with a b c, and read the probability of b, c, d after
-    a, a b, a b c: what an induction head recalls, and a damaged cache forgets. Also of how many windows both models, and
-    the baseline, recall all three."""
+@dataclass(frozen=True)
+class _Planted:
+    """planted, bare: int64 [windows, length], with and without the run of rare tokens; wanted [windows, 3]."""
+
+    planted: Tensor
+    bare: Tensor
+    wanted: Tensor
+
+
+def _plant(ids: Tensor, vocab: int, depth: float) -> _Planted:
+    """Plant rare tokens a b c d at `depth` of each window and end it with a b c: the probability of b, c, d after a, a b,
+    a b c is what an induction head recalls, and a damaged cache forgets."""
     windows, length = ids.shape
-    needles = _rare(ids, models[0].spec.vocab, windows * _NEEDLE).view(windows, _NEEDLE)
+    needles = _rare(ids, vocab, windows * _NEEDLE).view(windows, _NEEDLE)
     at = int(depth * (length - 3 * _NEEDLE))
-    text = torch.cat((ids[:, :at], needles, ids[:, at:]), dim=1)[:, : length - _NEEDLE + 1]
+    text = torch.cat((ids[:, :at], needles, ids[:, at:]), dim=1)
     planted, bare = (torch.cat((x[:, : length - _NEEDLE + 1], needles[:, :-1]), dim=1) for x in (text, ids))
-    (right, hits), (quant_right, quant_hits) = (
-        _recall(m, planted, needles[:, 1:], how) for m, how in zip(models, (KVFormat.FLOAT32, kv), strict=True)
-    )
-    without, _ = _recall(models[0], bare, needles[:, 1:], KVFormat.FLOAT32)
-    if np.isnan(right).any() or np.isnan(without).any():
-        raise _baseline_broken(models[0], length)
-    needle = Needle(
-        depth=depth,
-        n=windows,
-        baseline_without=float(without.mean()),
-        baseline=float(right.mean()),
-        quantized=float(np.nan_to_num(quant_right).mean()),
-        baseline_hits=float(hits.mean()),
-        quantized_hits=float(quant_hits.mean()),
-        not_finite=int(np.isnan(quant_right).sum()),
-    )
-    recalled = hits.all(axis=1)
-    return needle, int((recalled & quant_hits.all(axis=1)).sum()), int(recalled.sum())
+    return _Planted(planted, bare, needles[:, 1:])
 
 
-def _recall(model: Model, ids: Tensor, wanted: Tensor, kv: KVFormat) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Probability of `wanted` [n, k] after the last k positions of ids, and whether it is the likeliest; [n, k] each. Where
-    logits are not finite, the probability is NaN and nothing is the likeliest."""
+def _recall(model: Model, track: Track, first: int, wanted: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Probability of `wanted` [n, k] after the last k positions of a track's windows from `first` on, and whether it is the
+    likeliest; [n, k] each. Where logits are not finite, the probability is NaN and nothing is the likeliest."""
     chance, likeliest = [], []
-    for row, targets in zip(ids, wanted, strict=True):
-        cache, last = Cache(kv), len(targets)
-        tail: list[Tensor] = []
-        for piece in row[None].split(max(last, _PIECE_TOKENS), dim=1):
-            tail = [*tail[-1:], _hidden(model, piece, cache)[0][0, -last:]]
-        logits = model.head(torch.cat(tail)[-last:])
+    for window, targets in enumerate(wanted, first):
+        logits = model.head(track.hidden(slice(window, window + 1))[0, -len(targets) :])
         finite = torch.isfinite(logits).all(-1)
         p = logits.double().softmax(-1).gather(-1, targets.to(logits.device)[:, None])[:, 0]
         chance.append(p.masked_fill(~finite, torch.nan))

@@ -22,7 +22,7 @@ from quantkit.checkpoint.verify import SUMS
 from quantkit.errors import CheckpointError, ConfigError, NotFiniteError
 from quantkit.host import pick_device, plain_arithmetic
 from quantkit.measure.cache import BaselineCache
-from quantkit.measure.context import long_context
+from quantkit.measure.context import LongContext
 from quantkit.measure.provenance import Said, linear_rows, overlap, provenance, run_record, size
 from quantkit.measure.run import BATCH_TOKENS, Evaluation
 from quantkit.measure.samples import generations, worst_tokens
@@ -71,7 +71,7 @@ def measure(
     """Everything that report.json holds but gates and tasks, in float32, activations rounded as the schemes say.
 
     text: a file or named corpus (see `calib.documents`); its documents are cut into windows of `seq_len` tokens, at
-    most `windows` of them. progress is called with (windows done, windows in all), warn with each note that is known before
+    most `windows` of them. progress is called with (layers done, layers in all), warn with each note that is known before
     the models run. Raises QuantkitError.
     """
     begun = time.monotonic()
@@ -81,14 +81,14 @@ def measure(
     models, data, record, kv = job.models, job.data, job.record, extent.kv_cache
     step = max(1, BATCH_TOKENS // data.ids.shape[1])
     store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None
-    run = Evaluation(models, data, store, kv)
-    run.run(step, progress)
-    linears = linear_rows(models, record)
+    run, long_ids = Evaluation(models, data, store, kv), job.read.long_ids
+    far = None if long_ids is None else LongContext(models, long_ids, kv or KVFormat.FLOAT32)
+    run.run(step, progress, [far] if far else [])
+    linears = linear_rows(models, record, run.weight_errors)
     scored = len(run.scores) + run.broken
     said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command, job.read.began)
     samples, notes, unwritten = _generate(models, data, job.read.tokenizer, extent, run.broken > 0)
-    long_ids = job.read.long_ids
-    context = long_context(models, long_ids, kv or KVFormat.FLOAT32) if long_ids is not None else None
+    context = far.context if far else None
     finite, where = _finite(run, context, scored, unwritten)
     return Report(
         verdict=Verdict(status="undecided", reasons=["no gate has been applied"]),
@@ -148,7 +148,7 @@ class _Job:
 
 def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Extent, place: torch.device) -> _Job:
     """Everything that can be refused is refused here, before the work."""
-    models = [Model(find_model(path), place, hold=False) for path in (baseline, quantized)]
+    models = [Model(find_model(path), place) for path in (baseline, quantized)]
     read = read_text(models[0].folder, models[0].config, text, extent)
     _check_pair(models, read.tokenizer)
     if int(read.data.ids.max()) >= models[0].spec.vocab:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +31,6 @@ from quantkit.run.model import Model
 __all__ = ["Said", "linear_rows", "overlap", "provenance", "run_record", "size"]
 
 _NGRAM = 16
-_OVERFLOWN = 1e30  # error of weights that are not finite once dequantised: JSON has no infinity
 
 
 def run_record(folder: Path) -> dict[str, Any]:
@@ -145,27 +144,20 @@ def _ngrams(ids: Tensor) -> NDArray[np.uint64]:
     return np.asarray((windows * powers).sum(axis=1, dtype=np.uint64))
 
 
-def linear_rows(models: list[Model], record: dict[str, Any]) -> list[LinearRow]:
-    """Every linear: its scheme, the distance of its weights from the baseline's, and what run.json says of it."""
+def linear_rows(models: list[Model], record: dict[str, Any], errors: Mapping[str, float]) -> list[LinearRow]:
+    """Every linear: its scheme, the distance of its weights from the baseline's (errors), and what run.json says of it."""
     base, quant = models
     rows = []
     for layer in base.spec.layers:
         for ref in layer.linears():
             scheme, found = quant.weights.schemes[ref.key], record.get("linears", {}).get(ref.key, {})
-            error = None
-            if scheme is not None:
-                own = base.weights.schemes[ref.key]
-                weight = base.weights.quantized(ref, own).dequantize() if own else base.weights.tensor(ref.weight)
-                weight = weight.double()
-                difference = quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
-                error = min(float(difference.norm() / weight.norm().clamp(min=1e-30)), _OVERFLOWN)
             rows.append(
                 LinearRow(
                     key=ref.key,
                     layer=layer.index,
                     role=ref.role.value,
                     scheme=scheme.name if scheme else None,
-                    weight_error=error,
+                    weight_error=errors.get(ref.key),
                     method=found.get("method"),
                     fallback=found.get("fallback"),
                     output_error=found.get("error"),

@@ -1,35 +1,41 @@
-"""Both models over the evaluation windows, batch by batch: everything that a report needs, summed as it comes.
+"""Both models over the evaluation windows: everything that a report needs, summed as it comes.
 
 Every window is scored with both models running freely. On a share of them, the probe, more is measured: errors inside the
-layers, the quantised model with the baseline's routing (as more rows of its batch), and the baseline with BF16 products.
-Memory is bounded by one batch; of a token a few numbers are kept, of its logits nothing.
+layers, the quantised model with the baseline's routing, and the baseline with BF16 products. Of a token a few numbers are
+kept, of its logits nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.calib.streams import MLPPart, Part
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CheckpointError
 from quantkit.measure.cache import BaselineCache, BaselineRun
 from quantkit.measure.divergence import TokenScores, chunks, relative_error, same_choices, score
 from quantkit.measure.samples import Worst
-from quantkit.measure.trace import BLOCKS, BaselineTrace, Bf16Products, OutputErrors, QuantizedTrace
-from quantkit.model.blocks import Routing
-from quantkit.model.cache import Cache, KVFormat
-from quantkit.model.forward import LayerTrace, forward, head
+from quantkit.measure.sides import Observer, SideBySide, Track
+from quantkit.measure.trace import BLOCKS, Bf16Products, Heard, OutputErrors
+from quantkit.model.cache import KVFormat
+from quantkit.model.forward import head
+from quantkit.model.spec import Layer, Linear, MoE
 from quantkit.model.weights import Weights
+from quantkit.report.intervals import Floats
 from quantkit.run.model import Model
 
 __all__ = ["BATCH_TOKENS", "Evaluation", "probe_rows"]
 
 BATCH_TOKENS = 8192
 _PROBE_WINDOWS = 16
+_OVERFLOWN = 1e30  # error of weights that are not finite once dequantised: JSON has no infinity
 
 
 def probe_rows(windows: int) -> Tensor:
@@ -37,26 +43,6 @@ def probe_rows(windows: int) -> Tensor:
     chosen = torch.zeros(windows, dtype=torch.bool)
     chosen[:: max(1, windows // _PROBE_WINDOWS)] = True
     return chosen
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Windows: ids int64 [b, time]; scored bool [b, time]; probe bool [b]; unit and block int64 [b]."""
-
-    ids: Tensor
-    scored: Tensor
-    probe: Tensor
-    unit: Tensor
-    block: Tensor
-    first: int
-
-    def only(self, rows: Tensor) -> _Batch:
-        parts = [x[rows] for x in (self.ids, self.scored, self.probe, self.unit, self.block)]
-        return _Batch(parts[0], parts[1], parts[2], parts[3], parts[4], self.first)
-
-    def of_scored(self, rows: Tensor) -> Tensor:
-        """[b] -> [scored tokens]."""
-        return rows[:, None].expand(self.scored.shape)[self.scored]
 
 
 class _Layers:
@@ -71,18 +57,31 @@ class _Layers:
         return float(self.same[layer] / self.routed[layer]) if self.routed[layer] else None
 
     def error(self, layer: int) -> float | None:
-        found = self.lost[layer] / self.total[layer] if self.total[layer] else 0.0
-        return float(found) if np.isfinite(found) else None
+        mean = self.lost[layer] / self.total[layer] if self.total[layer] else 0.0
+        return float(mean) if np.isfinite(mean) else None
 
 
-class Evaluation:
+@dataclass
+class _Compared:
+    """A track whose tokens are scored against the baseline's. windows: bool [all windows], those that it reads. weights:
+    of its head. same: float64 [its scored tokens], the share of router choices that are the baseline's, summed over MoE
+    layers; None for a track that is given the baseline's."""
+
+    track: Track
+    windows: Tensor
+    weights: Weights
+    same: Tensor | None
+
+
+class Evaluation(Observer):
     """Runs when called; its attributes are the findings.
 
     scores: of all scored tokens whose logits are finite. probes: of probed tokens, "free" for the quantised model, "forced"
     for it with the baseline's routing, "floor" for the baseline with BF16 products, "float_kv" for the quantised model with
     a float32 cache; all in one order, tokens left out where any is not finite. broken: tokens with logits that are not
-    finite; broken_at: the first layer that gave a hidden state that is not. varied: tokens that the variants scored, each
-    variant's counted; varied_broken: of these, by variant, those that are not finite although the quantised model's are.
+    finite; broken_at: the first layer that gave a hidden state that is not. weight_errors: of quantised linears, by key.
+    varied: tokens that the variants scored, each variant's counted; varied_broken: of these, by variant, those that are not
+    finite although the quantised model's are.
     """
 
     def __init__(self, models: list[Model], data: EvalSet, store: BaselineCache | None, kv: KVFormat | None) -> None:
@@ -90,140 +89,210 @@ class Evaluation:
         self.spec = self.base.spec
         self.data, self.store, self.kv, self.device = data, store, kv, self.base.device
         self.probe = probe_rows(len(data.ids))
+        self.scored = torch.arange(data.ids.shape[1])[None, :] < data.lengths[:, None] - 1  # bool [windows, length]
         units, member = np.unique(data.unit.numpy(), return_inverse=True)
         self.block = torch.from_numpy(member % min(BLOCKS, len(units)))
         self.errors = OutputErrors(min(BLOCKS, len(units)))
         widest = max((len(moe.experts) for moe in self.spec.moes()), default=0)
         self.layers, self.worst = _Layers(len(self.spec.layers), widest), Worst()
-        self.broken = 0
-        self.broken_at: int | None = None
-        self.varied = 0
+        self.broken = self.varied = 0
         self.varied_broken: dict[str, int] = {}
-        self._parts: list[TokenScores] = []
-        self._probed: dict[str, list[TokenScores]] = {}
+        self.scores: TokenScores
+        self.probes: dict[str, TokenScores] = {}
+        self.tracks: list[Track] = []
+        self.moes = [layer.index for layer in self.spec.layers if isinstance(layer.mlp, MoE)]
+        self.weight_errors: dict[str, float] = {}
+        self._heard: list[Heard] = []
+        self._experts: dict[int, Tensor] = {}  # the baseline's choices by MoE layer, int16 [scored tokens, k]
 
-    @torch.inference_mode()
-    def run(self, step: int, progress: Callable[[int, int], None] | None) -> None:
-        for start in range(0, len(self.data.ids), step):
-            self._one(self._batch(start, step))
-            if progress:
-                progress(min(start + step, len(self.data.ids)), len(self.data.ids))
-        self.scores = TokenScores.join(self._parts)
-        self.probes = {name: TokenScores.join(parts) for name, parts in self._probed.items()}
+    @property
+    def broken_at(self) -> int | None:
+        return self._compared["free"].track.broken_at
 
-    def _batch(self, start: int, step: int) -> _Batch:
-        rows = slice(start, start + step)
-        ids = self.data.ids[rows]
-        scored = torch.arange(ids.shape[1])[None, :] < self.data.lengths[rows, None] - 1
-        parts = [x.to(self.device) for x in (ids, scored, self.probe[rows], self.data.unit[rows], self.block[rows])]
-        return _Batch(parts[0], parts[1], parts[2], parts[3], parts[4], start)
+    def run(self, step: int, progress: Callable[[int, int], None] | None, beside: Sequence[Observer] = ()) -> None:
+        """step: windows that are scored at once, and stored together. beside: what else looks at the two models in the same
+        pass; their tracks are set up by `prepare`, and read by `finish`."""
+        with TemporaryDirectory(prefix="quantkit-eval-") as folder, torch.inference_mode():
+            sides = SideBySide([self.base, self.quant], Path(folder))
+            for observer in (self, *beside):
+                observer.prepare(sides, step)
+            sides.run([self, *beside], progress)
+            for observer in (self, *beside):
+                observer.finish(step)
+            sides.release()
 
-    def _one(self, batch: _Batch) -> None:
-        stored = self.store.get(batch.first) if self.store else None
-        base = stored or BaselineRun(torch.empty(0), {})
-        quant, agreements = torch.empty(0), []
-        live = batch if stored is None else batch.only(batch.probe)
-        for before, after in self._side_by_side(batch, live):
-            quant, index = after.hidden, after.index
-            if before is not None:
-                self._hidden_error(batch, live, before, after)
-            if before is not None and stored is None:
-                base.hidden = before.hidden[batch.scored]
-                if before.routing is not None:
-                    base.experts[index] = before.routing.experts[batch.scored.flatten()]
-            if after.routing is not None:
-                sent = after.routing.experts[: batch.scored.numel()][batch.scored.flatten()]
-                agreements.append(self._agreement(index, base.experts[index], sent))
-            earlier = self.broken_at is None or index < self.broken_at  # than in the batches before
-            if earlier and not torch.isfinite(quant[: len(batch.ids)][batch.scored]).all():
-                self.broken_at = index
-        if self.store and stored is None:
-            self.store.put(batch.first, base)
-        free = quant[: len(batch.ids)][batch.scored]
-        found = self._scores(batch, base.hidden, free, self.quant.weights, agreements, worst=True)
-        finite = np.isfinite(found.kl)
-        self.broken += int((~finite).sum())
-        self._parts.append(found.where(finite))
-        if batch.probe.any():
-            self._probe(batch, base, quant[len(batch.ids) :], found)
+    # Before the pass
 
-    def _side_by_side(self, batch: _Batch, live: _Batch) -> Iterator[tuple[LayerTrace | None, LayerTrace]]:
-        """Layer after layer: the baseline on `live`, then the quantised model on the batch and once more on its probe, with
-        the baseline's routing."""
-        time, probed = batch.ids.shape[1], live.probe[:, None].expand(live.ids.shape)
-        block = live.block[:, None].expand(live.ids.shape).flatten()
-        listening = BaselineTrace(self.base.weights, (live.scored & probed).flatten(), block)
-        answering = QuantizedTrace(self.quant.weights, listening.heard, self.errors)
-        again = batch.ids[batch.probe] if self.spec.moes() else batch.ids[:0]
-        cache = Cache(self.kv) if self.kv else None
-        base = forward(self.spec, listening, live.ids) if len(live.ids) else None
-        quant = forward(self.spec, answering, torch.cat((batch.ids, again)), cache)
-        for _ in self.spec.layers:
-            before = next(base) if base else None
-            answering.forced = None
-            if before is not None and before.routing is not None and len(again):
-                answering.forced = _rows(before.routing, live.probe.repeat_interleave(time))
-            yield before, next(quant)
-
-    def _hidden_error(self, batch: _Batch, live: _Batch, before: LayerTrace, after: LayerTrace) -> None:
-        reference = before.hidden[live.probe][live.scored[live.probe]]
-        other = after.hidden[: len(batch.ids)][batch.probe][batch.scored[batch.probe]]
-        lost, total = relative_error(reference, other)
-        self.layers.lost[after.index] += float(lost.sum())
-        self.layers.total[after.index] += float(total.sum())
-
-    def _agreement(self, layer: int, before: Tensor, after: Tensor) -> Tensor:
-        same = same_choices(before, after)
-        self.layers.same[layer] += float(same.sum())
-        self.layers.routed[layer] += len(same)
-        self.layers.sent[layer] += np.bincount(before.cpu().flatten().numpy(), minlength=self.layers.sent.shape[1])
-        return same
-
-    def _probe(self, batch: _Batch, base: BaselineRun, forced: Tensor, found: TokenScores) -> None:
-        """Score the variants of one batch's probe against the baseline."""
-        probe, rows = batch.only(batch.probe), batch.of_scored(batch.probe)
-        known = BaselineRun(base.hidden[rows], {layer: experts[rows] for layer, experts in base.experts.items()})
-        parts = {"free": found.where(rows.cpu().numpy())}
+    def prepare(self, sides: SideBySide, step: int) -> None:
+        ids, starts = self.data.ids, range(0, len(self.data.ids), step)
+        self._stored = self.store is not None and all(self.store.has(start) for start in starts)
+        if self._stored and self.store is not None:
+            runs = [self.store.get(start) for start in starts]
+            self._experts = {i: torch.cat([run.experts[i].short().cpu() for run in runs if run]) for i in self.moes}
+        every = torch.ones(len(ids), dtype=torch.bool)
+        self._live = self.probe if self._stored else every  # windows that the baseline reads
+        kv, base = self.kv, Track(sides.stream(self.base.weights, ids[self._live]), ids[self._live])
+        self._base, probed = base, ids[self.probe]
+        free = Track(sides.stream(self.quant.weights, ids, kv), ids, self.scored)
         rounded = Bf16Products(self.base.weights)
-        parts["floor"] = self._variant(probe, known, rounded)
-        if len(forced):
-            parts["forced"] = self._scores(probe, known.hidden, forced[probe.scored], self.quant.weights, [])
-        if self.kv:
-            parts["float_kv"] = self._variant(probe, known, self.quant.weights)
+        self._compared = {
+            "free": self._against(free, every, self.quant.weights),
+            "floor": self._against(Track(sides.stream(rounded, probed), probed), self.probe, rounded),
+        }
+        if self.moes:
+            track = Track(sides.stream(self.quant.weights, probed, kv), probed, given=(base, self.probe[self._live]))
+            self._compared["forced"] = _Compared(track, self.probe, self.quant.weights, None)
+        if kv:
+            track = Track(sides.stream(self.quant.weights, probed), probed)
+            self._compared["float_kv"] = self._against(track, self.probe, self.quant.weights)
+        self.tracks = [base, *(compared.track for compared in self._compared.values())]
+
+    def _against(self, track: Track, windows: Tensor, weights: Weights) -> _Compared:
+        return _Compared(track, windows, weights, torch.zeros(int(self.scored[windows].sum()), dtype=torch.float64))
+
+    def _scored_of(self, windows: Tensor, among: Tensor) -> Tensor:
+        """bool [scored tokens of `among`]: those of `windows`; both bool [all windows]."""
+        return windows[among].repeat_interleave(self.scored[among].sum(1))
+
+    # While the tracks pass
+
+    def routed(self, layer: Layer) -> None:
+        self._heard = []
+        base = self._base.stream.routing
+        if base is None:
+            return
+        if not self._stored:
+            self._experts[layer.index] = base.experts[self.scored[self._live].flatten()].short()
+        chosen = self._experts[layer.index]
+        for name, compared in self._compared.items():
+            routing = compared.track.stream.routing
+            if routing is None or compared.same is None:
+                continue
+            before = chosen[self._scored_of(compared.windows, torch.ones_like(compared.windows))].long()
+            same = same_choices(before, routing.experts[self.scored[compared.windows].flatten()])
+            compared.same += same
+            if name == "free":
+                self.layers.same[layer.index] += float(same.sum())
+                self.layers.routed[layer.index] += len(same)
+                sent = self.layers.sent[layer.index]
+                sent += np.bincount(before.flatten().numpy(), minlength=len(sent))
+
+    def passed(self, part: MLPPart, x: Tensor, y: Tensor, rows: Tensor) -> None:
+        """What the baseline's MLP reads and gives on probed tokens is kept for the quantised one."""
+        if part.stream is not self._base.stream:
+            return
+        probed = (self.scored & self.probe[:, None])[self._live].flatten()[rows]
+        if probed.any():
+            block = self.block[self._live].repeat_interleave(self.data.ids.shape[1])[rows][probed]
+            on_device = probed.to(x.device)
+            self._heard.append(Heard(x[on_device], y[on_device], block))
+
+    def after(self, parts: Sequence[Part]) -> None:
+        """Play what was kept to the quantised MLP, whose answer then differs by its own error alone, not by what earlier
+        layers lost: so a damaged expert stands out by itself. Compare the weights themselves."""
+        for heard in self._heard:
+            assert isinstance(parts[0], MLPPart)
+            answer = self.quant.weights.mlp(parts[0].mlp, heard.x)
+            self.errors.add(parts[0].mlp.gate.key, heard.block, *relative_error(heard.y, answer))
+        self._heard = []
+        for ref in (ref for wave in parts[0].waves for group in wave for ref in group):
+            if (error := self._weight_error(ref)) is not None:
+                self.weight_errors[ref.key] = error
+
+    def _weight_error(self, ref: Linear) -> float | None:
+        """||Q - W|| / ||W||; None for a linear that is not quantised."""
+        scheme, own = self.quant.weights.schemes[ref.key], self.base.weights.schemes[ref.key]
+        if scheme is None:
+            return None
+        weight = self.base.weights.quantized(ref, own).dequantize() if own else self.base.weights.tensor(ref.weight)
+        weight = weight.double()
+        difference = self.quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
+        return min(float(difference.norm() / weight.norm().clamp(min=1e-30)), _OVERFLOWN)
+
+    def done(self, layer: Layer) -> None:
+        """Errors of the probe's hidden states, window by window."""
+        free, every = self._compared["free"], torch.zeros_like(self.probe)
+        for window in self.probe.nonzero().flatten().tolist():
+            one = every.index_fill(0, torch.tensor([window]), True)
+            reference, other = self._hidden(self._base, self._live, one), self._hidden(free.track, free.windows, one)
+            lost, total = relative_error(reference, other)
+            self.layers.lost[layer.index] += float(lost.sum())
+            self.layers.total[layer.index] += float(total.sum())
+
+    # After the pass
+
+    def finish(self, step: int) -> None:
+        parts: list[TokenScores] = []
+        probed: dict[str, list[TokenScores]] = {}
+        for start in range(0, len(self.data.ids), step):
+            windows = torch.zeros(len(self.data.ids), dtype=torch.bool)
+            windows[start : start + step] = True
+            base = self._baseline(start, windows)
+            scores = self._score("free", windows, base.hidden, worst=True)
+            finite = np.isfinite(scores.kl)
+            self.broken += int((~finite).sum())
+            parts.append(scores.where(finite))
+            if (windows & self.probe).any():
+                self._probe(windows, base.hidden, scores, probed)
+        self.scores = TokenScores.join(parts)
+        self.probes = {name: TokenScores.join(found) for name, found in probed.items()}
+
+    def _baseline(self, start: int, windows: Tensor) -> BaselineRun:
+        """Its hidden states on scored tokens of some windows, and its choices; from the store, or into it."""
+        if self._stored and self.store is not None:
+            run = self.store.get(start)
+            assert run is not None
+            return run
+        hidden = self._hidden(self._base, self._live, windows)
+        rows = self._scored_of(windows, torch.ones_like(windows))
+        run = BaselineRun(hidden, {layer: experts[rows].long() for layer, experts in self._experts.items()})
+        if self.store is not None:
+            self.store.put(start, run)
+        return run
+
+    def _hidden(self, track: Track, reads: Tensor, windows: Tensor) -> Tensor:
+        """[scored tokens of `windows`, hidden] of a track that reads the windows `reads`; windows follow each other."""
+        at = windows[reads].nonzero().flatten().tolist()
+        return track.hidden(slice(at[0], at[-1] + 1))[self.scored[windows & reads].to(self.device)]
+
+    def _probe(self, windows: Tensor, base: Tensor, free: TokenScores, probed: dict[str, list[TokenScores]]) -> None:
+        """Score the variants of one batch's probe against the baseline."""
+        rows = self._scored_of(windows & self.probe, windows)
+        parts = {"free": free.where(rows.numpy())}
+        for name in self._compared:
+            if name != "free":
+                parts[name] = self._score(name, windows & self.probe, base[rows.to(base.device)])
         each = np.isfinite(np.stack([part.kl for part in parts.values()]))  # [variants, tokens], free first
         finite = np.asarray(each.all(axis=0))
         self.varied += each[1:].size
         for name, lost in zip(list(parts)[1:], (each[0] & ~each[1:]).sum(axis=1), strict=True):
             self.varied_broken[name] = self.varied_broken.get(name, 0) + int(lost)
         for name, part in parts.items():
-            self._probed.setdefault(name, []).append(part.where(finite))
+            probed.setdefault(name, []).append(part.where(finite))
 
-    def _variant(self, probe: _Batch, base: BaselineRun, weights: Weights) -> TokenScores:
-        """The same ids through other arithmetic."""
-        hidden, agreements = torch.empty(0), []
-        for trace in forward(self.spec, weights, probe.ids):
-            hidden = trace.hidden
-            if trace.routing is not None:
-                agreements.append(same_choices(base.experts[trace.index], trace.routing.experts[probe.scored.flatten()]))
-        return self._scores(probe, base.hidden, hidden[probe.scored], weights, agreements)
+    def _score(self, name: str, windows: Tensor, base: Tensor, worst: bool = False) -> TokenScores:
+        """A track's scored tokens of some windows against the baseline's hidden states there, [n, hidden]."""
+        compared = self._compared[name]
+        other = self._hidden(compared.track, compared.windows, windows)
+        return self._scores(windows, base, other, compared.weights, self._agreement(compared, windows), worst)
+
+    def _agreement(self, compared: _Compared, windows: Tensor) -> Floats:
+        rows = self._scored_of(windows, compared.windows)
+        if compared.same is None or not self.moes:
+            return np.ones(int(rows.sum()))
+        return (compared.same[rows] / len(self.moes)).numpy()
 
     def _scores(
-        self, batch: _Batch, base: Tensor, other: Tensor, weights: Weights, agreements: list[Tensor], worst: bool = False
+        self, windows: Tensor, base: Tensor, other: Tensor, weights: Weights, router: Floats, worst: bool
     ) -> TokenScores:
-        """Hidden states [n, hidden] of a batch's scored tokens, by the two heads, against each other."""
-        targets = batch.ids.roll(-1, dims=1)[batch.scored]
-        unit, parts = batch.of_scored(batch.unit), []
-        at = batch.scored.nonzero()  # [n, 2]: row, position
+        at = (self.scored & windows[:, None]).nonzero()  # [n, 2]: window, position
+        targets = self.data.ids.roll(-1, dims=1)[at[:, 0], at[:, 1]].to(self.device)
+        parts = []
         for part in chunks(len(targets), self.spec.vocab):
             logits = head(self.spec, self.base.weights, base[part]), head(self.spec, weights, other[part])
             parts.append(score(*logits, targets[part]))
             if worst:
-                self.worst.see(*logits, parts[-1].kl, at[part] + torch.tensor([batch.first, 0], device=at.device))
+                self.worst.see(*logits, parts[-1].kl, at[part])
         if not all(torch.isfinite(part.nll_baseline).all() for part in parts):
             raise CheckpointError(f"{self.base.folder}: logits of the baseline are not finite", "check that checkpoint")
-        router = torch.stack(agreements).mean(0).cpu() if agreements else torch.ones(len(targets), dtype=torch.float64)
-        return TokenScores.of(parts, router.numpy(), unit.cpu().numpy(), at[:, 1].cpu().numpy())
-
-
-def _rows(routing: Routing, rows: Tensor) -> Routing:
-    return Routing(routing.experts[rows], routing.weights[rows], routing.logits[rows])
+        return TokenScores.of(parts, router, self.data.unit[at[:, 0]].numpy(), at[:, 1].numpy())

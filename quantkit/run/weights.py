@@ -29,7 +29,8 @@ Kernels = Literal["auto", "w4a8", "reference"]
 class CheckpointWeights(Weights):
     """Weights read from disk. Activations are rounded as each linear's scheme says; arithmetic is float32.
 
-    hold: keep what has been read, in its stored (compressed) form. Without it memory is bounded by one linear.
+    hold: keep what has been read, in its stored (compressed) form, until `release`. Without it memory is bounded by one
+    linear.
     """
 
     def __init__(self, reader: CheckpointReader, device: torch.device, hold: bool) -> None:
@@ -56,6 +57,12 @@ class CheckpointWeights(Weights):
         if scheme.static and ref.key not in self._input_scales:
             self._input_scales[ref.key] = self._decode(ref, scheme).input_scale
         return reference.round_activation(x, scheme.activation, self._input_scales.get(ref.key)).to(x.dtype)
+
+    def release(self) -> None:
+        """Let go of what was read; it is read again when it is needed again."""
+        self._plain.clear()
+        self._quantized.clear()
+        self._input_scales.clear()
 
     def quantized(self, ref: Linear, scheme: Scheme) -> QuantizedTensor:
         if ref.key in self._quantized:
