@@ -52,7 +52,7 @@ $(READY): pyproject.toml constraints.txt scripts/setup.sh
 # README, docs/ and the docstrings of what is public as a site in site/. A link that leads nowhere is an error.
 docs: $(READY)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[docs]'
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(TOOLS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[bench]'
