@@ -17,7 +17,7 @@ import pytest
 import quantkit
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILT = ("pyproject.toml", "README.md", "LICENSE", "quantkit", "optimum")
+BUILT = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "quantkit", "optimum")
 CACHES = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
 
 
