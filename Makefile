@@ -7,13 +7,16 @@ TOOLS := .venv/.tools
 VLLM := $(or $(QUANTKIT_VLLM),.vllm)
 NEWER := .transformers-5.24
 
-.PHONY: demo test engine-test tasks-test check setup bench gpu-test gpu-bench gpu-wheels gpu-results clean
+.PHONY: demo test test-slow engine-test tasks-test check setup docs bench gpu-test gpu-bench gpu-wheels gpu-results clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+test-slow: $(TOOLS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # vLLM and transformers on what quantkit writes; installs a vLLM of 3.6 GB unless QUANTKIT_VLLM names one. What concerns
 # transformers is run with the version of constraints.txt and with a newer one.
@@ -45,6 +48,11 @@ $(TOOLS): $(READY)
 $(READY): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON=$(PYTHON) sh scripts/setup.sh
 	touch $(READY)
+
+# README, docs/ and the docstrings of what is public as a site in site/. A link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(TOOLS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[bench]'
@@ -92,4 +100,4 @@ gpu-results:
 	$(BIN)/python bench/gpu_keep.py $(FROM)
 
 clean:
-	rm -rf .venv .vllm $(NEWER) .demo
+	rm -rf .venv .vllm $(NEWER) .demo build dist site

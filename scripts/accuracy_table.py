@@ -1,4 +1,5 @@
-"""Write the README's table of what each recipe loses on the bundled model, from what `bench/accuracy.py` measured."""
+"""Write what each recipe loses on the bundled model, from what `bench/accuracy.py` measured: the table of docs/accuracy.md,
+and two columns of the README's table of schemes."""
 
 from __future__ import annotations
 
@@ -6,40 +7,76 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "accuracy.json"
-README = ROOT / "README.md"
-START, END = "<!-- accuracy: scripts/accuracy_table.py -->", "<!-- end of accuracy -->"
 BASE, RECOMMENDED = "W4A16 RTN", "experts W4A16 GPTQ, attention and shared W8A16"
+# The README's row: scheme, weights, activations, default method; and the run that shows it.
+SCHEMES = (
+    ("`W4A16`", "INT4, a scale per 128 (`--group-size`)", "as they are", "GPTQ", "W4A16 GPTQ"),
+    ("`W4A16_ASYM`", "the same, with zero points", "as they are", "GPTQ", "W4A16_ASYM GPTQ"),
+    ("**experts `W4A16`, the rest `W8A16`**", "recommended", "as they are", "GPTQ, rounding", RECOMMENDED),
+    ("`W8A16`", "INT8, a scale per 128", "as they are", "rounding", "W8A16"),
+    ("`W8A8`", "INT8, a scale per row", "INT8 per token", "rounding", "W8A8"),
+    ("`FP8_DYNAMIC`", "E4M3, a scale per row", "E4M3 per token", "rounding", "FP8_DYNAMIC"),
+    ("`FP8`", "E4M3, one scale", "E4M3, calibrated scale", "rounding", "FP8 (static)"),
+    ("`FP8_BLOCK`", "E4M3, a scale per 128 x 128", "E4M3 per 128 of a token", "rounding", "FP8_BLOCK"),
+)
 
 
-def table(results: dict[str, Any]) -> str:
+def _mean(rows: list[dict[str, Any]]) -> float:
+    """The median of the seeds."""
+    return statistics.median(run["kl_mean"] for run in rows)
+
+
+def _size(rows: list[dict[str, Any]]) -> str:
+    return f"{rows[0]['output_bytes'] / 1e6:.1f} MB"
+
+
+def table(runs: dict[str, Any]) -> str:
     """Markdown: a row for each run; the KL is the median of the seeds, all else of the first."""
-    runs = results["runs"]
-    mean = {name: statistics.median(run["kl_mean"] for run in rows) for name, rows in runs.items()}
     lines = [
         "| | size | mean KL | of INT4 RTN | KL p99 | perplexity | top-1 | router |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in runs.items():
         first = rows[0]
-        cells = [f"{first['output_bytes'] / 1e6:.1f} MB", f"{mean[name]:.4f}", f"{mean[name] / mean[BASE]:.2f}"]
+        cells = [_size(rows), f"{_mean(rows):.4f}", f"{_mean(rows) / _mean(runs[BASE]):.2f}"]
         cells += [f"{first['kl_p99']:.3f}", f"{first['perplexity']['quantized']:.2f}"]
         cells += [f"{100 * first[key]:.1f} %" for key in ("top1_agreement", "router_agreement")]
         lines.append(f"| {f'**{name}**' if name == RECOMMENDED else name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def written(readme: str, results: dict[str, Any]) -> str:
-    """The README with its table made anew. Raises SystemExit when it has no place for one."""
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        sys.exit(f"README.md needs '{START}' and '{END}' once")
-    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", readme)
+def schemes(runs: dict[str, Any]) -> str:
+    """Markdown: a row for each scheme, with its size and mean KL."""
+    lines = ["| scheme | weights | activations | method | size | mean KL |", "|---|---|---|---|---|---|"]
+    for *cells, run in SCHEMES:
+        lines.append(f"| {' | '.join(cells)} | {_size(runs[run])} | {_mean(runs[run]):.4f} |")
+    return "\n".join([*lines, "| `BF16` | kept | | | | |"])
+
+
+# Page: the mark that its table stands behind, and what makes it.
+PAGES: dict[Path, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    ROOT / "README.md": ("schemes", schemes),
+    ROOT / "docs" / "accuracy.md": ("accuracy", table),
+}
+
+
+def written(page: Path, results: dict[str, Any]) -> str:
+    """The page with its table made anew. Raises SystemExit when it has no place for one."""
+    mark, make = PAGES[page]
+    start, end = f"<!-- {mark}: scripts/accuracy_table.py -->", f"<!-- end of {mark} -->"
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+    text = page.read_text("utf-8")
+    if len(pattern.findall(text)) != 1:
+        sys.exit(f"{page.name} needs '{start}' and '{end}' once")
+    return pattern.sub(lambda _: f"{start}\n{make(results['runs'])}\n{end}", text)
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text("utf-8"), json.loads(RESULTS.read_text())), "utf-8")
+    for page in PAGES:
+        page.write_text(written(page, json.loads(RESULTS.read_text())), "utf-8")

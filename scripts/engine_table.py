@@ -1,4 +1,4 @@
-"""Write the README's table of what engines do with quantkit's outputs, from what `make engine-test` measured."""
+"""Write docs/engine-results.md's table of what engines do with quantkit's outputs, from what `make engine-test` measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "engines.json"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "engine-results.md"
 START, END = "<!-- engines: scripts/engine_table.py -->", "<!-- end of engines -->"
 SCHEMES = ("BF16", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
 # Recipes, as tests/engines names them: routed experts in INT4, all else in this.
@@ -60,13 +60,13 @@ def newer(results: dict[str, Any]) -> list[str]:
     return ["", f"transformers {version}: {verdicts}, and no figure more than {apart:.4f} from these."]
 
 
-def written(readme: str, results: dict[str, Any]) -> str:
-    """The README with its table made anew. Raises SystemExit when it has no place for one."""
+def written(page: str, results: dict[str, Any]) -> str:
+    """The page with its table made anew. Raises SystemExit when it has no place for one."""
     pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        sys.exit(f"README.md needs '{START}' and '{END}' once")
-    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", readme)
+    if len(pattern.findall(page)) != 1:
+        sys.exit(f"{PAGE.name} needs '{START}' and '{END}' once")
+    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", page)
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(), json.loads(RESULTS.read_text())))
+    PAGE.write_text(written(PAGE.read_text("utf-8"), json.loads(RESULTS.read_text())), "utf-8")

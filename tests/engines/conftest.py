@@ -1,4 +1,4 @@
-"""One vLLM worker for all tests of this folder (`make engine-test`), and what it answered, kept for the README's table."""
+"""One vLLM worker for all tests of this folder (`make engine-test`), and its answers, kept for docs/engine-results.md."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Vllm:
 
 
 class Results:
-    """Cells of the README's table: engine -> model -> scheme. What this run did not test keeps its value."""
+    """Cells of docs/engine-results.md: engine -> model -> scheme. What this run did not test keeps its value."""
 
     def __init__(self) -> None:
         self.kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"versions": {}, "cells": {}}

@@ -1,5 +1,5 @@
-"""What transformers makes of every scheme, for the README's table. `tests/test_transformers.py` holds it to more where it is
-said to load; here the judge is that of vLLM's tests, KL(transformers || quantkit), in float32 on both sides."""
+"""What transformers makes of every scheme, for docs/engine-results.md. `tests/test_transformers.py` holds it to more where
+it is said to load; here the judge is that of vLLM's tests, KL(transformers || quantkit), in float32 on both sides."""
 
 from __future__ import annotations
 

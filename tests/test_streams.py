@@ -1,0 +1,127 @@
+"""Layers outside, text inside: what passes through them is read once, and a group's job is nothing but data."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quantkit
+from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.job import pipeline
+from quantkit.job.group import GroupJob
+from quantkit.measure.evaluate import Extent, measure
+from quantkit.model.cache import KVFormat
+from quantkit.recipe import Recipe
+from quantkit.scheme import PRESETS
+from quantkit.stats import LinearStats
+from tests.conftest import SMALL
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """How often each tensor of each folder is read."""
+    counted, real = Counter[tuple[str, str]](), CheckpointReader.tensor
+
+    def tensor(self: CheckpointReader, key: str) -> torch.Tensor:
+        counted[self.folder.name, key] += 1
+        return real(self, key)
+
+    monkeypatch.setattr(CheckpointReader, "tensor", tensor)
+    return counted
+
+
+@pytest.mark.parametrize("windows", [2, 40])
+def test_eval_reads_each_weight_of_either_model_once(
+    make_model: Callable[..., Path], tmp_path: Path, reads: Counter[tuple[str, str]], windows: int
+) -> None:
+    """Whatever the number of windows, with long ones, needles and all variants beside them."""
+    model = make_model("source", tie_word_embeddings=False)
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W8A16", group_size=32))
+    reads.clear()
+    extent = Extent(seq_len=32, windows=windows, samples=0, context=70, kv_cache=KVFormat.FP8)
+    report = measure(tmp_path / "out", model, extent=extent)
+    assert report.context is not None and report.probe is not None and report.kv is not None
+    stored = {(folder.name, key) for folder in (model, tmp_path / "out") for key in CheckpointReader(folder).entries}
+    weights = {key for key in stored if not key[1].endswith("weight_shape")}  # two numbers, which the spec knows
+    assert reads.keys() == weights and set(reads.values()) == {1}
+
+
+def test_quantising_reads_each_weight_once(
+    make_model: Callable[..., Path], tmp_path: Path, reads: Counter[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And verification, which is independent, once more."""
+    model, real, before = make_model("source"), pipeline.verify, Counter[tuple[str, str]]()
+
+    def verify(*given: Any) -> Any:
+        before.update(reads)
+        return real(*given)
+
+    monkeypatch.setattr(pipeline, "verify", verify)
+    quantkit.quantize(model, tmp_path / "out", Recipe(**SMALL))
+    linears = {key for key in reads if key[0] == "source" and "proj" in key[1]}
+    assert linears and {before[key] for key in linears} == {1} and {reads[key] for key in linears} == {2}
+
+
+def stats_of(x: torch.Tensor, lent: torch.Tensor) -> LinearStats:
+    found = LinearStats.empty(x.shape[1], torch.device("cpu"), True)
+    found.add(x)
+    found.lend(lent, 0.25)
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(0, 40), st.integers(0, 40), st.integers(0, 9))
+def test_merged_statistics_are_those_of_all_tokens(seed: int, width: int, first: int, second: int, lent: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, more = (torch.randn(n, width, generator=generator) for n in (first + second, lent))
+    whole, parts = stats_of(x, more), stats_of(x[:first], more[:0])
+    parts.merge(stats_of(x[first:], more))
+    assert whole.hessian is not None and parts.hessian is not None
+    torch.testing.assert_close(parts.hessian, whole.hessian)
+    same = ("in_features", "amax", "lent_amax", "tokens", "lent", "mass")
+    assert [getattr(parts, name) for name in same] == [getattr(whole, name) for name in same]
+
+
+def test_statistics_of_two_kinds_are_not_merged() -> None:
+    of = LinearStats.empty
+    for other in (of(3, torch.device("cpu"), True), of(4, torch.device("cpu"), False)):
+        with pytest.raises(ValueError, match="features, or of two kinds"):
+            of(4, torch.device("cpu"), True).merge(other)
+
+
+WORKER = """
+import pickle, sys, torch
+torch.set_num_threads(1)
+job = pickle.loads(sys.stdin.buffer.read())
+solved = [(q.codes.float(), q.scale, q.input_scale, outcome) for q, outcome in job.run(torch.device("cpu"))]
+sys.stdout.buffer.write(pickle.dumps(solved))
+"""
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "FP8"])
+def test_a_groups_job_runs_in_another_process(name: str) -> None:
+    """It holds no file and no closure: sent away, it gives the codes that it gives here."""
+    generator = torch.Generator().manual_seed(0)
+    weights = tuple(torch.randn(n, 256, generator=generator).bfloat16() for n in (64, 32))
+    stats = stats_of(torch.randn(400, 256, generator=generator), torch.randn(3, 256, generator=generator))
+    job = GroupJob(weights, stats, PRESETS[name], "gptq" if name != "FP8" else "rtn")
+    here, threads = job, torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = here.run(torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    sent = subprocess.run([sys.executable, "-c", WORKER], input=pickle.dumps(job), capture_output=True, check=True)
+    for (q, outcome), (codes, scale, input_scale, said) in zip(expected, pickle.loads(sent.stdout), strict=True):
+        assert torch.equal(q.codes.float(), codes) and torch.equal(q.scale, scale) and outcome == said
+        assert outcome.weight_error > 0 and (input_scale is None) == (q.input_scale is None) == (name != "FP8")
