@@ -64,7 +64,7 @@ class Vllm:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """`hardware`, and what else it is: zentorch on a processor with AMX takes kernels of both, which no rule speaks of."""
+        """`hardware`, and what it is besides: zentorch beside AMX takes kernels of both, of which no rule speaks."""
         return ("zen", "amx") if self.hardware == "zen" and torch.cpu._is_amx_tile_supported() else (self.hardware,)
 
     def _answer(self, start: str) -> str:
