@@ -41,7 +41,7 @@ def main() -> None:
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
 @recipe_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
-@click.option("--held-out", metavar="FILE|NAME", help="Then evaluate on this text, and write OUT/eval/report.html.")
+@click.option("--held-out", metavar="FILE|NAME", help="Evaluate on this text in the same pass; see OUT/eval/report.html.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
 @as_json
 @click.option("--quiet", is_flag=True, help="No progress.")
@@ -78,22 +78,23 @@ def quantize(
     screen = console(stderr=True)
     if held_out and recipe.linears:
         raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
-    extent = cli_eval.held_out_extent(held_out, model, recipe.add_bos) if held_out else None
+    riding = cli_eval.held_out_text(held_out, model, recipe.add_bos) if held_out else None
     if dry_run:
         show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
         return
     for note in weight_sets(find_model(model)):
         click.echo(f"warning: {note}", err=True)
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
-    record = pipeline.quantize(model, out, recipe, device=device, progress=progress)
+    beside = [riding.evaluation] if riding else []
+    record = pipeline.quantize(model, out, recipe, device=device, progress=progress, beside=beside)
     for line in record["recovered"]:
         click.echo(f"warning: {line}", err=True)
     if not recipe.linears and (missing := without_tokenizer(out)):
         click.echo(f"warning: {missing}", err=True)
     if skipped := (record["calibration_text"] or {}).get("skipped_rows"):
         click.echo(f"note: of {recipe.calibration}, rows were skipped: {json.dumps(skipped)}", err=True)
-    if held_out:
-        cli_eval.say_verdict(cli_eval.evaluate_and_write(out, model, held_out, device, extent))
+    if held_out and riding:
+        cli_eval.say_verdict(cli_eval.evaluate_and_write(out, model, held_out, device, riding.extent, ran=riding.evaluation))
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:

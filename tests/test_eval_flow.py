@@ -16,6 +16,7 @@ import torch
 
 from quantkit.calib import streams, tokens
 from quantkit.calib.documents import read_documents
+from quantkit.calib.lockstep import Track
 from quantkit.calib.streams import Span, Stream
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
@@ -24,7 +25,6 @@ from quantkit.errors import CheckpointError, ConfigError
 from quantkit.measure import context
 from quantkit.measure.cache import BaselineCache
 from quantkit.measure.evaluate import Extent, measure
-from quantkit.measure.sides import Track
 from quantkit.model.cache import KVFormat
 from quantkit.model.spec import Layer
 from quantkit.report.compare import against

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 import quantkit
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
+from quantkit.calib.lockstep import Track
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.cli import main
 from quantkit.commands import evaluate as cli_eval
@@ -24,7 +25,7 @@ from quantkit.errors import NotFiniteError
 from quantkit.measure import evaluate
 from quantkit.measure.evaluate import Extent, measure
 from quantkit.measure.run import Evaluation
-from quantkit.measure.sides import Track
+from quantkit.measure.sides import side_by_side
 from quantkit.model.spec import Layer
 from quantkit.recipe import Recipe
 from quantkit.report.gates import decide
@@ -45,7 +46,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*args: Any) -> None:
         raise AssertionError("the models ran")
 
-    monkeypatch.setattr(Evaluation, "run", run)
+    monkeypatch.setattr("quantkit.measure.evaluate.side_by_side", run)
 
 
 @pytest.mark.parametrize(
@@ -182,8 +183,8 @@ def test_held_out_text_without_a_window_is_refused_before_quantising(
 
 
 def test_held_out_windows_are_no_longer_than_the_model_reads(make_model: Callable[..., Path]) -> None:
-    assert cli_eval.held_out_extent("stdlib-held-out", str(make_model(max_position_embeddings=64))).seq_len == 64
-    assert cli_eval.held_out_extent("stdlib-held-out", str(make_model("other"))).seq_len == 512
+    assert cli_eval.held_out_text("stdlib-held-out", str(make_model(max_position_embeddings=64))).extent.seq_len == 64
+    assert cli_eval.held_out_text("stdlib-held-out", str(make_model("other"))).extent.seq_len == 512
 
 
 # Logits that are not finite
@@ -203,8 +204,8 @@ def test_the_first_broken_layer_is_that_of_all_batches(pair: tuple[Path, Path], 
         real(self, layer)
 
     monkeypatch.setattr(Track, "done", broken)
-    run = Evaluation(models, data, None, None)
-    run.run(2, None)
+    run = Evaluation(models[0].spec, data, 2, models[0].folder)
+    side_by_side(models, [run])
     assert run.broken_at == 1
 
 

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels.reference": {"qtensor", "scheme"},
     "kernels": {"errors", "owned", "qtensor", "scheme", "kernels.reference"},
     "checkpoint": BELOW_CHECKPOINT,
-    "calib": {*VOCABULARY, "model", "checkpoint"},
+    "calib": {*VOCABULARY, "model", "checkpoint", "kernels.reference"},
     "run": {*BELOW_CHECKPOINT, "checkpoint", "calib", "kernels", "kernels.reference"},
     "engines": {*BELOW_CHECKPOINT, "checkpoint"},
     "job": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "quant", "kernels", "kernels.reference"},

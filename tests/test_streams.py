@@ -19,12 +19,17 @@ import quantkit
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.job import pipeline
 from quantkit.job.group import GroupJob
-from quantkit.measure.evaluate import Extent, measure
+from quantkit.job.pipeline import Step
+from quantkit.measure.evaluate import Extent, evaluation_of, figures, measure, read_text
+from quantkit.measure.run import Evaluation
 from quantkit.model.cache import KVFormat
+from quantkit.model.registry import build_spec
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS
 from quantkit.stats import LinearStats
-from tests.conftest import SMALL
+from tests.conftest import CONFIG, SMALL
+
+RIDING = Extent(seq_len=48, windows=6, samples=0)
 
 
 @pytest.fixture
@@ -70,6 +75,57 @@ def test_quantising_reads_each_weight_once(
     quantkit.quantize(model, tmp_path / "out", Recipe(**SMALL))
     linears = {key for key in reads if key[0] == "source" and "proj" in key[1]}
     assert linears and {before[key] for key in linears} == {1} and {reads[key] for key in linears} == {2}
+
+
+def held_out(model: Path) -> Evaluation:
+    data = read_text(model, CONFIG, "stdlib-held-out", RIDING).data
+    return evaluation_of(build_spec(CONFIG, "test"), data, model)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(**SMALL), Recipe(scheme="W8A16", group_size=32)], ids=["calibrated", "data-free"])
+def test_held_out_text_passes_while_weights_are_made(
+    model: Path,
+    tmp_path: Path,
+    reads: Counter[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+) -> None:
+    """No weight is read again for it, nothing of it is left in OUT, the bytes are those without it, and the figures those of
+    an evaluation afterwards; also when the work was interrupted."""
+    real, before, passing = pipeline.verify, Counter[tuple[str, str]](), held_out(model)
+
+    def verify(*given: Any) -> Any:
+        before.update(reads)
+        return real(*given)
+
+    monkeypatch.setattr(pipeline, "verify", verify)
+    pipeline.quantize(model, tmp_path / "out", recipe, device="cpu", beside=[passing])
+    linears = {key for key in before if "proj" in key[1]}
+    assert passing.ran and linears and {before[key] for key in linears} == {1}
+    reads.clear()
+    found = measure(tmp_path / "out", model, extent=RIDING, ran=passing)
+    assert not reads
+    after = measure(tmp_path / "out", model, extent=RIDING)
+    quantkit.quantize(model, tmp_path / "alone", recipe, device="cpu")
+    sums = [(tmp_path / name / "SHA256SUMS").read_bytes() for name in ("out", "alone")]
+    assert sums[0] == sums[1] and not list((tmp_path / "out").rglob("*.f32"))
+
+    def killed(step: Step) -> None:
+        if step.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.quantize(model, tmp_path / "cut", recipe, device="cpu", progress=killed, beside=[held_out(model)])
+    again = held_out(model)
+    pipeline.quantize(model, tmp_path / "cut", recipe, device="cpu", beside=[again])
+    resumed = measure(tmp_path / "cut", model, extent=RIDING, ran=again)
+    for other in (after, resumed):
+        assert figures(found)["kl"] == pytest.approx(figures(other)["kl"], rel=1e-4)
+        assert figures(found)["perplexity"] == pytest.approx(figures(other)["perplexity"], rel=1e-6)
+        assert found.probe and other.probe and found.probe.floor.value == pytest.approx(other.probe.floor.value, rel=1e-3)
+        for a, b in zip(found.linears, other.linears, strict=True):
+            assert a.weight_error == pytest.approx(b.weight_error, rel=1e-5) and a.key == b.key
+    assert figures(found)["kl"]["mean"] > 0
 
 
 def stats_of(x: torch.Tensor, lent: torch.Tensor) -> LinearStats:

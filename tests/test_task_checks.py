@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from quantkit.errors import CheckpointError, ConfigError
-from quantkit.measure.run import Evaluation
 from tests.test_report import cli
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: make tasks-test")
@@ -68,7 +67,7 @@ def test_tasks_are_prepared_before_the_text_is_read(
         raise AssertionError("the models ran")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    monkeypatch.setattr(Evaluation, "run", run)
+    monkeypatch.setattr("quantkit.measure.evaluate.side_by_side", run)
     found = cli("eval", pair[0], "--baseline", pair[1], "--tasks", "piqa", "--save", tmp_path / "saved")
     assert found.exit_code == 2 and "task 'piqa' cannot be prepared" in found.stderr
 

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.calib.streams import Part
-from quantkit.model.spec import Linear
+from quantkit.kernels.reference import round_activation
+from quantkit.model.spec import Linear, Role
 from quantkit.model.weights import Weights
+from quantkit.scheme import Scheme
 from quantkit.stats import LinearStats
 
-__all__ = ["LENT_WEIGHT", "Apply", "Listening", "gather"]
+__all__ = ["LENT_WEIGHT", "Applied", "Listening", "gather"]
 
-Apply = Callable[[Tensor], Tensor]
 Ear = Callable[[Tensor], None]
 Group = tuple[Linear, ...]
 LENT_WEIGHT = 0.25  # of a real token, so that real ones decide where there are any
+
+
+@dataclass(frozen=True)
+class Applied:
+    """How a linear is applied: x W^T for a float32 weight [out, in], x rounded as an engine would under that scheme."""
+
+    weight: Tensor
+    scheme: Scheme | None = None
+    input_scale: Tensor | None = None
+
+    def read(self, x: Tensor) -> Tensor:
+        activation = self.scheme.activation if self.scheme else None
+        return x if activation is None else round_activation(x, activation, self.input_scale)
 
 
 class _Reached(Exception):
@@ -33,14 +49,14 @@ class Listening(Weights):
 
     def __init__(self, tensors: Callable[[str], Tensor]) -> None:
         self._tensors = tensors
-        self._applied: dict[str, Apply] = {}
+        self._applied: dict[str, Applied] = {}
         self._ears: dict[str, Ear | None] = {}
         self._unheard: set[Ear] = set()
 
     def tensor(self, key: str) -> Tensor:
         return self._tensors(key)
 
-    def apply(self, refs: Sequence[Linear], applies: Sequence[Apply]) -> None:
+    def apply(self, refs: Sequence[Linear], applies: Sequence[Applied]) -> None:
         self._applied.update({ref.key: apply for ref, apply in zip(refs, applies, strict=True)})
 
     def forget(self) -> None:
@@ -48,8 +64,11 @@ class Listening(Weights):
         self._applied.clear()
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        if ref.role is Role.HEAD:  # is never quantised
+            return F.linear(x, self.tensor(ref.weight).to(x.dtype))
         if ref.key not in self._ears:
-            return self._applied[ref.key](x)
+            applied = self._applied[ref.key]
+            return F.linear(applied.read(x), applied.weight)
         ear = self._ears[ref.key]
         if ear is not None and ear in self._unheard:
             ear(x.flatten(0, -2))
@@ -57,6 +76,15 @@ class Listening(Weights):
         if not self._unheard:
             raise _Reached
         return x.new_zeros(*x.shape[:-1], ref.out_features)  # nothing that is listened for depends on it
+
+    def matrix(self, ref: Linear) -> Tensor:
+        return self._applied[ref.key].weight
+
+    def is_plain(self, ref: Linear) -> bool:
+        return self._applied[ref.key].scheme is None
+
+    def read(self, ref: Linear, x: Tensor) -> Tensor:
+        return self._applied[ref.key].read(x).to(x.dtype)
 
     def hear(self, wave: Mapping[Group, Ear | None], run: Callable[[], object]) -> None:
         """Run until each group of a wave has been reached; its ear gets what it reads, [n, in_features]. None: deaf."""

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,11 +19,12 @@ from quantkit.errors import shown
 
 if TYPE_CHECKING:
     from quantkit.measure.evaluate import Extent
+    from quantkit.measure.run import Evaluation
     from quantkit.report.gates import Gate
     from quantkit.report.schema import Report
     from quantkit.tasks.tasks import Plan
 
-__all__ = ["evaluate", "evaluate_and_write", "held_out_extent", "report", "say_verdict"]
+__all__ = ["evaluate", "evaluate_and_write", "held_out_text", "report", "say_verdict"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -128,20 +129,29 @@ def say_verdict(found: Report) -> None:
     console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
 
 
-def held_out_extent(text: str, model: str, add_bos: bool | None = None) -> Extent:
+@dataclass(frozen=True)
+class Riding:
+    """Held-out text that passes through the layers while they are quantised."""
+
+    extent: Extent
+    evaluation: Evaluation
+
+
+def held_out_text(text: str, model: str, add_bos: bool | None = None) -> Riding:
     """What `quantize --held-out` measures: the default, in windows that the model can read. Raises QuantkitError for a text
     that cannot be evaluated: before hours of other work."""
     from quantkit.checkpoint.folder import find_model
     from quantkit.checkpoint.reader import load_json
-    from quantkit.measure.evaluate import Extent, read_text
+    from quantkit.measure.evaluate import Extent, evaluation_of, read_text
+    from quantkit.model.registry import build_spec
 
     folder = find_model(model)
     config, extent = load_json(folder / "config.json"), Extent(add_bos=add_bos)
     limit = config.get("max_position_embeddings")
     if isinstance(limit, int):
         extent = replace(extent, seq_len=min(extent.seq_len, limit))
-    read_text(folder, config, text, extent)
-    return extent
+    data = read_text(folder, config, text, extent).data
+    return Riding(extent, evaluation_of(build_spec(config, str(folder / "config.json")), data, folder))
 
 
 def evaluate_and_write(
@@ -155,11 +165,13 @@ def evaluate_and_write(
     junit: Path | None = None,
     plan: Plan | None = None,
     items: Path | None = None,
+    ran: Evaluation | None = None,
 ) -> Report:
     """Measure, with progress on standard error, judge, and write the three reports (and JUnit XML).
 
-    plan: benchmark tasks; both answers to each item go to `items`, or into the folder of the reports. What can be refused is
-    refused before the work; a gate that cannot be decided after it, when the report is written.
+    ran: what looked at the text already, while the model was quantised. plan: benchmark tasks; both answers to each item go
+    to `items`, or into the folder of the reports. What can be refused is refused before the work; a gate that cannot be
+    decided after it, when the report is written.
     """
     from quantkit.commands.tables import console
     from quantkit.host import pick_device
@@ -183,6 +195,7 @@ def evaluate_and_write(
             command=_command(quantized, baseline, text, extent, place, plan),
             progress=lambda done, total: status.update(f"evaluating, {done} of {total} layers"),
             warn=lambda line: screen.print(f"warning: {line}", soft_wrap=True),
+            ran=ran,
         )
         if plan and found.divergence is not None:
             answers = items or folder / reports.ITEMS

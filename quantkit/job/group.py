@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.kernels.reference import round_activation
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant import gptq
 from quantkit.quant.solve import Outcome, solve
 from quantkit.scheme import Scheme
 from quantkit.stats import LinearStats
 
-__all__ = ["GroupJob", "applied", "repair_on"]
+__all__ = ["GroupJob", "repair_on"]
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,3 @@ def repair_on(device: torch.device) -> gptq.Repair:
 
         return repair
     return gptq.repair
-
-
-def applied(weight: Tensor, scheme: Scheme | None = None, input_scale: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """x [..., in] -> x W^T for a float32 weight [out, in], x rounded as an engine would under that scheme."""
-    activation = scheme.activation if scheme else None
-
-    def run(x: Tensor) -> Tensor:
-        return F.linear(x if activation is None else round_activation(x, activation, input_scale), weight)
-
-    return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import quantkit
 from quantkit.atomic import sha256
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
+from quantkit.calib.lockstep import Lockstep, Observer
 from quantkit.calib.tape import Tape
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.checkpoint.by_name import Part
@@ -81,8 +82,12 @@ def quantize(
     *,
     device: str = "auto",
     progress: Progress | None = None,
+    beside: Sequence[Observer] = (),
 ) -> RunRecord:
     """Quantise the checkpoint `model` into the new folder `out`; returns what run.json there says.
+
+    beside: what else passes through the layers while they are quantised, such as held-out text (`measure.run.Evaluation`);
+    not called where OUT is there already.
 
     Interrupted, the same call resumes and ends with the same bytes; finished, it returns that again. Raises a QuantkitError,
     and leaves no `out`, when anything is wrong.
@@ -93,7 +98,7 @@ def quantize(
         return record
     if shortage := ready.shortage():
         raise OutputError(shortage, "free space, or choose another OUT")
-    job = _Job(ready, key)
+    job = _Job(ready, key, beside)
     try:
         return job.run(progress or (lambda step: None))
     finally:
@@ -174,12 +179,13 @@ def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str
 
 
 class _Job:
-    def __init__(self, ready: _Ready, key: dict[str, str]) -> None:
+    def __init__(self, ready: _Ready, key: dict[str, str], beside: Sequence[Observer]) -> None:
         self.start, self.target, self.source = ready.start, ready.target, ready.source
         self.reader, self.plan, self.ids, self.key, self.ready = ready.reader, ready.plan, ready.ids, key, ready
         self.partial = partial_of(ready.target)
         self.work = self.partial / WORK
-        self.place = Place(ready.reader, ready.plan, ready.ids, ready.device, self.partial, self.work)
+        self.beside = beside
+        self.place = Place(ready.reader, ready.plan, ready.ids, ready.device, self.partial, self.work, bool(beside))
         self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
         self.threads = int(self.journal.begun["threads"])
         self.recovered: list[str] = []
@@ -189,9 +195,15 @@ class _Job:
     def run(self, progress: Progress) -> RunRecord:
         with using_threads(self.threads):
             self._take_stock()
-            for index in range(len(self.plan.units)):
+            lockstep = Lockstep(self.place.pair, self.work, self.beside) if self.beside else None
+            for index, unit in enumerate(self.plan.units):
                 if index not in self.journal.units:
-                    self._commit(index, progress)
+                    self._commit(index, progress, lockstep)
+                elif lockstep is not None:  # committed by an earlier process: what passes beside starts anew
+                    UnitRun(self.place, unit, lambda *_: None).show(lockstep)
+            if lockstep is not None:
+                with torch.inference_mode():
+                    lockstep.finish()
             return self._publish()
 
     def _take_stock(self) -> None:
@@ -213,13 +225,13 @@ class _Job:
             else:
                 path.unlink()
 
-    def _commit(self, index: int, progress: Progress) -> None:
+    def _commit(self, index: int, progress: Progress, lockstep: Lockstep | None) -> None:
         begun, unit = time.monotonic(), self.plan.units[index]
         calibrated, last = self.plan.calibrated, index + 1 == len(self.plan.units)
         tape = self._input_tape(index)
         following = Tape.create(*self._tape(index + 1)) if calibrated else None
         done = UnitRun(self.place, unit, lambda layer, outcomes: progress(self.step(layer, outcomes)))
-        outcomes = done.run(tape, following)
+        outcomes = done.run(tape, following, lockstep)
         digest = following.sync() if following and not last else None
         self.source.check()
         hashes = {shard.file: sha256(self.partial / shard.file) for shard in unit.shards}
@@ -282,7 +294,7 @@ class _Job:
             raise self._kept(error, hashes) from error
         self.source.check()
         record = self._record(coverage)
-        for tape in self.work.glob("tape-*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
+        for tape in self.work.glob("*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
             tape.unlink()
         write_json(self.partial / RECORD, record)
         publish(self.partial, self.target)

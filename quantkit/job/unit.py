@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from quantkit.calib import streams
-from quantkit.calib.replay import Apply, Listening, gather
+from quantkit.calib.lockstep import Lockstep, Observer, Pair, Track
+from quantkit.calib.replay import Applied, Listening, gather
 from quantkit.calib.streams import Part, Stream
 from quantkit.calib.tape import Tape
 from quantkit.checkpoint import by_name
@@ -24,10 +26,11 @@ from quantkit.checkpoint.writer import ShardWriter
 from quantkit.dtypes import Entry
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
-from quantkit.job.group import GroupJob, applied
+from quantkit.job.group import GroupJob
 from quantkit.job.placement import Unit
 from quantkit.job.plan import Plan, needs_tokens
 from quantkit.model.spec import Layer, Linear
+from quantkit.model.weights import PlainWeights
 from quantkit.qtensor import QuantizedTensor
 from quantkit.stats import LinearStats
 
@@ -39,7 +42,8 @@ Group = Sequence[Linear]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run works. ids: int64 [windows, seq_len] if it is calibrated."""
+    """Where a run works. ids: int64 [windows, seq_len] if it is calibrated. shares: whether a baseline passes too, which
+    reads the weights that are quantised."""
 
     reader: CheckpointReader
     plan: Plan
@@ -47,85 +51,93 @@ class Place:
     device: torch.device
     partial: Path
     work: Path
+    shares: bool = False
+    _read: dict[str, Tensor] = field(default_factory=dict)  # by the present part
+
+    def weight(self, ref: Linear) -> Tensor:
+        """Of the source, as it is stored; read once, also where the baseline reads it too."""
+        if self.shares and ref.weight not in self._read:
+            self._read[ref.weight] = self.reader.tensor(ref.weight)
+        return self._read[ref.weight] if self.shares else self.reader.tensor(ref.weight)
 
     def tensor(self, key: str) -> Tensor:
-        return self.reader.tensor(key).to(self.device)
+        """Of the source, on the device; read once for all that passes through a part."""
+        if key not in self._read:
+            self._read[key] = self.reader.tensor(key)
+        return self._read[key].to(self.device)
+
+    @cached_property
+    def weights(self) -> Listening:
+        return Listening(self.tensor)
+
+    @property
+    def pair(self) -> Pair:
+        """The source, and what it becomes."""
+
+        def release() -> None:
+            self.weights.forget()
+            self._read.clear()
+
+        return Pair(self.plan.model, PlainWeights(self.tensor), self.weights, self.plan.schemes, self.device, release)
 
 
 class UnitRun:
-    """Called once, by `run` or `again`. done: called after each layer that was quantised, with all outcomes so far."""
+    """Called once, by `run`, `again` or `show`. done: is called after each layer that was quantised, with all outcomes."""
 
     def __init__(self, place: Place, unit: Unit, done: Callable[[Layer | by_name.Part, Outcomes], None]) -> None:
         self.place, self.unit, self.plan, self.done = place, unit, place.plan, done
         self.outcomes: Outcomes = {}
-        self.weights = Listening(place.tensor)
+        self.weights = place.weights
         self._headers: dict[Path, dict[str, Entry]] = {}  # of its shards, once they are committed
         self.shard_of = {t.name: i for i, shard in enumerate(unit.shards) for t in shard.tensors}
 
-    def run(self, tape: Tape | None, following: Tape | None) -> Outcomes:
-        """Write the unit's shards. tape: the hidden states that it reads; following: where it leaves its own."""
+    def run(self, tape: Tape | None, following: Tape | None, lockstep: Lockstep | None = None) -> Outcomes:
+        """Write the unit's shards. tape: the hidden states that it reads; following: where it leaves its own. lockstep: what
+        else passes through it."""
         with ExitStack() as stack:
             self.writers = [stack.enter_context(ShardWriter(self.place.partial, s)) for s in self.unit.shards]
             for key in self.unit.kept:
                 self._write(key, self.place.reader.tensor(key))
-            if following is not None:
-                self._pass(tape, following, self._quantise)
+            if following is not None or lockstep is not None:
+                self._pass(tape, following, lockstep, _Quantising(self))
                 return self.outcomes
             for layer in self.unit.layers:
                 for group in layer.same_input():
-                    self._store(group, None)
+                    self.store(group, None)
                 self.done(layer, self.outcomes)
         return self.outcomes
 
     def again(self, tape: Tape | None, following: Tape) -> None:
         """Leave the hidden states that `run` left, to the bit, by the weights in the unit's shards."""
-        self._pass(tape, following, self._committed)
+        self._pass(tape, following, None, _Committed(self))
+
+    def show(self, lockstep: Lockstep) -> None:
+        """Let what else passes through the unit pass, by the weights in its shards."""
+        self._pass(None, None, lockstep, _Committed(self))
 
     @torch.inference_mode()
-    def _pass(self, tape: Tape | None, following: Tape, prepare: Callable[[Part], None]) -> None:
-        """The hidden states through the unit's layers. prepare: makes a part's linears ready to be applied."""
-        ids, device = self.place.ids, self.place.device
-        assert ids is not None
-        where = streams.Place(self.plan.model, device, self.place.work)
-        stream = Stream(where, (ids.shape[0], ids.shape[1]), self.weights, tape or following, following)
-        if tape is None:
-            stream.embed(ids)
+    def _pass(self, tape: Tape | None, following: Tape | None, lockstep: Lockstep | None, maker: _Maker) -> None:
+        """All texts through the unit's layers; maker makes each part's weights. The unit around the layers has none: there
+        texts begin."""
+        ids, layers = self.place.ids, [layer for layer in self.unit.layers if isinstance(layer, Layer)]
+        loop = lockstep or Lockstep(self.place.pair, self.place.work)
+        if following is not None:
+            assert ids is not None
+            where = streams.Place(self.plan.model, self.place.device, self.place.work)
+            stream = Stream(where, (ids.shape[0], ids.shape[1]), self.weights, tape or following, following)
+            if tape is None and not layers:
+                stream.embed(ids)
+            maker.tracks = [Track(stream, ids)]
+        if not layers:
+            loop.embed()
             return
-        for layer in self.unit.layers:
-            assert isinstance(layer, Layer)
-            self._parts([stream.attention(layer)], prepare)
-            self._parts(stream.mlps(layer), prepare)
-            stream.close()
-            if prepare == self._quantise:
-                self.done(layer, self.outcomes)
-        stream.remove()
-
-    def _parts(self, parts: Sequence[Part], prepare: Callable[[Part], None]) -> None:
-        for part in parts:
-            prepare(part)
-            part.finish()
-            self.weights.forget()
-
-    def _quantise(self, part: Part) -> None:
-        """Quantise the part's linears, write them, and have them applied as an engine would."""
-        for wave in part.waves:
-            self._solve(part, wave)
-
-    def _solve(self, part: Part, wave: Sequence[tuple[Linear, ...]]) -> None:
-        statistics = {group: self._statistics(group) for group in wave}
-        gather(part, self.weights, statistics)
-        for group in wave:
-            self.weights.apply(group, self._store(group, statistics.pop(group)))  # a Hessian is not kept longer than that
-
-    def _committed(self, part: Part) -> None:
-        """The same with what was written then."""
-        for group in (group for wave in part.waves for group in wave):
-            self.weights.apply(group, [self._written(ref) for ref in group])
+        quantising = isinstance(maker, _Quantising)
+        loop.run(layers, maker, done=lambda layer: self.done(layer, self.outcomes) if quantising else None)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self.writers[self.shard_of[name]].write(name, tensor)
 
-    def _statistics(self, group: Group) -> LinearStats | None:
+    def statistics(self, group: Group) -> LinearStats | None:
         """Empty ones of what these linears need: none, the range, or the Hessian too."""
         scheme = self.plan.schemes[group[0].key]
         if scheme is None or not needs_tokens(self.plan.recipe, scheme):
@@ -133,17 +145,17 @@ class UnitRun:
         with_hessian = self.plan.recipe.method_of(scheme) == "gptq"
         return LinearStats.empty(group[0].in_features, self.place.device, with_hessian)
 
-    def _store(self, group: Group, stats: LinearStats | None) -> list[Apply]:
+    def store(self, group: Group, stats: LinearStats | None) -> list[Applied]:
         """Quantise linears that read one input, and write them; how each is applied."""
         scheme = self.plan.schemes[group[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
             seen = f"the input of '{group[0].key}' is not finite on the calibration text"
             raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
-        weights = tuple(self.place.reader.tensor(ref.weight) for ref in group)
+        weights = tuple(self.place.weight(ref) for ref in group)
         if scheme is None:
             for ref, weight in zip(group, weights, strict=True):
                 self._write(ref.weight, weight)
-            return [applied(weight.to(self.place.device).float()) for weight in weights]
+            return [Applied(weight.to(self.place.device).float()) for weight in weights]
         applies = []
         solved = GroupJob(weights, stats, scheme, self.plan.recipe.method_of(scheme)).run(self.place.device)
         for ref, (q, outcome) in zip(group, solved, strict=True):
@@ -151,16 +163,17 @@ class UnitRun:
                 self._write(name, tensor)
             scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
             self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
-            applies.append(applied(q.dequantize(), scheme, q.input_scale))
+            applies.append(Applied(q.dequantize(), scheme, q.input_scale))
         return applies
 
-    def _written(self, ref: Linear) -> Apply:
+    def written(self, ref: Linear) -> Applied:
+        """A linear as it was committed."""
         scheme = self.plan.schemes[ref.key]
         if scheme is None:
-            return applied(self.place.tensor(ref.weight).float())
+            return Applied(self.place.tensor(ref.weight).float())
         tensors = {plan.name: self._stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
         q: QuantizedTensor = compressed_tensors.FORMAT.decode(ref, scheme, tensors)
-        return applied(q.dequantize(), scheme, q.input_scale)
+        return Applied(q.dequantize(), scheme, q.input_scale)
 
     def _stored(self, name: str) -> Tensor:
         path = self.place.partial / self.unit.shards[self.shard_of[name]].file
@@ -171,3 +184,35 @@ class UnitRun:
             return tensor_of(file, name, entry).to(self.place.device)
         finally:
             file.close()
+
+
+class _Maker(Observer):
+    """Makes the weights of each part before anything passes through it."""
+
+    def __init__(self, run: UnitRun) -> None:
+        self.run = run
+
+
+class _Quantising(_Maker):
+    """Quantises a part's linears on the calibration tokens that reach it, if there are any, and writes them."""
+
+    def before(self, parts: Sequence[Part]) -> None:
+        own = [part for part in parts if any(part.stream is track.stream for track in self.tracks)]
+        for wave in parts[0].waves:
+            self._solve(own[0] if own else None, wave)
+
+    def _solve(self, part: Part | None, wave: Sequence[tuple[Linear, ...]]) -> None:
+        run = self.run
+        statistics = {group: run.statistics(group) if part else None for group in wave}
+        if part is not None:
+            gather(part, run.weights, statistics)
+        for group in wave:
+            run.weights.apply(group, run.store(group, statistics.pop(group)))  # a Hessian is not kept longer than that
+
+
+class _Committed(_Maker):
+    """Takes what was written then."""
+
+    def before(self, parts: Sequence[Part]) -> None:
+        for group in (group for wave in parts[0].waves for group in wave):
+            self.run.weights.apply(group, [self.run.written(ref) for ref in group])

@@ -26,8 +26,8 @@ __all__ = ["BaselineCache", "BaselineRun"]
 
 # Modules whose code decides the baseline's hidden states.
 DECISIVE = (
-    *("calib.streams", "checkpoint", "dtypes", "formats", "host", "kernels.reference", "measure.run"),
-    *("measure.sides", "model", "qtensor", "run", "scheme"),
+    *("calib.lockstep", "calib.streams", "checkpoint", "dtypes", "formats", "host", "kernels.reference", "measure.run"),
+    *("model", "qtensor", "run", "scheme"),
 )
 
 

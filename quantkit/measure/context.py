@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quantkit.calib.streams import MLPPart, Part
+from quantkit.calib.lockstep import Lockstep, Observer, Track
 from quantkit.errors import CheckpointError
 from quantkit.measure.divergence import TokenScores, chunks, score
-from quantkit.measure.sides import Observer, SideBySide, Track
+from quantkit.measure.sides import side_by_side
 from quantkit.model.cache import KVFormat
-from quantkit.model.spec import Layer
 from quantkit.report.intervals import Resampler, figure, wilson
 from quantkit.report.schema import Context, ContextBucket, Figure, Needle
 from quantkit.run.model import Model
@@ -65,28 +62,16 @@ class LongContext(Observer):
         self.context: Context
         self._needles = [_plant(ids, models[0].spec.vocab, depth) for depth in _DEPTHS] if ids.shape[1] >= _SHORTEST else []
 
-    def prepare(self, sides: SideBySide, step: int) -> None:
+    def prepare(self, lockstep: Lockstep) -> None:
         """Text through both models; the windows with needles too, and those without them through the baseline."""
-        base, quant = (model.weights for model in self.models)
+        base, quant = lockstep.pair.baseline, lockstep.pair.quantized
         texts = [(base, self.ids[:, :-1], None), (quant, self.ids[:, :-1], self.kv)]
         if self._needles:
             planted, bare = (torch.cat([getattr(needle, name) for needle in self._needles]) for name in ("planted", "bare"))
             texts += [(base, torch.cat((planted, bare)), None), (quant, planted, self.kv)]
-        self.tracks = [Track(sides.stream(weights, ids, kv), ids, torch.ones_like(ids) > 0) for weights, ids, kv in texts]
+        self.tracks = [Track(lockstep.stream(weights, ids, kv), ids, torch.ones_like(ids) > 0) for weights, ids, kv in texts]
 
-    def routed(self, layer: Layer) -> None:
-        pass
-
-    def passed(self, part: MLPPart, x: Tensor, y: Tensor, rows: Tensor) -> None:
-        pass
-
-    def after(self, parts: Sequence[Part]) -> None:
-        pass
-
-    def done(self, layer: Layer) -> None:
-        pass
-
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         every = self._by_position()
         scores = every.where(np.isfinite(every.kl))
         far = scores.where(scores.position >= self.ids.shape[1] // 2)
@@ -148,12 +133,7 @@ class LongContext(Observer):
 def long_context(models: Sequence[Model], ids: Tensor, kv: KVFormat) -> Context:
     """`LongContext` in a pass of its own."""
     found = LongContext(models, ids, kv)
-    with TemporaryDirectory(prefix="quantkit-eval-") as folder, torch.inference_mode():
-        sides = SideBySide(models, Path(folder))
-        found.prepare(sides, len(ids))
-        sides.run([found])
-        found.finish(len(ids))
-        sides.release()
+    side_by_side(models, [found])
     return found.context
 
 

@@ -27,13 +27,15 @@ from quantkit.measure.provenance import Said, linear_rows, overlap, provenance, 
 from quantkit.measure.run import BATCH_TOKENS, Evaluation
 from quantkit.measure.samples import generations, worst_tokens
 from quantkit.measure.sections import divergence, kv_cache, layer_rows, moe, probe
+from quantkit.measure.sides import side_by_side
 from quantkit.model.cache import KVFormat
+from quantkit.model.spec import ModelSpec
 from quantkit.report.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.report.text_schema import TextTokens
 from quantkit.run.bench import bench, matrices_of
 from quantkit.run.model import Model
 
-__all__ = ["Extent", "HeldOut", "evaluate", "figures", "measure", "read_text", "without_tasks"]
+__all__ = ["Extent", "HeldOut", "evaluate", "evaluation_of", "figures", "measure", "read_text", "without_tasks"]
 
 _KEEP_BYTES = 4_000_000_000  # generation keeps the weights of both models; beyond this it is left out, and said so
 _CONTEXT_WINDOWS = 8
@@ -67,23 +69,27 @@ def measure(
     command: str = "",
     progress: Callable[[int, int], None] | None = None,
     warn: Callable[[str], None] = lambda line: None,
+    ran: Evaluation | None = None,
 ) -> Report:
     """Everything that report.json holds but gates and tasks, in float32, activations rounded as the schemes say.
 
     text: a file or named corpus (see `calib.documents`); its documents are cut into windows of `seq_len` tokens, at
     most `windows` of them. progress is called with (layers done, layers in all), warn with each note that is known before
-    the models run. Raises QuantkitError.
+    the models run. ran: an evaluation of the same text and extent that
+    has run already, beside the quantisation of this very model: no weight is read for it again. Raises QuantkitError.
     """
     begun = time.monotonic()
     job = _prepare(quantized, baseline, text, extent, pick_device(device))
     for note in job.notes():
         warn(note)
     models, data, record, kv = job.models, job.data, job.record, extent.kv_cache
-    step = max(1, BATCH_TOKENS // data.ids.shape[1])
-    store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None
-    run, long_ids = Evaluation(models, data, store, kv), job.read.long_ids
-    far = None if long_ids is None else LongContext(models, long_ids, kv or KVFormat.FLOAT32)
-    run.run(step, progress, [far] if far else [])
+    run, far = ran, None
+    if run is None or not run.ran or run.data.digest() != data.digest():
+        step, long_ids = _step(data), job.read.long_ids
+        store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None
+        run = Evaluation(models[0].spec, data, step, models[0].folder, store, kv)
+        far = None if long_ids is None else LongContext(models, long_ids, kv or KVFormat.FLOAT32)
+        side_by_side(models, [run, far] if far else [run], progress)
     linears = linear_rows(models, record, run.weight_errors)
     scored = len(run.scores) + run.broken
     said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command, job.read.began)
@@ -110,6 +116,15 @@ def measure(
             update={"speed": _speed(models[1], device) if extent.speed else []}
         ),
     )
+
+
+def _step(data: EvalSet) -> int:
+    return max(1, BATCH_TOKENS // data.ids.shape[1])
+
+
+def evaluation_of(spec: ModelSpec, data: EvalSet, baseline: Path) -> Evaluation:
+    """One to pass through the layers while they are quantised; see `measure`'s `ran`."""
+    return Evaluation(spec, data, _step(data), baseline)
 
 
 @dataclass(frozen=True)

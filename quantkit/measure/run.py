@@ -7,29 +7,27 @@ kept, of its logits nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.calib.lockstep import Lockstep, Observer, Pair, Track
 from quantkit.calib.streams import MLPPart, Part
 from quantkit.calib.tokens import EvalSet
 from quantkit.errors import CheckpointError
 from quantkit.measure.cache import BaselineCache, BaselineRun
 from quantkit.measure.divergence import TokenScores, chunks, relative_error, same_choices, score
 from quantkit.measure.samples import Worst
-from quantkit.measure.sides import Observer, SideBySide, Track
 from quantkit.measure.trace import BLOCKS, Bf16Products, Heard, OutputErrors
 from quantkit.model.cache import KVFormat
 from quantkit.model.forward import head
-from quantkit.model.spec import Layer, Linear, MoE
+from quantkit.model.spec import Layer, Linear, ModelSpec, MoE
 from quantkit.model.weights import Weights
 from quantkit.report.intervals import Floats
-from quantkit.run.model import Model
 
 __all__ = ["BATCH_TOKENS", "Evaluation", "probe_rows"]
 
@@ -74,7 +72,9 @@ class _Compared:
 
 
 class Evaluation(Observer):
-    """Runs when called; its attributes are the findings.
+    """Looks at both models on held-out text; when they have passed, its attributes are the findings.
+
+    step: windows that are scored at once, and stored together. baseline: what to call it in a message.
 
     scores: of all scored tokens whose logits are finite. probes: of probed tokens, "free" for the quantised model, "forced"
     for it with the baseline's routing, "floor" for the baseline with BF16 products, "float_kv" for the quantised model with
@@ -84,10 +84,19 @@ class Evaluation(Observer):
     finite although the quantised model's are.
     """
 
-    def __init__(self, models: list[Model], data: EvalSet, store: BaselineCache | None, kv: KVFormat | None) -> None:
-        self.base, self.quant = models
-        self.spec = self.base.spec
-        self.data, self.store, self.kv, self.device = data, store, kv, self.base.device
+    pair: Pair
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        data: EvalSet,
+        step: int,
+        baseline: str | Path,
+        store: BaselineCache | None = None,
+        kv: KVFormat | None = None,
+    ) -> None:
+        self.baseline = baseline
+        self.spec, self.data, self.step, self.store, self.kv = spec, data, step, store, kv
         self.probe = probe_rows(len(data.ids))
         self.scored = torch.arange(data.ids.shape[1])[None, :] < data.lengths[:, None] - 1  # bool [windows, length]
         units, member = np.unique(data.unit.numpy(), return_inverse=True)
@@ -96,6 +105,7 @@ class Evaluation(Observer):
         widest = max((len(moe.experts) for moe in self.spec.moes()), default=0)
         self.layers, self.worst = _Layers(len(self.spec.layers), widest), Worst()
         self.broken = self.varied = 0
+        self.ran = False
         self.varied_broken: dict[str, int] = {}
         self.scores: TokenScores
         self.probes: dict[str, TokenScores] = {}
@@ -109,42 +119,31 @@ class Evaluation(Observer):
     def broken_at(self) -> int | None:
         return self._compared["free"].track.broken_at
 
-    def run(self, step: int, progress: Callable[[int, int], None] | None, beside: Sequence[Observer] = ()) -> None:
-        """step: windows that are scored at once, and stored together. beside: what else looks at the two models in the same
-        pass; their tracks are set up by `prepare`, and read by `finish`."""
-        with TemporaryDirectory(prefix="quantkit-eval-") as folder, torch.inference_mode():
-            sides = SideBySide([self.base, self.quant], Path(folder))
-            for observer in (self, *beside):
-                observer.prepare(sides, step)
-            sides.run([self, *beside], progress)
-            for observer in (self, *beside):
-                observer.finish(step)
-            sides.release()
-
     # Before the pass
 
-    def prepare(self, sides: SideBySide, step: int) -> None:
-        ids, starts = self.data.ids, range(0, len(self.data.ids), step)
+    def prepare(self, lockstep: Lockstep) -> None:
+        self.pair = lockstep.pair
+        ids, starts = self.data.ids, range(0, len(self.data.ids), self.step)
         self._stored = self.store is not None and all(self.store.has(start) for start in starts)
         if self._stored and self.store is not None:
             runs = [self.store.get(start) for start in starts]
             self._experts = {i: torch.cat([run.experts[i].short().cpu() for run in runs if run]) for i in self.moes}
         every = torch.ones(len(ids), dtype=torch.bool)
         self._live = self.probe if self._stored else every  # windows that the baseline reads
-        kv, base = self.kv, Track(sides.stream(self.base.weights, ids[self._live]), ids[self._live])
-        self._base, probed = base, ids[self.probe]
-        free = Track(sides.stream(self.quant.weights, ids, kv), ids, self.scored)
-        rounded = Bf16Products(self.base.weights)
+        kv, quantized = self.kv, self.pair.quantized
+        self._base = base = Track(lockstep.stream(self.pair.baseline, ids[self._live]), ids[self._live])
+        probed, rounded = ids[self.probe], Bf16Products(self.pair.baseline)
+        free = Track(lockstep.stream(quantized, ids, kv), ids, self.scored)
         self._compared = {
-            "free": self._against(free, every, self.quant.weights),
-            "floor": self._against(Track(sides.stream(rounded, probed), probed), self.probe, rounded),
+            "free": self._against(free, every, quantized),
+            "floor": self._against(Track(lockstep.stream(rounded, probed), probed), self.probe, rounded),
         }
         if self.moes:
-            track = Track(sides.stream(self.quant.weights, probed, kv), probed, given=(base, self.probe[self._live]))
-            self._compared["forced"] = _Compared(track, self.probe, self.quant.weights, None)
+            track = Track(lockstep.stream(quantized, probed, kv), probed, given=(base, self.probe[self._live]))
+            self._compared["forced"] = _Compared(track, self.probe, quantized, None)
         if kv:
-            track = Track(sides.stream(self.quant.weights, probed), probed)
-            self._compared["float_kv"] = self._against(track, self.probe, self.quant.weights)
+            track = Track(lockstep.stream(quantized, probed), probed)
+            self._compared["float_kv"] = self._against(track, self.probe, quantized)
         self.tracks = [base, *(compared.track for compared in self._compared.values())]
 
     def _against(self, track: Track, windows: Tensor, weights: Weights) -> _Compared:
@@ -177,7 +176,7 @@ class Evaluation(Observer):
                 sent = self.layers.sent[layer.index]
                 sent += np.bincount(before.flatten().numpy(), minlength=len(sent))
 
-    def passed(self, part: MLPPart, x: Tensor, y: Tensor, rows: Tensor) -> None:
+    def passed(self, part: Part, x: Tensor, y: Tensor, rows: Tensor) -> None:
         """What the baseline's MLP reads and gives on probed tokens is kept for the quantised one."""
         if part.stream is not self._base.stream:
             return
@@ -192,7 +191,7 @@ class Evaluation(Observer):
         layers lost: so a damaged expert stands out by itself. Compare the weights themselves."""
         for heard in self._heard:
             assert isinstance(parts[0], MLPPart)
-            answer = self.quant.weights.mlp(parts[0].mlp, heard.x)
+            answer = self.pair.quantized.mlp(parts[0].mlp, heard.x)
             self.errors.add(parts[0].mlp.gate.key, heard.block, *relative_error(heard.y, answer))
         self._heard = []
         for ref in (ref for wave in parts[0].waves for group in wave for ref in group):
@@ -201,12 +200,10 @@ class Evaluation(Observer):
 
     def _weight_error(self, ref: Linear) -> float | None:
         """||Q - W|| / ||W||; None for a linear that is not quantised."""
-        scheme, own = self.quant.weights.schemes[ref.key], self.base.weights.schemes[ref.key]
-        if scheme is None:
+        if self.pair.schemes[ref.key] is None:
             return None
-        weight = self.base.weights.quantized(ref, own).dequantize() if own else self.base.weights.tensor(ref.weight)
-        weight = weight.double()
-        difference = self.quant.weights.quantized(ref, scheme).dequantize().to(weight.device) - weight
+        weight = self.pair.baseline.matrix(ref).double()
+        difference = self.pair.quantized.matrix(ref).to(weight.device) - weight
         return min(float(difference.norm() / weight.norm().clamp(min=1e-30)), _OVERFLOWN)
 
     def done(self, layer: Layer) -> None:
@@ -221,12 +218,12 @@ class Evaluation(Observer):
 
     # After the pass
 
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         parts: list[TokenScores] = []
         probed: dict[str, list[TokenScores]] = {}
-        for start in range(0, len(self.data.ids), step):
+        for start in range(0, len(self.data.ids), self.step):
             windows = torch.zeros(len(self.data.ids), dtype=torch.bool)
-            windows[start : start + step] = True
+            windows[start : start + self.step] = True
             base = self._baseline(start, windows)
             scores = self._score("free", windows, base.hidden, worst=True)
             finite = np.isfinite(scores.kl)
@@ -236,6 +233,7 @@ class Evaluation(Observer):
                 self._probe(windows, base.hidden, scores, probed)
         self.scores = TokenScores.join(parts)
         self.probes = {name: TokenScores.join(found) for name, found in probed.items()}
+        self.ran = True
 
     def _baseline(self, start: int, windows: Tensor) -> BaselineRun:
         """Its hidden states on scored tokens of some windows, and its choices; from the store, or into it."""
@@ -253,7 +251,7 @@ class Evaluation(Observer):
     def _hidden(self, track: Track, reads: Tensor, windows: Tensor) -> Tensor:
         """[scored tokens of `windows`, hidden] of a track that reads the windows `reads`; windows follow each other."""
         at = windows[reads].nonzero().flatten().tolist()
-        return track.hidden(slice(at[0], at[-1] + 1))[self.scored[windows & reads].to(self.device)]
+        return track.hidden(slice(at[0], at[-1] + 1))[self.scored[windows & reads].to(self.pair.device)]
 
     def _probe(self, windows: Tensor, base: Tensor, free: TokenScores, probed: dict[str, list[TokenScores]]) -> None:
         """Score the variants of one batch's probe against the baseline."""
@@ -286,13 +284,13 @@ class Evaluation(Observer):
         self, windows: Tensor, base: Tensor, other: Tensor, weights: Weights, router: Floats, worst: bool
     ) -> TokenScores:
         at = (self.scored & windows[:, None]).nonzero()  # [n, 2]: window, position
-        targets = self.data.ids.roll(-1, dims=1)[at[:, 0], at[:, 1]].to(self.device)
+        targets = self.data.ids.roll(-1, dims=1)[at[:, 0], at[:, 1]].to(self.pair.device)
         parts = []
         for part in chunks(len(targets), self.spec.vocab):
-            logits = head(self.spec, self.base.weights, base[part]), head(self.spec, weights, other[part])
+            logits = head(self.spec, self.pair.baseline, base[part]), head(self.spec, weights, other[part])
             parts.append(score(*logits, targets[part]))
             if worst:
                 self.worst.see(*logits, parts[-1].kl, at[part])
         if not all(torch.isfinite(part.nll_baseline).all() for part in parts):
-            raise CheckpointError(f"{self.base.folder}: logits of the baseline are not finite", "check that checkpoint")
+            raise CheckpointError(f"{self.baseline}: logits of the baseline are not finite", "check that checkpoint")
         return TokenScores.of(parts, router, self.data.unit[at[:, 0]].numpy(), at[:, 1].numpy())

@@ -13,7 +13,6 @@ from quantkit.model.spec import Linear
 from quantkit.model.weights import Weights
 from quantkit.report.intervals import Resampler, percentile_interval
 from quantkit.report.schema import Figure
-from quantkit.run.weights import CheckpointWeights
 
 __all__ = ["BLOCKS", "Bf16Products", "Heard", "OutputErrors"]
 
@@ -23,7 +22,7 @@ BLOCKS = 64  # documents are put together into at most so many blocks, so that m
 class Bf16Products(Weights):
     """The same weights multiplied as engines do: inputs and outputs of every linear rounded to BF16."""
 
-    def __init__(self, own: CheckpointWeights) -> None:
+    def __init__(self, own: Weights) -> None:
         self.own = own
 
     def tensor(self, key: str) -> Tensor:
@@ -36,7 +35,7 @@ class Bf16Products(Weights):
         return self.own.read(ref, x)
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
-        if self.own.schemes.get(ref.key) is not None:
+        if not self.own.is_plain(ref):
             return self.own.linear(ref, x.bfloat16().to(x.dtype)).bfloat16().to(x.dtype)
         return F.linear(x.bfloat16(), self.own.tensor(ref.weight).bfloat16()).to(x.dtype)
 

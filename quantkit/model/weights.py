@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from quantkit.model.blocks import Routing
 from quantkit.model.spec import MLP, Linear, MoE
 
-__all__ = ["Weights", "gated"]
+__all__ = ["PlainWeights", "Weights", "gated"]
 
 
 class Weights(ABC):
@@ -32,6 +33,10 @@ class Weights(ABC):
         """What `linear` multiplies by, [out, in], any float. A subclass whose weights are not plain overrides this."""
         return self.tensor(ref.weight)
 
+    def is_plain(self, ref: Linear) -> bool:
+        """Whether `linear` multiplies by `tensor(ref.weight)` and does nothing else."""
+        return True
+
     def read(self, ref: Linear, x: Tensor) -> Tensor:
         """x [..., in] as `linear` multiplies it: rounded, where the scheme says so."""
         return x
@@ -50,6 +55,19 @@ class Weights(ABC):
         y = y * routing.weights.flatten()[order, None].to(y.dtype)
         out = self.mlp(spec.shared, x) if spec.shared else torch.zeros_like(x)
         return out.index_add(0, tokens, y.to(out.dtype))
+
+
+class PlainWeights(Weights):
+    """Tensors as a checkpoint that is not quantised holds them. tensors: gives one by name, on the device."""
+
+    def __init__(self, tensors: Callable[[str], Tensor]) -> None:
+        self._tensors = tensors
+
+    def tensor(self, key: str) -> Tensor:
+        return self._tensors(key)
+
+    def linear(self, ref: Linear, x: Tensor) -> Tensor:
+        return F.linear(x, self.tensor(ref.weight).to(x.dtype))
 
 
 def gated(spec: MLP, x: Tensor, weights: Weights) -> Tensor:

@@ -50,6 +50,9 @@ class CheckpointWeights(Weights):
         scheme = self.schemes.get(ref.key)
         return self.tensor(ref.weight) if scheme is None else self.quantized(ref, scheme).dequantize().to(self.device)
 
+    def is_plain(self, ref: Linear) -> bool:
+        return self.schemes.get(ref.key) is None
+
     def read(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
         if scheme is None or scheme.activation is None:
