@@ -24,8 +24,9 @@ from quantkit.checkpoint.writer import ShardWriter
 from quantkit.dtypes import Entry
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
+from quantkit.job.methods import needs_tokens
 from quantkit.job.placement import Unit
-from quantkit.job.plan import Plan, needs_tokens
+from quantkit.job.plan import Plan
 from quantkit.kernels.reference import round_activation
 from quantkit.model.spec import Layer, Linear
 from quantkit.qtensor import QuantizedTensor
@@ -111,10 +112,8 @@ class UnitRun:
 
     def wants(self, refs: Sequence[Linear]) -> bool | None:
         """What statistics these linears need: none (None), the range (False), or the Hessian too (True)."""
-        scheme = self.plan.schemes[refs[0].key]
-        if scheme is None or not needs_tokens(self.plan.recipe, scheme):
-            return None
-        return self.plan.recipe.method_of(scheme) == "gptq"
+        scheme, method = self.plan.schemes[refs[0].key], self.plan.methods.get(refs[0].key)
+        return method.hessian if method and needs_tokens(scheme, method) else None
 
     @torch.inference_mode()
     def quantise(self, refs: Sequence[Linear], stats: LinearStats | None) -> list[Apply]:
@@ -138,8 +137,7 @@ class UnitRun:
                 self._write(ref.weight, weight)
             return stored
         weights = [weight.to(self.place.device).float() for weight in stored]
-        method = self.plan.recipe.method_of(scheme)
-        solved = solve(weights, scheme, method, stats, repair_on(self.place.device))
+        solved = solve(weights, scheme, self.plan.methods[refs[0].key], stats, repair_on(self.place.device))
         for ref, (q, outcome) in zip(refs, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
