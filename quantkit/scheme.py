@@ -6,7 +6,7 @@ Scheme names and their meaning are those of compressed-tensors' presets; a test 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -26,6 +26,7 @@ __all__ = [
     "Scheme",
     "Strategy",
     "fp8_block",
+    "labels",
     "scheme_named",
     "weight_only",
 ]
@@ -245,6 +246,16 @@ def scheme_named(name: str, group_size: int | None = None) -> Scheme | None:
     if group_size is None or scheme.weight.strategy is not Strategy.GROUP:
         return scheme
     return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, group_size=group_size))
+
+
+def labels(schemes: Iterable[Scheme | None]) -> dict[Scheme | None, str]:
+    """What to call each: its name, with the size of its groups where the same name stands for several."""
+    found = dict.fromkeys(schemes)
+    sizes: dict[str, set[int | None]] = {}
+    for scheme in found:
+        if scheme:
+            sizes.setdefault(scheme.name, set()).add(scheme.weight.group_size)
+    return {s: BF16 if s is None else s.full_name if len(sizes[s.name]) > 1 else s.name for s in found}
 
 
 def weight_only(bits: int, symmetric: bool, group_size: int | None) -> Scheme:

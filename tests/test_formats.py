@@ -105,6 +105,7 @@ RECIPES = {
         ),
         group_size=32,
     ),
+    "two group sizes": Recipe.of({"group_size": 32, "rules": [{"match": "*.[02].mlp.*", "group_size": 16}]}),
 }
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "schemed",
     "smaller_groups",
     "unheard_of",
+    "undivided",
     "zero_points",
 ]
 
@@ -118,6 +119,18 @@ def smaller_groups(least: int) -> Check:
             size = held.scheme.weight.group_size if held.scheme and held.scheme.activation is None else None
             if size and size < least:
                 yield Hit(held, f"groups of {size}")
+
+    return check
+
+
+def undivided(name: str, unit: int) -> Check:
+    """Experts with that scheme of which a side on a device is no multiple of unit."""
+
+    def check(view: View) -> Iterator[Hit]:
+        for held in _of(view, True):
+            sides = [*held.parts, held.inputs] if held.scheme and held.scheme.name == name else []
+            if odd := [side for side in sides if side and side % unit]:
+                yield Hit(held, f"{odd[0]} on a device, no multiple of {unit}")
 
     return check
 
@@ -248,4 +261,4 @@ def _of(view: View, experts: bool) -> Iterator[Held]:
 
 
 def _names(schemes: Iterable[object]) -> str:
-    return ", ".join(sorted(getattr(scheme, "name", "BF16") for scheme in schemes))
+    return ", ".join(sorted(getattr(scheme, "full_name", "BF16") for scheme in schemes))

@@ -83,7 +83,7 @@ def one_scheme(schemes: Schemes, name: str) -> Scheme:
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if len(found) > 1:
         raise ConfigError(
-            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(s.name for s in found)}",
+            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(s.full_name for s in found)}",
             ELSEWHERE,
         )
     return next(iter(found))

@@ -31,7 +31,7 @@ from quantkit.model.registry import build_spec
 from quantkit.model.spec import OPTION_ROLES, Linear, ModelSpec, Role
 from quantkit.quant.method import DAMPING, PARAMETERS, Method
 from quantkit.recipe import Recipe
-from quantkit.scheme import BF16, Scheme, Strategy
+from quantkit.scheme import BF16, Scheme, Strategy, labels
 
 __all__ = ["Plan", "make_plan", "summary"]
 
@@ -103,12 +103,12 @@ class Plan:
     def by_role(self) -> dict[str, dict[str, Any]]:
         """Per role: the schemes, how many linears and weights, and bits per weight on disk."""
         table: dict[str, dict[str, Any]] = {}
+        names = labels(self.schemes.values())
         for ref in self.spec.linears():
             scheme, count = self.schemes[ref.key], ref.out_features * ref.in_features
             row = table.setdefault(ref.role.value, {"schemes": [], "linears": 0, "weights": 0, "bits": 0.0})
-            name = scheme.name if scheme else "BF16"
-            if name not in row["schemes"]:
-                row["schemes"].append(name)
+            if names[scheme] not in row["schemes"]:
+                row["schemes"].append(names[scheme])
             row["linears"] += 1
             row["weights"] += count
             row["bits"] += count * (scheme.bits_per_weight(ref.out_features, ref.in_features) if scheme else 16)
