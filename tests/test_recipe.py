@@ -249,10 +249,8 @@ def test_dense_mlps_have_an_option(tmp_path: Path, model: Path) -> None:
         key: "FP8_DYNAMIC" if ".mlp." in key else "W8A8" for key in schemes
     }
     stated = json.loads((tmp_path / "out" / "quantkit.json").read_text())["recipe"]
-    assert (
-        stated["mlp"] == "FP8_DYNAMIC"
-        and "mlp" not in make_plan(CheckpointReader(folder), Recipe(mlp="W4A16", group_size=32)).resolved
-    )
+    alike = make_plan(CheckpointReader(folder), Recipe(scheme="W8A8", mlp="W8A8"))
+    assert stated["mlp"] == "FP8_DYNAMIC" and "mlp" not in alike.resolved
     with pytest.raises(ConfigError, match="mlp is W8A8, and .* has no linear with the role mlp"):
         planned(model, mlp="W8A8")
 

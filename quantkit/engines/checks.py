@@ -10,7 +10,7 @@ from quantkit.engines.rules import Check, Hit, Naming, View
 from quantkit.errors import shown
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import MoE, Role
-from quantkit.scheme import PRESETS, Kind, Strategy
+from quantkit.scheme import PRESETS, Kind, Scheme, Strategy, labels
 
 __all__ = [
     "architecture",
@@ -260,5 +260,5 @@ def _of(view: View, experts: bool) -> Iterator[Held]:
     return (held for held in view.weights if (held.role is Role.EXPERTS) is experts)
 
 
-def _names(schemes: Iterable[object]) -> str:
-    return ", ".join(sorted(getattr(scheme, "full_name", "BF16") for scheme in schemes))
+def _names(schemes: Iterable[Scheme | None]) -> str:
+    return ", ".join(sorted(labels(schemes).values()))
