@@ -16,7 +16,7 @@ from quantkit.kernels.cuda import decode
 from quantkit.kernels.cuda.build import Library
 from quantkit.kernels.triton import ops, serve
 from quantkit.kernels.triton.backend import lacks
-from quantkit.kernels.triton.layout import Packed, Packed8, PackedInt, pack_scales
+from quantkit.kernels.triton.layout import Packed, Packed8, PackedInt, misfit, pack_scales
 from quantkit.kernels.triton.tiles import SCRATCH_FROM
 from quantkit.scheme import PRESETS, Kind, Scheme, Strategy
 
@@ -88,7 +88,7 @@ def _kind(scheme: Scheme) -> str:
 
 def _able(names: tuple[str, ...]) -> Iterator[tuple[str, Scheme]]:
     for name in names:
-        if lacks(PRESETS[name], DEVICE) is None:
+        if misfit(PRESETS[name], (128, 128)) is None and lacks(PRESETS[name], DEVICE) is None:
             yield name, PRESETS[name]
 
 

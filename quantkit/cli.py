@@ -32,7 +32,7 @@ FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8"
 def main() -> None:
     """Quantise Mixture-of-Experts language models to INT4 or FP8, and measure what that costs.
 
-    Schemes: W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC, FP8 (static), FP8_BLOCK; BF16 keeps a role as it is.
+    Schemes: W4A16, W4A16_ASYM, W4AFP8, W8A16, W8A8, FP8_DYNAMIC, FP8 (static), FP8_BLOCK; BF16 keeps a role as it is.
     """
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quantkit.dtypes import DTYPES
-from quantkit.scheme import Grid, Kind, Strategy
+from quantkit.scheme import Grid, Strategy
 
 __all__ = ["QuantizedTensor", "expand"]
 
@@ -29,7 +28,7 @@ def expand(per_scale: Tensor, grid: Grid, shape: tuple[int, int]) -> Tensor:
 class QuantizedTensor:
     """A weight [out, in] on a grid.
 
-    codes: int8, or float8_e4m3fn for a FLOAT grid, [out, in]. scale: `grid.scale_dtype`, `grid.scale_shape`, finite and
+    codes: `grid.codes.dtype`, [out, in]. scale: `grid.scale_dtype`, `grid.scale_shape`, finite and
     > 0. zero: int8 of the scale's shape when the grid is asymmetric, else None. input_scale: a float [1] when the scheme
     rounds activations with a calibrated scale.
     """
@@ -42,7 +41,7 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         out, inputs = self.codes.shape
-        expected = torch.float8_e4m3fn if self.grid.kind is Kind.FLOAT else torch.int8
+        expected = DTYPES[self.grid.codes.dtype]
         if self.codes.dtype is not expected:
             raise ValueError(f"codes are {self.codes.dtype}, a {self.grid.kind.value} grid holds {expected}")
         if self.scale.dtype is not DTYPES[self.grid.scale_dtype]:

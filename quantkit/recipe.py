@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import (
@@ -13,19 +13,23 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from quantkit.errors import ConfigError
-from quantkit.model.spec import Linear, Role
-from quantkit.scheme import BF16, Kind, Scheme, scheme_named
+from quantkit.model.spec import OPTION_ROLES, Linear
+from quantkit.quant.method import PARAMETERS, Method, MethodName
+from quantkit.scheme import BF16, Scheme, scheme_named
 
 __all__ = ["Recipe", "Rule"]
 
-Method = Literal["rtn", "gptq"]
+_PARAMETERS = tuple(dict.fromkeys(name for names in PARAMETERS.values() for name in names))  # fields of rules and recipes
+_Damping = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 
 
 class _EachKeyOnce(yaml.SafeLoader):
@@ -40,12 +44,60 @@ class _EachKeyOnce(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _known_scheme(name: str | None) -> str | None:
+    if name is not None:
+        scheme_named(name)
+    return name
+
+
+def _of_method(value: object, info: ValidationInfo) -> object:
+    """A parameter beside a method must be one of that method's."""
+    method = info.data.get("method")
+    if value is not None and method is not None and info.field_name not in PARAMETERS[method]:
+        raise ValueError(f"{method} has no such parameter; it has {', '.join(PARAMETERS[method]) or 'none'}")
+    return value
+
+
 class Rule(BaseModel):
-    """An exception to the roles: linears whose name matches the glob `match` get `scheme`. The first match wins."""
+    """An exception: what linears whose name matches the glob `match` get. The first match wins, whatever it says; what it
+    leaves out is as the recipe says of their role, or of all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     match: str
-    scheme: str
+    scheme: str | None = None
+    group_size: int | None = Field(default=None, ge=8)
+    method: MethodName | None = None
+    damping: _Damping | None = None
+
+    @field_validator("scheme")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return _known_scheme(value)
+
+    @field_validator(*_PARAMETERS)
+    @classmethod
+    def _of_the_method(cls, value: object, info: ValidationInfo) -> object:
+        return _of_method(value, info)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.scheme is None and not self.how:
+            known = ", ".join(name for name in type(self).model_fields if name != "match")
+            raise ValueError(f"the rule says nothing of what it matches; give one of {known}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_unsaid(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What it says beside the scheme."""
+        said = {name: getattr(self, name) for name in ("group_size", "method", *_PARAMETERS)}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+_NOTHING = Rule.model_construct(match="*")  # what is as if there were no rule
 
 
 class Recipe(BaseModel):
@@ -59,10 +111,12 @@ class Recipe(BaseModel):
     experts: str | None = None
     shared_experts: str | None = None
     attention: str | None = None
+    mlp: str | None = None
     linears: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     group_size: int | None = Field(default=None, ge=8)
-    method: Method | None = None
+    method: MethodName | None = None
+    damping: _Damping | None = None
     calibration: str = "stdlib"
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=8)
@@ -81,12 +135,15 @@ class Recipe(BaseModel):
         first = [{"match": glob, "scheme": BF16} for glob in keep]
         return {**{key: value for key, value in fields.items() if key != "keep"}, "rules": [*first, *rules]}
 
-    @field_validator("scheme", "experts", "shared_experts", "attention")
+    @field_validator("scheme", *(role.value for role in OPTION_ROLES))
     @classmethod
     def _known(cls, value: str | None) -> str | None:
-        if value is not None:
-            scheme_named(value)
-        return value
+        return _known_scheme(value)
+
+    @field_validator(*_PARAMETERS)
+    @classmethod
+    def _of_the_method(cls, value: object, info: ValidationInfo) -> object:
+        return _of_method(value, info)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -96,7 +153,8 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first, where = error.errors()[0], (info.context or {}).get("where", "recipe")
             name = ".".join(str(part) for part in first["loc"])
-            known = f"fields are {', '.join([*cls.model_fields, 'keep'])}"
+            rule = first["loc"][:1] == ("rules",)
+            known = f"fields are {', '.join(Rule.model_fields if rule else [*cls.model_fields, 'keep'])}"
             fix = known if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
             raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
 
@@ -107,19 +165,23 @@ class Recipe(BaseModel):
         """
         if self.linears and not any(fnmatchcase(ref.key, pattern) for pattern in self.linears):
             return None
-        for rule in self.rules:
-            if fnmatchcase(ref.key, rule.match):
-                return scheme_named(rule.scheme, self.group_size)
-        by_role = {
-            Role.EXPERTS: self.experts,
-            Role.SHARED_EXPERTS: self.shared_experts,
-            Role.ATTENTION: self.attention,
-        }
-        return scheme_named(by_role.get(ref.role) or self.scheme, self.group_size)
+        rule = self.rule_of(ref.key) or _NOTHING
+        by_role = getattr(self, ref.role.value) if ref.role in OPTION_ROLES else None
+        return scheme_named(rule.scheme or by_role or self.scheme, rule.group_size or self.group_size)
 
-    def method_of(self, scheme: Scheme) -> Method:
-        """GPTQ for 4-bit integers, rounding to nearest for the 8-bit grids, unless the recipe names a method."""
-        return self.method or ("gptq" if scheme.weight.kind is Kind.INT and scheme.weight.bits == 4 else "rtn")
+    def rule_of(self, key: str) -> Rule | None:
+        """The rule that decides of a linear: the first that matches its name."""
+        return next((rule for rule in self.rules if fnmatchcase(key, rule.match)), None)
+
+    def method_of(self, ref: Linear) -> Method | None:
+        """The method of one linear, None where it is kept: its rule's, else the general one, else GPTQ for 4 bits and
+        rounding to nearest for 8. A parameter that the method does not have is for other linears."""
+        if (scheme := self.scheme_of(ref)) is None:
+            return None
+        rule = self.rule_of(ref.key) or _NOTHING
+        name = rule.method or self.method or ("gptq" if scheme.weight.bits == 4 else "rtn")
+        said = {field: getattr(rule, field) or getattr(self, field) for field in PARAMETERS[name]}
+        return Method(name, **{field: value for field, value in said.items() if value is not None})
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, object]) -> Recipe:

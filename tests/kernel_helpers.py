@@ -14,9 +14,11 @@ from quantkit.kernels.backend import Expert
 from quantkit.kernels.reference import round_activation
 from quantkit.kernels.triton.layout import Packed, Stack, join, pack
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Kind, Scheme
+from quantkit.scheme import PRESETS, Kind, Scheme
 
 __all__ = ["close", "layer", "poison", "product", "random_expert", "random_weight", "stacked"]
+
+ON_GPU = [name for name in PRESETS if name != "W4AFP8"]  # presets that have a GPU kernel
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from tests.test_bad_input import accepted, edit, refused
 
 DOCS = Path(__file__).parents[1] / "docs" / "formats.md"
 LINEAR = "model.layers.0.mlp.experts.1.up_proj"
-SOURCES = ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
+SOURCES = ("W4A16", "W4A16_ASYM", "W4AFP8", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,9 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm.gpu-age": (v("llama", hardware="sm70"), v("llama", hardware="sm75")),
     "vllm.gpu-fp8": (v("llama", "FP8_DYNAMIC", hardware="sm80"), v("llama", "FP8_DYNAMIC", hardware="sm89")),
     "vllm.gpu-fp8-experts": (v("mixtral", "FP8_DYNAMIC", hardware="sm80"), v("mixtral", "FP8_DYNAMIC", hardware="sm90")),
+    "vllm.w4afp8": (v("mixtral", "W4AFP8"), v("mixtral")),
+    "vllm.w4afp8-linear": (v("llama", "W4AFP8", hardware="sm100"), v("llama", "W4AFP8", hardware="sm90")),
+    "vllm.w4afp8-experts": (v("hunyuan", "W4AFP8"), v("mixtral", "W4AFP8")),  # 18304 = 71.5 * 256
     "vllm.cpu-experts": (v("mixtral", hardware="cpu"), v("mixtral", parts={"experts": "BF16"}, hardware="cpu")),
     "vllm.zen-experts": (v("mixtral", hardware="zen", ep=True), v("mixtral", hardware="zen")),
     "vllm.amx": (v("mixtral", "W8A8", hardware="amx"), v("mixtral", hardware="amx")),
@@ -115,10 +118,13 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sglang.format": (v("llama", format="awq"), v("llama")),
     "sglang.gpu-age": (v("llama", hardware="sm75"), v("llama", hardware="sm80")),
     "sglang.gpu-fp8": (v("llama", "FP8", hardware="sm80"), v("llama", "FP8", hardware="sm89")),
+    "sglang.w4afp8": (v("mixtral", "W4AFP8"), v("mixtral")),
+    "sglang.w4afp8-linear": (v("llama", "W4AFP8"), v("mixtral", parts={"experts": "W4AFP8"})),
     "sglang.cpu": (v("llama", hardware="cpu"), v("llama")),
     "sglang.kv-b-proj-packed": (v("deepseek_v2"), v("deepseek_v2", parts=KEEP_KV_B)),
     "sglang.kv-b-proj-fp8": (v("deepseek_v2", "FP8"), v("deepseek_v2", "FP8", parts=KEEP_KV_B)),
     "sglang.kv-b-proj-int8": (v("deepseek_v2", "W8A8"), v("deepseek_v2", "W8A8", parts=KEEP_KV_B)),
+    "transformers.w4afp8": (v("mixtral", "W4AFP8"), v("mixtral")),
     "transformers.architecture": (v("llama", config={"model_type": "mpt"}), v("hunyuan")),
     "transformers.register": (v("hunyuan_v1_moe", config=A13B), v("hunyuan_v1_moe")),
     # quantkit's own class for Hunyuan-Large has a linear for each expert.

@@ -23,6 +23,7 @@ from quantkit.job.journal import Journal
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, Role
 from quantkit.qtensor import QuantizedTensor
+from quantkit.quant.method import Method
 from quantkit.quant.solve import rtn, solve
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS, scheme_named
@@ -72,7 +73,7 @@ def test_encode_is_as_planned_and_decodes_to_itself(name: str) -> None:
     ref, w = Linear("a.b", 48, 64, Role.EXPERTS), torch.randn(48, 64)
     stats = LinearStats.empty(64, w.device, with_hessian=False)
     stats.add(torch.randn(4, 64))
-    ((q, _),) = solve([w], scheme, "rtn", stats)
+    ((q, _),) = solve([w], scheme, Method("rtn"), stats)
     tensors = ct.encode(ref, scheme, q)
     planned = {t.name: (DTYPES[t.dtype], t.shape) for t in ct.planned(ref, scheme)}
     assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == planned
@@ -104,6 +105,7 @@ RECIPES = {
         ),
         group_size=32,
     ),
+    "two group sizes": Recipe.of({"group_size": 32, "rules": [{"match": "*.[02].mlp.*", "group_size": 16}]}),
 }
 
 

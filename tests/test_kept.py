@@ -55,9 +55,10 @@ def test_named_it_may_stay(model: Path, tmp_path: Path) -> None:
 def test_dense_layers_have_an_option_too(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "llama", TINY["llama"], random_weights(TINY["llama"]))
     message = not_quantized(folder, "--scheme", "BF16", "--attention", "W8A8")
-    assert "--keep 'model.layers.*.mlp.down_proj'" in message
-    options = ("--scheme", "BF16", "--attention", "W8A8", "--keep", "*.mlp.*")
-    assert run("quantize", folder, "-o", tmp_path / "kept", *options)["bf16_share"]["of_matrices_in_layers"] > 0.5
+    assert message.endswith("say that it is meant: --mlp BF16\n") and "'model.layers.*.mlp.down_proj' with " in message
+    for number, said in enumerate((("--keep", "*.mlp.*"), ("--mlp", "BF16"))):
+        options = ("--scheme", "BF16", "--attention", "W8A8", *said)
+        assert run("quantize", folder, "-o", tmp_path / str(number), *options)["bf16_share"]["of_matrices_in_layers"] > 0.5
 
 
 def test_a_little_may_stay_unsaid(make_model: Callable[..., Path]) -> None:

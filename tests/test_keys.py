@@ -48,7 +48,7 @@ def test_code_is_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path.write_text(text.replace('"""GPTQ (Frantar', '"""Another (Frantar') + "\n# a comment\n")
     (copy / "report" / "html.py").write_text("")
     assert code_digest(pipeline.DECISIVE) == before
-    path.write_text(text.replace("DAMPING = (0.05", "DAMPING = (0.06"))
+    path.write_text(text.replace("_BLOCK = 128", "_BLOCK = 64"))
     assert code_digest(pipeline.DECISIVE) != before
 
 

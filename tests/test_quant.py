@@ -13,6 +13,7 @@ from quantkit.kernels.reference import linear, round_activation
 from quantkit.qtensor import expand
 from quantkit.quant.gptq import DAMPING, NotPositive, gptq
 from quantkit.quant.grid import minmax_scale, search_scale
+from quantkit.quant.method import Method
 from quantkit.quant.solve import rtn, solve
 from quantkit.scheme import PRESETS, Activation, Kind, Scheme, Strategy, scheme_named
 from quantkit.stats import LinearStats
@@ -104,13 +105,13 @@ def test_gptq_dead_features_and_hopeless_hessians() -> None:
 
 def test_solve_records_what_it_fell_back_to() -> None:
     w, scheme = weight(16, 64), small("W4A16")
-    ((q, outcome),) = solve([w], scheme, "gptq", LinearStats.empty(64, w.device, with_hessian=True))
+    ((q, outcome),) = solve([w], scheme, Method("gptq"), LinearStats.empty(64, w.device, with_hessian=True))
     assert (outcome.method, outcome.fallback) == ("rtn", "no calibration token reached this weight")
     assert torch.equal(q.codes, rtn(w, scheme).codes)
     x = correlated(100, 64)
-    ((_, good),) = solve([w], scheme, "gptq", stats_of(x))
+    ((_, good),) = solve([w], scheme, Method("gptq"), stats_of(x))
     assert (good.method, good.fallback, good.coverage) == ("gptq", "", round(100 / 64, 4))
-    dequantized = solve([w], scheme, "gptq", stats_of(x))[0][0].dequantize()
+    dequantized = solve([w], scheme, Method("gptq"), stats_of(x))[0][0].dequantize()
     measured = ((x @ (w - dequantized).T).square().sum() / (x @ w.T).square().sum()).item()
     assert good.error == pytest.approx(measured, rel=1e-3)
 
@@ -120,7 +121,7 @@ def test_fused_weights_share_a_tensor_scale_and_input_scale() -> None:
     gate, up = weight(32, 128), weight(32, 128, seed=2) * 3
     stats = LinearStats.empty(128, x.device, with_hessian=False)
     stats.add(x)
-    (a, _), (b, _) = solve([gate, up], scheme, "rtn", stats)
+    (a, _), (b, _) = solve([gate, up], scheme, Method("rtn"), stats)
     assert torch.equal(a.scale, b.scale) and a.scale.float() == (up.abs().max() / 448).bfloat16().float()
     assert a.input_scale is not None and b.input_scale is not None and torch.equal(a.input_scale, b.input_scale)
     assert a.input_scale.item() == pytest.approx(x.abs().max().item() / 448, rel=2**-8)

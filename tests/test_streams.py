@@ -24,6 +24,7 @@ from quantkit.measure.evaluate import Extent, evaluation_of, figures, measure, r
 from quantkit.measure.run import Evaluation
 from quantkit.model.cache import KVFormat
 from quantkit.model.registry import build_spec
+from quantkit.quant.method import Method
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS
 from quantkit.stats import LinearStats
@@ -170,7 +171,7 @@ def test_a_groups_job_runs_in_another_process(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = tuple(torch.randn(n, 256, generator=generator).bfloat16() for n in (64, 32))
     stats = stats_of(torch.randn(400, 256, generator=generator), torch.randn(3, 256, generator=generator))
-    job = GroupJob(weights, stats, PRESETS[name], "gptq" if name != "FP8" else "rtn")
+    job = GroupJob(weights, stats, PRESETS[name], Method("gptq" if name != "FP8" else "rtn"))
     here, threads = job, torch.get_num_threads()
     torch.set_num_threads(1)
     try:

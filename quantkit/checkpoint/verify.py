@@ -36,7 +36,7 @@ from quantkit.errors import CheckpointError, ConfigError, VerificationError, cou
 from quantkit.formats import compressed_tensors
 from quantkit.host import plain_arithmetic
 from quantkit.model.spec import ModelSpec
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, labels
 
 __all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "inspect", "stated", "verify"]
 
@@ -251,6 +251,7 @@ def inspect(folder: Path) -> dict[str, Any]:
     reader = CheckpointReader(folder)
     spec = spec_of(reader)
     schemes, layout = schemes_of(reader), format_of(reader)
+    names_of = labels(schemes.values())
     roles: dict[str, dict[str, Any]] = {}
     counted = 0
 
@@ -265,7 +266,7 @@ def inspect(folder: Path) -> dict[str, Any]:
         scheme = schemes[ref.key]
         names = [t.name for t in layout.planned(ref, scheme) if t.name in reader.entries] if scheme else [ref.weight]
         size = sum(reader.entry(name).nbytes for name in names)
-        label = scheme.name if scheme else reader.entry(ref.weight).dtype
+        label = names_of[scheme] if scheme else reader.entry(ref.weight).dtype
         count(ref.role.value, label, ref.out_features * ref.in_features, size)
         counted += size
     others = spec.tensors().keys() - {ref.weight for ref in spec.linears()}

@@ -19,13 +19,11 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError, VerificationError, counted, shown
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Kind, Scheme, Strategy
+from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import weight_error
 
 __all__ = ["Found", "check_linears"]
 
-# ||W - Q|| / ||W|| that no sound rounding reaches on a weight of any usual distribution, and every wrong layout exceeds.
-_WORST_ERROR = {(Kind.INT, 4): 0.5, (Kind.INT, 8): 0.1, (Kind.FLOAT, 8): 0.1}
 _LAST_DIGITS = 1e-9  # relative: what another machine's float64 may differ by
 
 
@@ -108,7 +106,7 @@ def _check_against(
     """The relative error against float32 weight [out, in]. Raises VerificationError when it is not what the method gives."""
     value = q.dequantize()
     error = weight_error(weight, value)
-    if error > _WORST_ERROR[scheme.weight.kind, scheme.weight.bits]:
+    if error > scheme.weight.codes.worst:
         raise VerificationError(f"'{ref.key}' differs from its source by {error:.1%}: more than {scheme.name} can lose")
     if row is None:
         return error

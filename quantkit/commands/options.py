@@ -42,6 +42,7 @@ def recipe_options(function: F) -> F:
             click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts."),
             click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts."),
             click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections."),
+            click.option("--mlp", metavar="SCHEME", help="Scheme of the MLPs of dense layers."),
             click.option(
                 "--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches."
             ),

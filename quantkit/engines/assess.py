@@ -12,7 +12,7 @@ from quantkit.engines.held import CPUS, Deployment, Held
 from quantkit.engines.rules import Engine, Hit, Rule, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
 from quantkit.formats import compressed_tensors
-from quantkit.model.spec import Layer, ModelSpec, MoE, Role
+from quantkit.model.spec import OPTION_ROLES, Layer, ModelSpec, MoE, Role
 from quantkit.scheme import Scheme, Strategy, scheme_named
 
 __all__ = ["Assessment", "assess", "check_deployment"]
@@ -134,16 +134,17 @@ def _changes(
         return {key: scheme if refs[key] is role else old for key, old in schemes.items()}
 
     present = {scheme for key, scheme in schemes.items() if refs[key] is role and scheme}
+    sizes = {scheme.weight.group_size for scheme in schemes.values() if scheme and scheme.weight.group_size}
     for size in (64, 32):
         if any(s.weight.strategy is Strategy.GROUP and s.weight.group_size != size for s in present):
             resized = {key: scheme_named(s.name, size) if s else None for key, s in schemes.items()}
-            yield f"--group-size {size}", resized, deployment
+            yield f"--group-size {size}" + (" for all" if len(sizes) > 1 else ""), resized, deployment
     if role is Role.EXPERTS and not deployment.ep and deployment.tp > 1:
         yield "--ep", schemes, dataclasses.replace(deployment, ep=True)
-    option = {Role.EXPERTS: "--experts", Role.SHARED_EXPERTS: "--shared-experts", Role.ATTENTION: "--attention"}.get(role)
+    option = role.option if role in OPTION_ROLES else "--scheme"
     for name in ("FP8_DYNAMIC", "W8A8", "W4A16", *(["BF16"] if role is not Role.EXPERTS else [])):
         if name not in {scheme.name for scheme in present}:
-            yield f"{option or '--scheme'} {name}", given(scheme_named(name)), deployment
+            yield f"{option} {name}", given(scheme_named(name)), deployment
     if len(set(schemes.values())) > 1:
         for name in ("FP8_DYNAMIC", "W4A16"):
             yield f"--scheme {name} for all", dict.fromkeys(schemes, scheme_named(name)), deployment

@@ -10,7 +10,7 @@ from quantkit.engines.rules import Check, Hit, Naming, View
 from quantkit.errors import shown
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import MoE, Role
-from quantkit.scheme import PRESETS, Kind, Strategy
+from quantkit.scheme import PRESETS, Kind, Scheme, Strategy, labels
 
 __all__ = [
     "architecture",
@@ -28,6 +28,7 @@ __all__ = [
     "schemed",
     "smaller_groups",
     "unheard_of",
+    "undivided",
     "zero_points",
 ]
 
@@ -118,6 +119,18 @@ def smaller_groups(least: int) -> Check:
             size = held.scheme.weight.group_size if held.scheme and held.scheme.activation is None else None
             if size and size < least:
                 yield Hit(held, f"groups of {size}")
+
+    return check
+
+
+def undivided(name: str, unit: int) -> Check:
+    """Experts with that scheme of which a side on a device is no multiple of unit."""
+
+    def check(view: View) -> Iterator[Hit]:
+        for held in _of(view, True):
+            sides = [*held.parts, held.inputs] if held.scheme and held.scheme.name == name else []
+            if odd := [side for side in sides if side and side % unit]:
+                yield Hit(held, f"{odd[0]} on a device, no multiple of {unit}")
 
     return check
 
@@ -247,5 +260,5 @@ def _of(view: View, experts: bool) -> Iterator[Held]:
     return (held for held in view.weights if (held.role is Role.EXPERTS) is experts)
 
 
-def _names(schemes: Iterable[object]) -> str:
-    return ", ".join(sorted(getattr(scheme, "name", "BF16") for scheme in schemes))
+def _names(schemes: Iterable[Scheme | None]) -> str:
+    return ", ".join(sorted(labels(schemes).values()))

@@ -70,7 +70,7 @@ def _cpu(view: View) -> list[Hit]:
 
 
 def _mixed(view: View) -> list[Hit]:
-    packed = ("W4A16", "W4A16_ASYM", "W8A16")
+    packed = ("W4A16", "W4A16_ASYM", "W4AFP8", "W8A16")
     experts = [h for h in view.weights if h.role is Role.EXPERTS and h.scheme and h.scheme.name in packed]
     overall = view.quantization.get("format")
     return [Hit(held, f"the config's format is {overall}") for held in experts if overall != "pack-quantized"]
@@ -226,6 +226,20 @@ RULES = (
         "Below compute capability 8.9 FP8 linears keep their weights and leave their inputs unrounded.",
         "read: compressed_tensors.py falls back to CompressedTensorsW8A16Fp8",
         checks.older(89, ("FP8_DYNAMIC", "FP8", "FP8_BLOCK"), experts=False),
+    ),
+    Rule(
+        "sglang.w4afp8",
+        Verdict.UNKNOWN,
+        "What it computes of INT4 experts with FP8 inputs was not looked at.",
+        "not looked at",
+        checks.schemed(("W4AFP8",), experts=True),
+    ),
+    Rule(
+        "sglang.w4afp8-linear",
+        Verdict.REFUSED,
+        "INT4 with FP8 inputs is for experts only.",
+        "read: compressed_tensors.py knows it for experts alone",
+        checks.schemed(("W4AFP8",), experts=False),
     ),
     Rule(
         "sglang.cpu",

@@ -222,6 +222,13 @@ RULES = (
         raw=True,
     ),
     Rule(
+        "transformers.w4afp8",
+        Verdict.UNKNOWN,
+        "INT4 with FP8 inputs was not tried.",
+        "not tried",
+        checks.schemed(("W4AFP8",)),
+    ),
+    Rule(
         "transformers.scheme",
         Verdict.UNKNOWN,
         "Integers that are none of quantkit's schemes, and FP8 with other scales, were not looked at.",

@@ -34,7 +34,7 @@ NAMING = Naming(
 )
 _PACKED = ("W4A16", "W4A16_ASYM", "W8A16")
 _FP8 = ("FP8_DYNAMIC", "FP8", "FP8_BLOCK")
-_ALL = (*_PACKED, "W8A8", *_FP8)
+_ALL = (*_PACKED, "W4AFP8", "W8A8", *_FP8)
 
 
 def _router(view: View) -> list[Hit]:
@@ -43,6 +43,11 @@ def _router(view: View) -> list[Hit]:
 
 def _plugin(view: View) -> list[Hit]:
     return [Hit(None, "model_type 'hunyuan'")] if view.config.get("model_type") == "hunyuan" else []
+
+
+def _not_hopper(view: View) -> list[Hit]:
+    named = view.deployment.on_gpu and view.deployment.hardware != "gpu"
+    return [*checks.schemed(("W4AFP8",), experts=False)(view)] if named and view.deployment.capability != 90 else []
 
 
 def _large(view: View, broken: bool, why: str) -> list[Hit]:
@@ -260,6 +265,27 @@ RULES = (
         "Below compute capability 8.9 FP8 experts keep their weights and leave their inputs unrounded.",
         "read: experts/marlin_moe.py; not run",
         checks.older(89, _FP8, experts=True),
+    ),
+    Rule(
+        "vllm.w4afp8",
+        Verdict.UNKNOWN,
+        "INT4 with FP8 inputs was not tried. On compute capability 9.0 CUTLASS takes it, and rounds scales to FP8.",
+        "read: compressed_tensors.py, compressed_tensors_moe_w4a8_fp8.py; not run",
+        checks.schemed(("W4AFP8",)),
+    ),
+    Rule(
+        "vllm.w4afp8-linear",
+        Verdict.REFUSED,
+        "Linears of INT4 with FP8 inputs need compute capability 9.0, neither less nor more.",
+        "read: compressed_tensors.py _is_fp8_w4a8_sm90 matches exactly",
+        _not_hopper,
+    ),
+    Rule(
+        "vllm.w4afp8-experts",
+        Verdict.REFUSED,
+        "Experts of INT4 with FP8 inputs have sides on a device in multiples of 256.",
+        "read: compressed_tensors_moe_w4a8_fp8.py create_weights",
+        checks.undivided("W4AFP8", 256),
     ),
     *vllm_cpu.RULES,
     *other_formats.VLLM,

@@ -14,7 +14,7 @@ from quantkit.dtypes import DTYPES, FLOATS, Entry, TensorPlan
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import Scheme
+from quantkit.scheme import Scheme, labels
 
 __all__ = [
     "ELSEWHERE",
@@ -83,7 +83,7 @@ def one_scheme(schemes: Schemes, name: str) -> Scheme:
     found = {scheme for scheme in schemes.values() if scheme is not None}
     if len(found) > 1:
         raise ConfigError(
-            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(s.name for s in found)}",
+            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(labels(found).values())}",
             ELSEWHERE,
         )
     return next(iter(found))

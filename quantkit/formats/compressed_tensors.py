@@ -18,7 +18,7 @@ from quantkit.formats.base import Entries, Format, Schemes, Tensors, scale_dtype
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, fp8_block, scheme_named, weight_only
+from quantkit.scheme import FP8_TENSOR, PRESETS, Packing, Scheme, fp8_block, scheme_named, weight_only
 
 __all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
 
@@ -29,23 +29,11 @@ _ROUTED = re.compile(r"\.experts\.\d+\.")
 _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
 
-def _packed(scheme: Scheme) -> bool:
-    """Weight-only integers are packed into 32-bit words; codes that meet quantised activations stay bytes."""
-    return scheme.weight.kind is Kind.INT and scheme.activation is None
-
-
-def format_of(scheme: Scheme) -> str:
-    """compressed-tensors' name for how this scheme lies on disk."""
-    if scheme.weight.kind is Kind.FLOAT:
-        return "float-quantized"
-    return "pack-quantized" if _packed(scheme) else "int-quantized"
-
-
 def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
     """The tensors that one quantised linear becomes."""
     out, inputs, grid = ref.out_features, ref.in_features, scheme.weight
     scale = TensorPlan(f"{ref.key}.weight_scale", grid.scale_dtype, grid.scale_shape(out, inputs))
-    if _packed(scheme):
+    if scheme.packing is Packing.WORDS:
         plans = [
             TensorPlan(f"{ref.key}.weight_packed", "I32", (out, inputs * grid.bits // 32)),
             scale,
@@ -54,8 +42,7 @@ def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
         if not grid.symmetric:
             plans.append(TensorPlan(f"{ref.key}.weight_zero_point", "I32", (out * grid.bits // 32, scale.shape[1])))
         return plans
-    dtype = "F8_E4M3" if grid.kind is Kind.FLOAT else "I8"
-    plans = [TensorPlan(f"{ref.key}.weight", dtype, (out, inputs)), scale]
+    plans = [TensorPlan(f"{ref.key}.weight", grid.codes.dtype, (out, inputs)), scale]
     if scheme.static and scheme.activation:
         plans.append(TensorPlan(f"{ref.key}.input_scale", scheme.activation.scale_dtype, (1,)))
     return plans
@@ -64,7 +51,7 @@ def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
 def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors to write for one quantised linear; the same names, dtypes and shapes as `planned`."""
     tensors = {f"{ref.key}.weight_scale": q.scale}
-    if _packed(scheme):
+    if scheme.packing is Packing.WORDS:
         tensors[f"{ref.key}.weight_packed"] = pack_rows(q.codes, scheme.weight.bits)
         tensors[f"{ref.key}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
     else:
@@ -79,7 +66,7 @@ def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]
 def decode(ref: Linear, scheme: Scheme, tensors: Tensors) -> QuantizedTensor:
     """One quantised linear, from the tensors that `planned` names."""
     bits, zero, out, inputs = scheme.weight.bits, None, ref.out_features, ref.in_features
-    if _packed(scheme):
+    if scheme.packing is Packing.WORDS:
         codes = unpack_rows(tensors[f"{ref.key}.weight_packed"], bits)
         if not scheme.weight.symmetric:
             zero = unpack_rows(tensors[f"{ref.key}.weight_zero_point"].T.contiguous(), bits).T.contiguous()
@@ -186,12 +173,12 @@ def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> di
             "targets": ["Linear"]
             if uniform
             else _targets([k for k, s in assigned.items() if s == scheme], assigned, scheme),
-            "format": format_of(scheme),
+            "format": scheme.packing.value,
             **_arguments(scheme),
         }
         for i, scheme in enumerate(schemes)
     }
-    formats = {format_of(scheme) for scheme in schemes}
+    formats = {scheme.packing.value for scheme in schemes}
     head = [] if assigned.get("lm_head") else ["lm_head"]
     ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(kept, assigned, None)]
     return {
@@ -282,9 +269,9 @@ def groups(quantization_config: Mapping[str, Any]) -> dict[str, Scheme]:
     found = {}
     for name, group in quantization_config.get("config_groups", {}).items():
         scheme = _scheme_of_group(name, group)
-        usual, overall = format_of(scheme), quantization_config.get("format")
+        usual, overall = scheme.packing.value, quantization_config.get("format")
         said = group.get("format") or (None if overall == "mixed-precision" else overall)
-        if said not in (None, usual, *(() if _packed(scheme) else ("naive-quantized",))):
+        if said not in (None, usual, *(() if scheme.packing is Packing.WORDS else ("naive-quantized",))):
             raise ConfigError(f"quantization_config: '{name}' has format {said!r}, and its numbers are of {usual}", _AGAIN)
         found[name] = scheme
     return found
@@ -316,7 +303,8 @@ def inexact(
     """
     kept, modules = list(kept), list(modules)
     read = parse(quantization_config, [*assigned, *kept])
-    meant = {**dict.fromkeys(kept), **{key: scheme.stored("BF16") if scheme else None for key, scheme in assigned.items()}}
+    stored = {key: scheme and scheme.stored(scheme.weight.codes.scale_dtype) for key, scheme in assigned.items()}
+    meant = {**dict.fromkeys(kept), **stored}
     problems = [
         f"'{key}' is {_label(meant[key])} but config.json says {_label(read[key])}"
         for key in meant
@@ -344,7 +332,7 @@ def _label(scheme: Scheme | None) -> str:
 def parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: Entries | None = None) -> Schemes:
     """The scheme of every linear named in `keys`, as an engine would read the config. Raises ConfigError.
 
-    Scales have the dtype that `entries` say, or BF16.
+    Scales have the dtype that `entries` say, or what quantkit makes of such codes.
     """
     try:
         schemes = _parse(quantization_config, keys)
@@ -352,8 +340,8 @@ def parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: 
         raise ConfigError(f"quantization_config is malformed: {error!r}", _AGAIN) from error
     for key, scheme in schemes.items():
         if scheme is not None and entries:
-            names = f"{key}.weight_scale", f"{key}.input_scale"
-            schemes[key] = scheme.stored(*(scale_dtype(entries, name, "BF16") for name in names))
+            names, usual = (f"{key}.weight_scale", f"{key}.input_scale"), scheme.weight.codes.scale_dtype
+            schemes[key] = scheme.stored(*(scale_dtype(entries, name, usual) for name in names))
     return schemes
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant import gptq
+from quantkit.quant.method import Method
 from quantkit.quant.solve import Outcome, solve
 from quantkit.scheme import Scheme
 from quantkit.stats import LinearStats
@@ -25,7 +26,7 @@ class GroupJob:
     weights: tuple[Tensor, ...]
     stats: LinearStats | None
     scheme: Scheme
-    method: str
+    method: Method
 
     def run(self, device: torch.device) -> list[tuple[QuantizedTensor, Outcome]]:
         """Codes and scales of each, and what happened to it."""

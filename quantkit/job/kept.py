@@ -11,7 +11,7 @@ from quantkit.dtypes import FLOATS
 from quantkit.errors import ConfigError
 from quantkit.job.chosen import is_kept_by_rule
 from quantkit.model.names import Special, specials, target, template
-from quantkit.model.spec import Linear, ModelSpec, Role
+from quantkit.model.spec import OPTION_ROLES, Linear, ModelSpec, Role
 from quantkit.recipe import Recipe
 from quantkit.scheme import BF16, Scheme
 
@@ -19,7 +19,6 @@ __all__ = ["MOST", "check_meant"]
 
 MOST = 0.05  # of the bytes of the matrices inside the layers
 _ALWAYS = (Special.ROUTER, Special.GATE)  # are never quantised unless they are named
-_OPTIONS = {Role.EXPERTS: "experts", Role.SHARED_EXPERTS: "shared_experts", Role.ATTENTION: "attention"}
 
 
 def check_meant(
@@ -55,8 +54,8 @@ def _is_told(reader: CheckpointReader, recipe: Recipe, name: str, ref: Linear | 
     """Whether a tensor that stays was named, or is of a kind that always stays."""
     if is_kept_by_rule(recipe, target(name)):
         return True
-    if ref is not None and ref.role in _OPTIONS:
-        return bool(getattr(recipe, _OPTIONS[ref.role]) == BF16)
+    if ref is not None and ref.role in OPTION_ROLES:
+        return bool(getattr(recipe, ref.role.value) == BF16)
     if ref is not None and ref.role is not Role.LINEAR:
         return False
     found = specials(target(name), reader.entries[name].shape, reader.config)
@@ -65,5 +64,6 @@ def _is_told(reader: CheckpointReader, recipe: Recipe, name: str, ref: Linear | 
 
 def _option(spec: ModelSpec | NamedSpec, name: str, ref: Linear | None) -> str:
     """What says that this tensor stays on purpose."""
-    role = _OPTIONS.get(ref.role) if ref is not None else None
-    return f"--{role.replace('_', '-')} BF16" if role else f"--keep '{template(name)}'"
+    if ref is not None and ref.role in OPTION_ROLES:
+        return f"{ref.role.option} BF16"
+    return f"--keep '{template(name)}'"

@@ -22,14 +22,16 @@ from quantkit.checkpoint.stored import HEAD, HEAD_FIX, head_problem
 from quantkit.dtypes import FLOATS
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
-from quantkit.job.chosen import Chosen, choose, joined
+from quantkit.job.chosen import Chosen, choose, is_kept_by_rule, joined
 from quantkit.job.kept import check_meant
+from quantkit.job.methods import methods_of, needs_tokens
 from quantkit.job.placement import Unit, place
 from quantkit.model.names import target
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec, Role
+from quantkit.model.spec import OPTION_ROLES, Linear, ModelSpec, Role
+from quantkit.quant.method import DAMPING, PARAMETERS, Method
 from quantkit.recipe import Recipe
-from quantkit.scheme import BF16, Scheme, Strategy
+from quantkit.scheme import BF16, Scheme, Strategy, labels
 
 __all__ = ["Plan", "make_plan", "summary"]
 
@@ -38,11 +40,13 @@ _TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a re
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. schemes: by linear, None where it is kept. coverage: what becomes of every tensor of the source."""
+    """The whole run. schemes: by linear, None where it is kept. methods: by linear that is quantised. coverage: what becomes
+    of every tensor of the source."""
 
     spec: ModelSpec | NamedSpec
     recipe: Recipe
     schemes: dict[str, Scheme | None]
+    methods: dict[str, Method]
     units: tuple[Unit, ...]
     coverage: Coverage
     source_bytes: int
@@ -73,13 +77,16 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether any linear needs tokens."""
-        return any(needs_tokens(self.recipe, scheme) for scheme in self.schemes.values())
+        return any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())
 
     @property
     def resolved(self) -> dict[str, Any]:
         """The recipe with each role's scheme, and without what decides nothing here; a file of text by its name alone."""
         said = self.recipe.model_dump(mode="json")
-        said |= {role: said[role] or self.recipe.scheme for role in ("experts", "shared_experts", "attention")}
+        said |= {role.value: said[role.value] or self.recipe.scheme for role in OPTION_ROLES}
+        # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
+        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0])}
+        said = {name: value for name, value in said.items() if value not in usual.get(name, ())}
         if not self.calibrated:
             return {name: value for name, value in said.items() if name not in _TEXT}
         return {**said, "calibration": Path(self.recipe.calibration).name}
@@ -96,23 +103,18 @@ class Plan:
     def by_role(self) -> dict[str, dict[str, Any]]:
         """Per role: the schemes, how many linears and weights, and bits per weight on disk."""
         table: dict[str, dict[str, Any]] = {}
+        names = labels(self.schemes.values())
         for ref in self.spec.linears():
             scheme, count = self.schemes[ref.key], ref.out_features * ref.in_features
             row = table.setdefault(ref.role.value, {"schemes": [], "linears": 0, "weights": 0, "bits": 0.0})
-            name = scheme.name if scheme else "BF16"
-            if name not in row["schemes"]:
-                row["schemes"].append(name)
+            if names[scheme] not in row["schemes"]:
+                row["schemes"].append(names[scheme])
             row["linears"] += 1
             row["weights"] += count
             row["bits"] += count * (scheme.bits_per_weight(ref.out_features, ref.in_features) if scheme else 16)
         for row in table.values():
             row["bits_per_weight"] = round(row.pop("bits") / row["weights"], 3)
         return table
-
-
-def needs_tokens(recipe: Recipe, scheme: Scheme | None) -> bool:
-    """Whether quantising to this scheme looks at calibration text."""
-    return scheme is not None and (scheme.static or recipe.method_of(scheme) == "gptq")
 
 
 def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
@@ -129,12 +131,14 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     else:
         chosen = choose(reader, spec, recipe)
     schemes = _assign(reader, spec, recipe, chosen)
+    methods = methods_of(spec, recipe, schemes)
     check_meant(reader, spec, recipe, schemes)
     units = place(reader, spec, schemes)
     plan = Plan(
         spec=spec,
         recipe=recipe,
         schemes=schemes,
+        methods=methods,
         units=units,
         coverage=_covered(reader, spec, schemes, units),
         source_bytes=sum(entry.nbytes for entry in reader.entries.values()),
@@ -143,7 +147,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
         notes=(
             *weight_sets(reader.folder),
             *(chosen.notes if chosen else ()),
-            *_unused(recipe, schemes),
+            *_unused(recipe, schemes, methods),
             *published_notes(reader.folder, reader.config),
         )
         + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
@@ -209,9 +213,9 @@ def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
 
 def _check_by_name(plan: Plan) -> None:
     """Refuse what cannot be done without knowing the architecture."""
-    for key, scheme in plan.schemes.items():
-        if needs_tokens(plan.recipe, scheme):
-            assert scheme
+    for key, method in plan.methods.items():
+        scheme = plan.schemes[key]
+        if scheme and needs_tokens(scheme, method):
             raise ConfigError(
                 f"'{key}' in {scheme.name} needs calibration, and so an architecture that quantkit knows",
                 "add --method rtn, or choose FP8_DYNAMIC, FP8_BLOCK, W8A8 or W8A16",
@@ -292,8 +296,8 @@ def _assign(
 def _nothing_idle(recipe: Recipe, spec: ModelSpec | NamedSpec) -> None:
     """An option for what the model does not have would leave its user believing that it was done."""
     roles = {ref.role for ref in spec.linears()}
-    asked = {"experts": Role.EXPERTS, "shared_experts": Role.SHARED_EXPERTS, "attention": Role.ATTENTION}
-    for field, role in asked.items():
+    for role in OPTION_ROLES:
+        field = role.value
         if getattr(recipe, field) is not None and role not in roles:
             raise ConfigError(
                 f"{field} is {getattr(recipe, field)}, and {spec.architecture} has no linear with the role {role.value}",
@@ -301,12 +305,14 @@ def _nothing_idle(recipe: Recipe, spec: ModelSpec | NamedSpec) -> None:
             )
 
 
-def _unused(recipe: Recipe, schemes: dict[str, Scheme | None]) -> list[str]:
+def _unused(recipe: Recipe, schemes: dict[str, Scheme | None], methods: dict[str, Method]) -> list[str]:
     """What changes nothing is no mistake where one command line serves several schemes; it is said."""
     notes, names = [], ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
     if recipe.group_size is not None and not any(scheme and scheme.weight.group_size for scheme in schemes.values()):
         notes.append(f"group size {recipe.group_size} changes nothing: {names} has no groups")
-    if recipe.calibration != Recipe().calibration and not any(needs_tokens(recipe, s) for s in schemes.values()):
+    if recipe.damping is not None and not any("damping" in PARAMETERS[method.name] for method in methods.values()):
+        notes.append(f"damping {recipe.damping:g} changes nothing: no linear is made by a method that has it")
+    if recipe.calibration != Recipe().calibration and not any(needs_tokens(schemes[k], m) for k, m in methods.items()):
         notes.append(f"calibration '{recipe.calibration}' is not read: {names} is rounded without calibration")
     return notes
 
@@ -318,7 +324,7 @@ def _no_accident(recipe: Recipe, spec: ModelSpec | NamedSpec, schemes: dict[str,
     for ref in spec.linears():
         if ref.role is not Role.EXPERTS or schemes[ref.key] is not None:
             continue
-        if not any(fnmatchcase(ref.key, rule.match) for rule in recipe.rules):
+        if not is_kept_by_rule(recipe, ref.key):
             raise ConfigError(
                 f"routed expert '{ref.key}' would stay in BF16 because the general scheme is BF16",
                 "give --experts a scheme, or say --experts BF16 if that is meant",

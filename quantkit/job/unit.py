@@ -27,8 +27,9 @@ from quantkit.dtypes import Entry
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
 from quantkit.job.group import GroupJob
+from quantkit.job.methods import needs_tokens
 from quantkit.job.placement import Unit
-from quantkit.job.plan import Plan, needs_tokens
+from quantkit.job.plan import Plan
 from quantkit.model.spec import Layer, Linear
 from quantkit.model.weights import PlainWeights
 from quantkit.qtensor import QuantizedTensor
@@ -139,11 +140,11 @@ class UnitRun:
 
     def statistics(self, group: Group) -> LinearStats | None:
         """Empty ones of what these linears need: none, the range, or the Hessian too."""
-        scheme = self.plan.schemes[group[0].key]
-        if scheme is None or not needs_tokens(self.plan.recipe, scheme):
+        key = group[0].key
+        scheme, method = self.plan.schemes[key], self.plan.methods.get(key)
+        if method is None or not needs_tokens(scheme, method):
             return None
-        with_hessian = self.plan.recipe.method_of(scheme) == "gptq"
-        return LinearStats.empty(group[0].in_features, self.place.device, with_hessian)
+        return LinearStats.empty(group[0].in_features, self.place.device, method.hessian)
 
     def store(self, group: Group, stats: LinearStats | None) -> list[Applied]:
         """Quantise linears that read one input, and write them; how each is applied."""
@@ -157,7 +158,7 @@ class UnitRun:
                 self._write(ref.weight, weight)
             return [Applied(weight.to(self.place.device).float()) for weight in weights]
         applies = []
-        solved = GroupJob(weights, stats, scheme, self.plan.recipe.method_of(scheme)).run(self.place.device)
+        solved = GroupJob(weights, stats, scheme, self.plan.methods[group[0].key]).run(self.place.device)
         for ref, (q, outcome) in zip(group, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)

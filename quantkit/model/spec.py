@@ -15,6 +15,7 @@ __all__ = [
     "GQA",
     "MLA",
     "MLP",
+    "OPTION_ROLES",
     "Attention",
     "Layer",
     "Linear",
@@ -38,6 +39,15 @@ class Role(str, Enum):
     ROUTER = "router"
     HEAD = "head"
     LINEAR = "linear"  # of a model whose architecture is not known
+
+    @property
+    def option(self) -> str:
+        """What the command line calls its scheme, if it is one of OPTION_ROLES."""
+        return f"--{self.value.replace('_', '-')}"
+
+
+# Roles for which a recipe has a scheme of its own, in a field that is called as the role is.
+OPTION_ROLES = (Role.EXPERTS, Role.SHARED_EXPERTS, Role.ATTENTION, Role.MLP)
 
 
 @dataclass(frozen=True, slots=True)

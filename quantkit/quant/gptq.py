@@ -16,11 +16,11 @@ from torch import Tensor
 
 from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.quant.grid import encode, search_scale
+from quantkit.quant.method import DAMPING
 from quantkit.scheme import Grid, Kind
 
 __all__ = ["DAMPING", "NotPositive", "Repair", "gptq", "repair"]
 
-DAMPING = (0.05, 0.2, 1.0)  # fractions of mean(diag H) added to the diagonal: the first that Cholesky accepts
 Repair = Callable[..., Tensor]  # of `repair`'s arguments
 _BLOCK = 128  # columns repaired at once; only speed depends on it, and a kernel takes no more
 
@@ -35,12 +35,12 @@ class Solved:
     damping: float
 
 
-def _inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
-    """Upper U with U^T U = (H + damping)^-1, and the damping used. Raises NotPositive."""
+def _inverse_factor(hessian: Tensor, dampings: tuple[float, ...]) -> tuple[Tensor, float]:
+    """Upper U with U^T U = (H + damping)^-1, and the first of dampings for which there is one. Raises NotPositive."""
     mean = hessian.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise NotPositive
-    for damping in DAMPING:
+    for damping in dampings:
         damped = hessian + torch.diag((damping * mean).expand(len(hessian)))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
@@ -65,19 +65,21 @@ def repair(
     return errors
 
 
-def gptq(weight: Tensor, hessian: Tensor, grid: Grid, repair: Repair = repair) -> Solved:
+def gptq(
+    weight: Tensor, hessian: Tensor, grid: Grid, repair: Repair = repair, dampings: tuple[float, ...] = DAMPING
+) -> Solved:
     """Quantise float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
 
     A feature that calibration never excited has a zero row in H: it is rounded to nearest and repairs nothing.
-    repair: how a block of columns is rounded; a kernel may do the same. Raises NotPositive when no damping makes H
-    invertible.
+    repair: how a block of columns is rounded; a kernel may do the same. dampings: tried in order, of mean(diag H). Raises
+    NotPositive when none of them makes H invertible.
     """
     importance = hessian.diagonal()
     # Without some importance a feature that was never seen would be free to lose, and its group's range the first tried.
     scale, zero = search_scale(weight, grid, torch.where(importance > 0, importance, DAMPING[0] * importance.mean()))
     shape = (weight.shape[0], weight.shape[1])
     order = importance.argsort(descending=True, stable=True)
-    U, damping = _inverse_factor(hessian[order][:, order])
+    U, damping = _inverse_factor(hessian[order][:, order], dampings)
     W = weight[:, order].clone()
     step = expand(scale.float(), grid, shape).expand(shape)[:, order]
     offset = None if zero is None else expand(zero.float(), grid, shape).expand(shape)[:, order]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from quantkit.qtensor import QuantizedTensor, expand
-from quantkit.quant.gptq import DAMPING, NotPositive, Repair, gptq, repair
+from quantkit.quant.gptq import NotPositive, Repair, gptq, repair
 from quantkit.quant.grid import encode, minmax_scale
+from quantkit.quant.method import Method
 from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import LinearStats, weight_error
 
@@ -51,19 +52,19 @@ def _output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
 
 
 def _one(
-    weight: Tensor, scheme: Scheme, method: str, stats: LinearStats | None, how: Repair
+    weight: Tensor, scheme: Scheme, method: Method, stats: LinearStats | None, how: Repair
 ) -> tuple[QuantizedTensor, str, str]:
     """(quantised, method used, fallback)."""
-    if method == "rtn":
+    if not method.hessian:
         return rtn(weight, scheme), "rtn", ""
     hessian = stats.mean_hessian() if stats is not None else None
     if hessian is None:
         return rtn(weight, scheme), "rtn", "no calibration token reached this weight"
     try:
-        solved = gptq(weight, hessian, scheme.weight, how)
+        solved = gptq(weight, hessian, scheme.weight, how, method.dampings)
     except NotPositive:
         return rtn(weight, scheme), "rtn", "Hessian not positive definite under any damping"
-    raised = f"damping raised to {solved.damping}" if solved.damping > DAMPING[0] else ""
+    raised = f"damping raised to {solved.damping}" if solved.damping > method.damping else ""
     return solved.quantized, "gptq", raised
 
 
@@ -76,7 +77,7 @@ def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearS
 
 
 def solve(
-    weights: list[Tensor], scheme: Scheme, method: str, stats: LinearStats | None, how: Repair = repair
+    weights: list[Tensor], scheme: Scheme, method: Method, stats: LinearStats | None, how: Repair = repair
 ) -> list[tuple[QuantizedTensor, Outcome]]:
     """Quantise float32 weights [out_i, in] that read the same input (q, k, v; or gate and up).
 

@@ -12,8 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from quantkit.kernels.triton import tiles
-from quantkit.scheme import PRESETS
-from tests.kernel_helpers import close, poison
+from tests.kernel_helpers import ON_GPU, close, poison
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
@@ -24,7 +23,7 @@ def test_every_run_computes(device: torch.device, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(runs, "DEVICE", device)
     tiny = runs.Model(hidden=256, inner=256, experts=2, top_k=1)
     for make, kernels in ((runs.linears, 10), (runs.layers, 11)):
-        seen = list(make(tiny, (2,), tuple(PRESETS), None))
+        seen = list(make(tiny, (2,), tuple(ON_GPU), None))
         assert len({run.kernel for run in seen}) == kernels
         for run in seen:
             out = run.call()

@@ -12,11 +12,12 @@ import quantkit
 from quantkit.kernels.triton import lang
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS
+from tests.kernel_helpers import ON_GPU
 
 DEVICE = "cpu" if lang.simulated() else "cuda"
 
 
-@pytest.mark.parametrize("scheme", PRESETS)
+@pytest.mark.parametrize("scheme", ON_GPU)
 def test_a_checkpoint_runs_on_the_kernels(scheme: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
     model = make_model(intermediate_size=128, num_hidden_layers=2)
     recipe = Recipe(scheme=scheme, group_size=32, method="rtn", samples=4, seq_len=32)

@@ -18,7 +18,7 @@ from quantkit.kernels.triton.backend import BACKEND, lacks
 from quantkit.kernels.triton.layout import PackedInt, pack
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS, Scheme
-from tests.kernel_helpers import close, layer, poison, product, random_expert, random_weight
+from tests.kernel_helpers import ON_GPU, close, layer, poison, product, random_expert, random_weight
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "tiny-hunyuan"
 
@@ -65,7 +65,7 @@ def library() -> build.Library:
     return found
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize("model", SHAPES)
 def test_a_layer_of_a_real_model(model: str, name: str) -> None:
     """Few tokens, as many as fill a block, and many; whatever kernel the backend chooses for them."""
@@ -81,7 +81,7 @@ def test_a_layer_of_a_real_model(model: str, name: str) -> None:
         close(experts(x, ids, router), same, exact)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ON_GPU)
 @pytest.mark.parametrize(("rows", "columns"), [(6400, 6400), (18304, 6400), (6400, 18304), (4096, 3072)])
 def test_a_linear_of_a_real_model(rows: int, columns: int, name: str) -> None:
     scheme = PRESETS[name]

@@ -13,7 +13,7 @@ from quantkit.kernels.triton import lang, ops, routing
 from quantkit.kernels.triton.backend import lacks
 from quantkit.kernels.triton.layout import PackedInt, pack
 from quantkit.scheme import PRESETS
-from tests.kernel_helpers import close, layer, poison, product, random_expert, random_weight, stacked
+from tests.kernel_helpers import ON_GPU, close, layer, poison, product, random_expert, random_weight, stacked
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def test_versions() -> None:
         assert hasattr(F, "grouped_mm"), "the benches compare with torch's grouped product"
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ON_GPU)
 def test_a_linear_and_a_layer(name: str, device: torch.device) -> None:
     scheme = PRESETS[name]
     if reason := lacks(scheme, device):
