@@ -251,7 +251,7 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
         model = Model(path, torch.device("cpu"), kernels="auto")
         show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
         return
-    from quantkit.checkpoint.verify import inspect as run
+    from quantkit.checkpoint.inspect import inspect as run
 
     show(run(path), inspect_table, as_json)
 
@@ -301,8 +301,6 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: it does not, or computes
     something else, 3: nobody looked.
     """
-    from quantkit.checkpoint.share import share_line
-    from quantkit.checkpoint.verify import verify as run
     from quantkit.errors import ConfigError, counted
 
     if engine:
@@ -316,6 +314,9 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
         found = replay(out, engine_named(engine), deployment(options))
         show(found, engine_table, as_json)
         sys.exit(Verdict(found["verdict"]).exit_code)
+
+    from quantkit.checkpoint.share import share_line
+    from quantkit.checkpoint.verify import verify as run
 
     deployment(options, needed_by="--engine")
     report = run(out, source)

@@ -44,6 +44,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # Within what a room may import, what these modules may not: who judges is independent of who writes.
 JUDGES = (
+    "checkpoint.inspect",
     "checkpoint.verify",
     "checkpoint.verify_linears",
     "checkpoint.faithful",

@@ -16,13 +16,14 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.reader import CheckpointReader, Entry, load_json
+from quantkit.dtypes import raw
 from quantkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["STATEMENT", "DigestingReader", "content_digest", "read_statement", "tensor_digest"]
 
@@ -31,7 +32,7 @@ STATEMENT = "quantkit.json"
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes, as a safetensors file holds them."""
-    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(raw(tensor.cpu()).numpy().data).hexdigest()
 
 
 class DigestingReader(CheckpointReader):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.model.spec import ModelSpec
 
@@ -25,7 +23,7 @@ def head_problem(reader: CheckpointReader, spec: ModelSpec) -> str | None:
     if reader.entries[HEAD].shape != reader.entries[spec.embedding].shape:
         return None
     head, embedding = reader.tensor(HEAD), reader.tensor(spec.embedding)
-    same = torch.equal(head, embedding) if head.dtype is embedding.dtype else torch.equal(head.float(), embedding.float())
+    same = head.equal(embedding) if head.dtype is embedding.dtype else head.float().equal(embedding.float())
     if same:
         return None
     return (

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
 
-from quantkit.dtypes import DTYPES, FLOATS, Entry, TensorPlan
+from quantkit.dtypes import FLOATS, Entry, TensorPlan, torch_dtype
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ELSEWHERE",
@@ -31,7 +33,7 @@ __all__ = [
 
 Schemes = dict[str, Scheme | None]
 Entries = Mapping[str, Entry]
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, "Tensor"]
 Config = TypeVar("Config", bound=BaseModel)
 
 # What to do with a checkpoint that another format cannot hold; it may be compressed-tensors already.
@@ -91,7 +93,7 @@ def one_scheme(schemes: Schemes, name: str) -> Scheme:
 
 def exactly(name: str, values: Tensor, dtype: str) -> Tensor:
     """values in another float dtype. Raises ConfigError when one of them would have to be rounded."""
-    cast = values.to(DTYPES[dtype])
+    cast = values.to(torch_dtype(dtype))
     wrong = cast.double() != values.double()
     if wrong.any():
         first = values[wrong][0].item()

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, PositiveInt
-from torch import Tensor
 
 from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.errors import ConfigError
@@ -24,6 +23,9 @@ from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, 
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, Strategy, fp8_block
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["AUTOFP8", "DEEPSEEK", "TRANSFORMERS"]
 

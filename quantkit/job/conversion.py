@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import quantkit
@@ -27,7 +26,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.sets import weight_sets
 from quantkit.checkpoint.verify import check_hashes, damaged
 from quantkit.checkpoint.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
-from quantkit.dtypes import TensorPlan
+from quantkit.dtypes import TensorPlan, raw
 from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError, counted
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.table import FORMATS
@@ -291,7 +290,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Equal values. Zero points that are missing are all 0; dtypes may differ where both hold the value."""
     if a is None or b is None:
         return not (a is not None and a.any()) and not (b is not None and b.any())
-    return a.shape == b.shape and torch.equal(a.double(), b.double())
+    return a.shape == b.shape and a.double().equal(b.double())
 
 
 def _prove(plan: _Plan, partial: Path) -> None:
@@ -304,12 +303,12 @@ def _prove(plan: _Plan, partial: Path) -> None:
     for _, pieces in plan.shards if not problems else ():
         for piece in pieces:
             if piece.ref is None:
-                same = torch.equal(_bytes(plan.reader.tensor(piece.key)), _bytes(written.tensor(piece.key)))
+                same = raw(plan.reader.tensor(piece.key)).equal(raw(written.tensor(piece.key)))
             elif (scheme := schemes[piece.key]) is None:
-                same = torch.equal(_dequantised(_decode(plan, piece.ref))[0], written.tensor(piece.ref.weight))
+                same = _dequantised(_decode(plan, piece.ref))[0].equal(written.tensor(piece.ref.weight))
             else:
                 a, b = _decode(plan, piece.ref), layout.decode(piece.ref, scheme, written.tensors())
-                codes = torch.equal(_bytes(a.codes), _bytes(b.codes))
+                codes = raw(a.codes).equal(raw(b.codes))
                 same = codes and _same(a.scale, b.scale) and _same(a.zero, b.zero) and _same(a.input_scale, b.input_scale)
                 same = same and scheme == piece.scheme
             if not same:
@@ -318,10 +317,6 @@ def _prove(plan: _Plan, partial: Path) -> None:
         raise VerificationError(
             f"{partial}: {counted(len(problems), 'problem')}: {problems[0]}", "report this: it is a bug of quantkit"
         )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _record(plan: _Plan, to: str, rounded: int, seconds: float) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import Contents
+from quantkit.checkpoint.inspect import inspect
 from quantkit.checkpoint.reader import load_json
-from quantkit.checkpoint.verify import inspect
 from quantkit.errors import CalibrationError
 from quantkit.recipe import Recipe
 from quantkit.report.schema import LinearRow, Overlap, Provenance, Size, SizeRow
