@@ -13,7 +13,7 @@ import quantkit
 
 ROOT = Path(quantkit.__file__).parent
 # What each room may import beside itself; docs/architecture.md shows the same table. A module of the root is a room.
-VOCABULARY = {"errors", "dtypes", "model.spec", "scheme", "qtensor", "stats", "owned", "atomic", "host"}
+VOCABULARY = {"errors", "dtypes", "model.spec", "scheme", "qtensor", "stats", "owned", "atomic", "host", "extras"}
 BELOW_CHECKPOINT = {*VOCABULARY, "model", "formats"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "owned": {"errors"},
     "atomic": {"errors", "owned"},
     "host": {"errors"},
+    "extras": {"errors"},
     "scheme": {"errors"},
     "qtensor": {"dtypes", "scheme"},
     "stats": set(),
@@ -30,16 +31,28 @@ ROOMS: dict[str, set[str]] = {
     "model": {"errors", "model.spec"},
     "formats": {"errors", "dtypes", "model.spec", "model", "qtensor", "scheme"},
     "kernels.reference": {"qtensor", "scheme"},
-    "kernels": {"errors", "owned", "qtensor", "scheme", "kernels.reference"},
+    "kernels": {"errors", "owned", "atomic", "qtensor", "scheme", "kernels.reference"},
     "checkpoint": BELOW_CHECKPOINT,
     "calib": {*VOCABULARY, "model", "checkpoint"},
     "run": {*BELOW_CHECKPOINT, "checkpoint", "calib", "kernels", "kernels.reference"},
     "engines": {*BELOW_CHECKPOINT, "checkpoint"},
     "job": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "quant", "kernels", "kernels.reference"},
-    "report": {"errors", "atomic", "checkpoint"},
+    "report": {"errors", "extras", "atomic", "checkpoint"},
     "measure": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "run", "report"},
     "tasks": {*BELOW_CHECKPOINT, "checkpoint", "calib", "run", "measure", "report"},
-    "commands": {"errors", "host", "model", "recipe", "checkpoint", "engines", "job", "measure", "report", "tasks"},
+    "commands": {
+        "errors",
+        "extras",
+        "host",
+        "model",
+        "recipe",
+        "checkpoint",
+        "engines",
+        "job",
+        "measure",
+        "report",
+        "tasks",
+    },
     "cli": {"errors", "model", "checkpoint", "engines", "run", "job", "commands"},
 }
 # Within what a room may import, what these modules may not: who judges is independent of who writes.

@@ -133,8 +133,10 @@ def held_out_extent(text: str, model: str, add_bos: bool | None = None) -> Exten
     that cannot be evaluated: before hours of other work."""
     from quantkit.checkpoint.folder import find_model
     from quantkit.checkpoint.reader import load_json
+    from quantkit.extras import need
     from quantkit.measure.evaluate import Extent, read_text
 
+    need("report", "--held-out, which writes a page with plots,")
     folder = find_model(model)
     config, extent = load_json(folder / "config.json"), Extent(add_bos=add_bos)
     limit = config.get("max_position_embeddings")
@@ -169,6 +171,7 @@ def evaluate_and_write(
 
     extent, folder, place = extent or Extent(), save or quantized / reports.FOLDER, str(pick_device(device))
     tasks = [one.name for one in plan.chosen] if plan else []
+    reports.check_page(folder / reports.PAGE)
     check(gates or [], expected(extent.kv_cache is not None, extent.context > 0, tasks))
     if quantized.is_dir():
         _make_room(folder, extent.cache, items, junit)
@@ -187,7 +190,7 @@ def evaluate_and_write(
         if plan and found.divergence is not None:
             answers = items or folder / reports.ITEMS
             found = _with_tasks(found, quantized, baseline, plan, manager, answers, status.update)
-    return _judged(found, str(quantized), gates, folder / "report.html", junit)
+    return _judged(found, str(quantized), gates, folder / reports.PAGE, junit)
 
 
 def _make_room(folder: Path, cache: Path | None, *files: Path | None) -> None:

@@ -22,7 +22,7 @@ from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import Contents
 from quantkit.checkpoint.inspect import inspect
 from quantkit.checkpoint.reader import load_json
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, ConfigError
 from quantkit.recipe import Recipe
 from quantkit.report.schema import LinearRow, Overlap, Provenance, Size, SizeRow
 from quantkit.report.text_schema import TextTokens
@@ -122,7 +122,7 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
     try:
         texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
         seen = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
-    except CalibrationError as error:
+    except (CalibrationError, ConfigError) as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
     if tokens.digest(seen) != record["job"].get("tokens"):
         return unknown(f"calibration text '{recipe.calibration}' is not what it was when the model was quantised")
