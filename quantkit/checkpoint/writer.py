@@ -20,9 +20,7 @@ from quantkit.dtypes import ITEMSIZE, TensorPlan, raw, torch_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MAX_SHARD_BYTES", "ShardPlan", "ShardWriter"]
-
-MAX_SHARD_BYTES = 5_000_000_000
+__all__ = ["ShardPlan", "ShardWriter"]
 
 
 @dataclass
