@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import (
@@ -19,13 +19,12 @@ from pydantic import (
     model_validator,
 )
 
+from quantkit.choices import Method
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear, Role
 from quantkit.scheme import BF16, Kind, Scheme, scheme_named
 
 __all__ = ["Recipe", "Rule"]
-
-Method = Literal["rtn", "gptq"]
 
 
 class _EachKeyOnce(yaml.SafeLoader):

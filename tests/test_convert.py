@@ -327,9 +327,8 @@ def test_a_shard_that_changes_underneath_is_noticed(made: Path, tmp_path: Path, 
 def test_command_line_prints_a_record(made: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from quantkit.cli import FORMATS, main
+    from quantkit.cli import main
 
-    assert FORMATS == TARGETS
     arguments = ["convert", str(made / "W4A16"), "-o", str(tmp_path / "a"), "--to", "gptq"]
     result = CliRunner().invoke(main, [*arguments, "--json", "--quiet"], catch_exceptions=False)
     record = json.loads(result.stdout)

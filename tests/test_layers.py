@@ -13,10 +13,11 @@ import quantkit
 
 ROOT = Path(quantkit.__file__).parent
 # What each room may import beside itself; docs/architecture.md shows the same table. A module of the root is a room.
-VOCABULARY = {"errors", "dtypes", "model.spec", "scheme", "qtensor", "stats", "owned", "atomic", "host", "extras"}
+VOCABULARY = {"errors", "choices", "dtypes", "model.spec", "scheme", "qtensor", "stats", "owned", "atomic", "host", "extras"}
 BELOW_CHECKPOINT = {*VOCABULARY, "model", "formats"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "choices": set(),
     "dtypes": set(),
     "model.spec": set(),
     "owned": {"errors"},
@@ -26,10 +27,10 @@ ROOMS: dict[str, set[str]] = {
     "scheme": {"errors"},
     "qtensor": {"dtypes", "scheme"},
     "stats": set(),
-    "recipe": {"errors", "scheme", "model.spec"},
+    "recipe": {"errors", "choices", "scheme", "model.spec"},
     "quant": {"qtensor", "scheme", "stats"},
-    "model": {"errors", "model.spec"},
-    "formats": {"errors", "dtypes", "model.spec", "model", "qtensor", "scheme"},
+    "model": {"errors", "choices", "model.spec"},
+    "formats": {"errors", "choices", "dtypes", "model.spec", "model", "qtensor", "scheme"},
     "kernels.reference": {"qtensor", "scheme"},
     "kernels": {"errors", "owned", "atomic", "qtensor", "scheme", "kernels.reference"},
     "checkpoint": BELOW_CHECKPOINT,
@@ -42,6 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "tasks": {*BELOW_CHECKPOINT, "checkpoint", "calib", "run", "measure", "report"},
     "commands": {
         "errors",
+        "choices",
         "extras",
         "host",
         "model",
@@ -53,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
         "report",
         "tasks",
     },
-    "cli": {"errors", "model", "checkpoint", "engines", "run", "job", "commands"},
+    "cli": {"errors", "choices", "model", "checkpoint", "engines", "run", "job", "commands"},
 }
 # Within what a room may import, what these modules may not: who judges is independent of who writes.
 JUDGES = (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quantkit.choices import KVFormat
 from quantkit.commands.command import as_json, command, show
 from quantkit.commands.options import bos_option, read_tasks, task_options
 from quantkit.errors import shown
@@ -29,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+ROUNDED = [kind.value for kind in KVFormat if kind is not KVFormat.FLOAT32]
 
 
 def gate_options(function: F) -> F:
@@ -57,7 +59,11 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
 @click.option("--windows", default=64, show_default=True, type=click.IntRange(min=1), help="At most so many windows.")
 @click.option("--cache", type=FOLDER, metavar="FOLDER", help="Keep the baseline's results here, for other candidates.")
-@click.option("--kv-cache", type=click.Choice(["bf16", "fp8"]), help="The quantised model keeps K and V so.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice([kind.value for kind in KVFormat if kind is not KVFormat.FLOAT32]),
+    help="The quantised model keeps K and V so.",
+)
 @click.option(
     "--context", default=0, type=click.IntRange(min=0), help="Also windows of so many tokens, and needles in them."
 )
@@ -98,7 +104,6 @@ def evaluate(
     from quantkit.errors import ConfigError
     from quantkit.host import pick_device
     from quantkit.measure.evaluate import Extent, figures
-    from quantkit.model.cache import KVFormat
     from quantkit.report.gates import EXIT_CODES
 
     wanted = chosen(gates, gates_file)

@@ -59,7 +59,7 @@ def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, An
     if not isinstance(quantization, dict):
         raise ConfigError(f"{where} has no quantization_config", "give a quantised checkpoint")
     schemes, form, problems = _schemes(spec, quantization, reader, where)
-    name = form.name if form else ""
+    name: str = form.name if form else ""
     assessed = assess(engine, spec, reader.config, schemes, quantization, deployment, name)
     if form:
         view = view_of(spec, reader.config, schemes, quantization, deployment, name)

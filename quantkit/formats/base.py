@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from quantkit.choices import FormatName
 from quantkit.dtypes import FLOATS, Entry, TensorPlan, torch_dtype
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear
@@ -53,7 +54,7 @@ class Format:
     raises ConfigError for values that it cannot hold. config(schemes, routers): the quantization_config.
     """
 
-    name: str
+    name: FormatName
     parse: Callable[[Mapping[str, Any], Iterable[str], Entries], Schemes]
     planned: Callable[[Linear, Scheme], list[TensorPlan]]
     decode: Callable[[Linear, Scheme, Tensors], QuantizedTensor]

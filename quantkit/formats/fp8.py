@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, PositiveInt
 
+from quantkit.choices import FormatName
 from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.errors import ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
@@ -117,7 +118,7 @@ def _config(schemes: Schemes, routers: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _format(name: str, scale: str, input_scale: str, block: bool) -> Format:
+def _format(name: FormatName, scale: str, input_scale: str, block: bool) -> Format:
     names = _Names(scale, input_scale)
     return Format(
         name=name,

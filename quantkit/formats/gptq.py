@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from quantkit.choices import FormatName
 from quantkit.dtypes import TensorPlan, torch_dtype
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
@@ -160,7 +161,7 @@ def _config(schemes: Schemes, routers: Iterable[str], checkpoint_format: str) ->
     }
 
 
-def _format(name: str, checkpoint_format: str, offset: int) -> Format:
+def _format(name: FormatName, checkpoint_format: str, offset: int) -> Format:
     return Format(
         name=name,
         parse=_parse,

@@ -26,6 +26,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.sets import weight_sets
 from quantkit.checkpoint.verify import check_hashes, damaged
 from quantkit.checkpoint.writer import ShardPlan, ShardWriter
+from quantkit.choices import TARGETS
 from quantkit.dtypes import TensorPlan, raw
 from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError, counted
 from quantkit.formats.base import KV_SCALE, Format, Schemes
@@ -55,7 +56,6 @@ __all__ = ["TARGETS", "convert"]
 BF16 = "bf16"
 # Modules whose code decides the bytes of OUT.
 DECISIVE = ("checkpoint", "formats", "job.conversion", "model", "qtensor", "scheme")
-TARGETS = (*FORMATS, BF16)
 Progress = Callable[[int, int], None]
 
 
