@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "accuracy.json"
-README = ROOT / "README.md"
+from measured import README, between, read
+
 START, END = "<!-- accuracy: scripts/accuracy_table.py -->", "<!-- end of accuracy -->"
 BASE, RECOMMENDED = "W4A16 RTN", "experts W4A16 GPTQ, attention and shared W8A16"
 
@@ -34,12 +29,9 @@ def table(results: dict[str, Any]) -> str:
 
 
 def written(readme: str, results: dict[str, Any]) -> str:
-    """The README with its table made anew. Raises SystemExit when it has no place for one."""
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        sys.exit(f"README.md needs '{START}' and '{END}' once")
-    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", readme)
+    """The README with its table made anew."""
+    return between(readme, START, END, [table(results)])
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text("utf-8"), json.loads(RESULTS.read_text())), "utf-8")
+    README.write_text(written(README.read_text("utf-8"), read("accuracy")), "utf-8")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "engines.json"
-README = ROOT / "README.md"
+from measured import README, between, read
+
 START, END = "<!-- engines: scripts/engine_table.py -->", "<!-- end of engines -->"
 SCHEMES = ("BF16", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
 # Recipes, as tests/engines names them: routed experts in INT4, all else in this.
@@ -61,12 +56,9 @@ def newer(results: dict[str, Any]) -> list[str]:
 
 
 def written(readme: str, results: dict[str, Any]) -> str:
-    """The README with its table made anew. Raises SystemExit when it has no place for one."""
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        sys.exit(f"README.md needs '{START}' and '{END}' once")
-    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", readme)
+    """The README with its table made anew."""
+    return between(readme, START, END, [table(results)])
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text(), json.loads(RESULTS.read_text())))
+    README.write_text(written(README.read_text("utf-8"), read("engines")), "utf-8")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -11,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,21 +30,25 @@ def test_documents_that_are_linked_exist() -> None:
 
 @pytest.fixture(scope="module")
 def accuracy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("accuracy_table", ROOT / "scripts" / "accuracy_table.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("accuracy_table")
 
 
 def test_readme_shows_what_was_measured(accuracy: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert readme == accuracy.written(readme, json.loads(accuracy.RESULTS.read_text())), "run scripts/accuracy_table.py"
+    assert readme == accuracy.written(readme, accuracy.read("accuracy")), "run scripts/accuracy_table.py"
+
+
+def test_a_page_has_one_place_for_what_is_measured() -> None:
+    between = script("measured").between
+    assert between("a BEGIN old END z END", "BEGIN", "END", ["new"]) == "a BEGIN\nnew\nEND z END"
+    for page in ("no place", "a BEGIN old", "END then BEGIN", "BEGIN a END BEGIN b END"):
+        with pytest.raises(SystemExit, match="the page needs 'BEGIN' once"):
+            between(page, "BEGIN", "END", ["new"])
 
 
 def test_the_recipe_that_is_recommended_loses_least_at_its_size(accuracy: ModuleType) -> None:
     """Of the three that raise attention and shared experts to 8 bits, by the median of seeds; and it is what is shown."""
-    runs = json.loads(accuracy.RESULTS.read_text())["runs"]
+    runs = accuracy.read("accuracy")["runs"]
     rivals = {name: rows for name, rows in runs.items() if name.startswith("experts W4A16")}
     mean = {name: statistics.median(run["kl_mean"] for run in rows) for name, rows in rivals.items()}
     sizes = {name: rows[0]["output_bytes"] for name, rows in rivals.items()}

@@ -12,7 +12,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.sets import weight_sets
 from quantkit.checkpoint.share import share
 from quantkit.checkpoint.stored import head_problem
-from quantkit.model.spec import ModelSpec
+from quantkit.model.spec import HEAD, ModelSpec
 
 __all__ = ["inspect"]
 
@@ -40,10 +40,10 @@ def inspect(folder: Path) -> dict[str, Any]:
         count(ref.role.value, label, ref.out_features * ref.in_features, size)
         counted += size
     others = spec.tensors().keys() - {ref.weight for ref in spec.linears()}
-    for key in sorted({*others, "lm_head.weight"} & reader.entries.keys()):
+    for key in sorted({*others, HEAD} & reader.entries.keys()):
         entry = reader.entries[key]
         role = "norms and router" if isinstance(spec, ModelSpec) else "others"
-        role = "embedding and head" if key in (*spec.around()[:1], "lm_head.weight") else role
+        role = "embedding and head" if key in (*spec.around()[:1], HEAD) else role
         count(role, entry.dtype, math.prod(entry.shape), entry.nbytes)
         counted += entry.nbytes
     for row in roles.values():

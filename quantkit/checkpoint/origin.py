@@ -25,9 +25,9 @@ from quantkit.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["STATEMENT", "DigestingReader", "content_digest", "read_statement", "tensor_digest"]
+__all__ = ["RECORD", "STATEMENT", "SUMS", "DigestingReader", "content_digest", "read_statement", "tensor_digest"]
 
-STATEMENT = "quantkit.json"
+STATEMENT, SUMS, RECORD = "quantkit.json", "SHA256SUMS", "run.json"  # what quantkit writes about an OUT into it
 
 
 def tensor_digest(tensor: Tensor) -> str:

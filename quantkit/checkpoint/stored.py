@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from quantkit.checkpoint.reader import CheckpointReader
-from quantkit.model.spec import ModelSpec
+from quantkit.model.spec import HEAD, ModelSpec
 
 __all__ = ["HEAD", "HEAD_FIX", "head_problem"]
 
-HEAD = "lm_head.weight"
 HEAD_FIX = f"say tie_word_embeddings: false in config.json to run the stored head, or take '{HEAD}' out to run the embedding"
 
 

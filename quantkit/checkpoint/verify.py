@@ -22,7 +22,7 @@ from quantkit.checkpoint.faithful import (
     statement_problems,
 )
 from quantkit.checkpoint.opened import format_of, misfits, schemes_of
-from quantkit.checkpoint.origin import STATEMENT, read_statement
+from quantkit.checkpoint.origin import RECORD, STATEMENT, SUMS, read_statement
 from quantkit.checkpoint.reader import CheckpointReader, load_json
 from quantkit.checkpoint.share import share
 from quantkit.checkpoint.verify_linears import Found, check_linears
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "stated", "verify"]
 
-SUMS = "SHA256SUMS"
-_UNSUMMED = {SUMS, "run.json"}
+_UNSUMMED = {SUMS, RECORD}
 _OWN_FOLDER = "eval"  # what `eval` writes into an OUT
 
 
@@ -212,7 +211,7 @@ def _blame_source(folder: Path, original: CheckpointReader, said: dict[str, Any]
     """Raise VerificationError where something differs and OUT, whose files are as they were written, is of other weights."""
     if is_source(said, original) is not False:
         return
-    record = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = load_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     made_from = f"; run.json records {record['model']}" if "model" in record else ""
     raise VerificationError(
         f"{original.folder} seems not to be the model that {folder} was made from: {STATEMENT} states other weights"

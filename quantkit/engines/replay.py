@@ -22,7 +22,7 @@ from quantkit.errors import ConfigError
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.table import recognise
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.spec import HEAD, Linear, ModelSpec
 from quantkit.scheme import Scheme
 
 __all__ = ["parameter", "replay"]
@@ -146,7 +146,7 @@ def _misfit(name: str, entry: Entry, wanted: TensorPlan) -> str:
 def _harmless(name: str, spec: ModelSpec, quantization: Mapping[str, Any]) -> bool:
     """A tied head stored once more, rotary tables, and K/V scales where the config has a scheme for them: all are skipped
     or taken by every engine."""
-    if name == "lm_head.weight" and spec.head is None:
+    if name == HEAD and spec.head is None:
         return True
     return bool(_SKIPPED.fullmatch(name) or (quantization.get("kv_cache_scheme") and KV_SCALE.match(name)))
 

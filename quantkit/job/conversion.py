@@ -47,7 +47,7 @@ from quantkit.job.partial import (
 )
 from quantkit.job.placement import in_shards, shard_name
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.spec import HEAD, Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
@@ -168,7 +168,7 @@ def _pieces(
         tensors = target.planned(ref, scheme) if target and scheme else [plain]
         pieces.append(_Piece(ref.key, ref, scheme, tuple(tensors)))
         taken.add(ref.weight)
-    wanted = {*spec.tensors(), "lm_head.weight"} - taken
+    wanted = {*spec.tensors(), HEAD} - taken
     kept = [key for key in reader.entries if key in wanted or KV_SCALE.match(key)]
     for key in kept:
         entry = reader.entries[key]

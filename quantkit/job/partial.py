@@ -11,6 +11,7 @@ from typing import Any
 
 from quantkit.atomic import disk_errors, fsync_folder, sha256
 from quantkit.checkpoint.folder import refuse_present
+from quantkit.checkpoint.origin import RECORD
 from quantkit.checkpoint.reader import load_json
 from quantkit.checkpoint.verify import check_hashes
 from quantkit.errors import CheckpointError, OutputError
@@ -30,7 +31,6 @@ __all__ = [
     "shortage",
 ]
 
-RECORD = "run.json"
 WORK = ".work"  # of OUT.partial: the journal, the lock, what is needed between units
 
 

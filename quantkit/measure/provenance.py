@@ -21,6 +21,7 @@ from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import Contents
 from quantkit.checkpoint.inspect import inspect
+from quantkit.checkpoint.origin import RECORD
 from quantkit.checkpoint.reader import load_json
 from quantkit.errors import CalibrationError, ConfigError
 from quantkit.recipe import Recipe
@@ -36,7 +37,7 @@ _OVERFLOWN = 1e30  # error of weights that are not finite once dequantised: JSON
 
 def run_record(folder: Path) -> dict[str, Any]:
     """What `quantize` wrote into run.json; empty for a checkpoint that quantkit did not make."""
-    path = folder / "run.json"
+    path = folder / RECORD
     record = load_json(path) if path.is_file() else {}
     return record if isinstance(record.get("linears"), dict) and isinstance(record.get("job"), dict) else {}
 
@@ -118,7 +119,7 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
         return unknown("the checkpoint has no run.json that says what it was calibrated on")
     if not record.get("calibration_tokens"):
         return Overlap(ngram=_NGRAM, share=0.0, note="no calibration text was used")
-    recipe = Recipe.of(record["recipe"], "run.json")
+    recipe = Recipe.of(record["recipe"], RECORD)
     try:
         texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
         seen = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)

@@ -78,7 +78,7 @@ class _View:
 def html(runs: Sequence[Run]) -> str:
     """The page. Everything that comes from a model, a text or a name is escaped; plots are SVG that `plots` made."""
     environment = Environment(
-        loader=PackageLoader("quantkit.evals", "."),
+        loader=PackageLoader("quantkit.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_printable,
