@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -143,6 +144,17 @@ def test_all_is_true(module: str) -> None:
         pytest.importorskip("vllm", reason="it stands on vLLM's own layers; make engine-test runs it")
     loaded = importlib.import_module(f"quantkit.{module}")
     assert all(hasattr(loaded, name) for name in loaded.__all__)
+
+
+def test_modules_that_are_named_are_there() -> None:
+    """In a string, such as for a process that is started or a file that is looked for beside a module."""
+    others = {"quantkit.json", "quantkit.gates"}  # a file of an OUT, a class of JUnit's
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if re.fullmatch(r"quantkit(\.\w+)+(:\w+)?", text) and text not in others:
+                name = ROOT.parent / text.partition(":")[0].replace(".", "/")
+                assert name.is_dir() or name.with_suffix(".py").is_file(), f"{path} names {text}"
 
 
 def test_package_exports() -> None:

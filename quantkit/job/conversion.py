@@ -55,7 +55,7 @@ __all__ = ["TARGETS", "convert"]
 
 BF16 = "bf16"
 # Modules whose code decides the bytes of OUT.
-DECISIVE = ("checkpoint", "formats", "job.conversion", "model", "qtensor", "scheme")
+DECISIVE = ("checkpoint", "dtypes", "formats", "job.conversion", "job.placement", "model", "qtensor", "scheme")
 Progress = Callable[[int, int], None]
 
 

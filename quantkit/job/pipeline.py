@@ -66,7 +66,7 @@ class Step:
 
 # Modules whose code decides the bytes of OUT.
 DECISIVE = (
-    *("calib", "checkpoint", "formats", "host", "job", "kernels.reference", "kernels.triton.activation"),
+    *("calib", "checkpoint", "dtypes", "formats", "host", "job", "kernels.reference", "kernels.triton.activation"),
     *("kernels.triton.repair", "model", "qtensor", "quant", "recipe", "scheme", "stats"),
 )
 Progress = Callable[[Step], None]

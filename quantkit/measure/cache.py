@@ -28,6 +28,7 @@ __all__ = ["BaselineCache", "BaselineRun"]
 DECISIVE = (
     *(
         "checkpoint",
+        "dtypes",
         "formats",
         "host",
         "kernels.reference",
