@@ -122,7 +122,6 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     from quantkit.checkpoint.folder import find_model
     from quantkit.checkpoint.reader import CheckpointReader
     from quantkit.commands.tables import plan_table
-    from quantkit.engines.assess import assess
     from quantkit.engines.registry import engine_named
     from quantkit.errors import ConfigError
     from quantkit.job.plan import make_plan, summary
@@ -136,6 +135,8 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     made = make_plan(reader, recipe)
     data = summary(made)
     if chosen:
+        from quantkit.engines.assess import assess
+
         found = assess(chosen, made.model, reader.config, made.schemes, made.written, devices)
         data["engine"] = found.as_dict()
         show(data, plan_table, as_json)

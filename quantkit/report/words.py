@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from quantkit.report.names import Unit, unit_of
-from quantkit.report.schema import Figure, GateResult
+
+if TYPE_CHECKING:
+    from quantkit.report.schema import Figure, GateResult
 
 __all__ = ["bounds", "interval", "number", "percent", "size", "value"]
 
