@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import click
 
 from quantkit import __version__
+from quantkit.choices import KERNELS, TARGETS, Kernels, KVFormat
 from quantkit.commands import evaluate as cli_eval
 from quantkit.commands.command import Main, as_json, command, show
 from quantkit.commands.options import bos_option, deployment, engine_options, read_recipe, recipe_options
 
 __all__ = ["main"]
 
-Kernels = Literal["auto", "w4a8", "reference"]  # as in run/weights.py, which would import torch
 kernels_option = click.option(
     "--kernels",
     default="auto",
     show_default=True,
-    type=click.Choice(get_args(Kernels)),
+    type=click.Choice(KERNELS),
     help="auto: this machine's; w4a8: INT4 weights by INT8 inputs, faster on a CPU; reference: float32.",
 )
-FORMATS = ("compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers", "bf16")
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
@@ -124,7 +123,6 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     from quantkit.checkpoint.folder import find_model
     from quantkit.checkpoint.reader import CheckpointReader
     from quantkit.commands.tables import plan_table
-    from quantkit.engines.assess import assess
     from quantkit.engines.registry import engine_named
     from quantkit.errors import ConfigError
     from quantkit.job.plan import make_plan, summary
@@ -138,6 +136,8 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     made = make_plan(reader, recipe)
     data = summary(made)
     if chosen:
+        from quantkit.engines.assess import assess
+
         found = assess(chosen, made.model, reader.config, made.schemes, made.written, devices)
         data["engine"] = found.as_dict()
         show(data, plan_table, as_json)
@@ -148,7 +148,7 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
 @main.command()
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
-@click.option("--to", required=True, metavar="FORMAT", help=f"{', '.join(FORMATS)}.")
+@click.option("--to", required=True, metavar="FORMAT", help=f"{', '.join(TARGETS)}.")
 @as_json
 @click.option("--quiet", is_flag=True, help="No progress.")
 @command
@@ -183,7 +183,7 @@ main.add_command(cli_eval.report)
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 is greedy.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(min=0, max=1, min_open=True))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1))
-@click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice(["float32", "bf16", "fp8"]))
+@click.option("--kv-cache", default="bf16", show_default=True, type=click.Choice([kind.value for kind in KVFormat]))
 @bos_option
 @kernels_option
 @click.option("--device", default="cpu", show_default=True)
@@ -208,7 +208,6 @@ def generate(
     from quantkit.checkpoint.sets import weight_sets
     from quantkit.commands.tables import console
     from quantkit.errors import ConfigError
-    from quantkit.model.cache import KVFormat
     from quantkit.run.sampling import Sampling
     from quantkit.run.text import complete, stream_text
 
@@ -252,7 +251,7 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
         model = Model(path, torch.device("cpu"), kernels="auto")
         show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
         return
-    from quantkit.checkpoint.verify import inspect as run
+    from quantkit.checkpoint.inspect import inspect as run
 
     show(run(path), inspect_table, as_json)
 
@@ -302,8 +301,6 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: it does not, or computes
     something else, 3: nobody looked.
     """
-    from quantkit.checkpoint.share import share_line
-    from quantkit.checkpoint.verify import verify as run
     from quantkit.errors import ConfigError, counted
 
     if engine:
@@ -317,6 +314,9 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
         found = replay(out, engine_named(engine), deployment(options))
         show(found, engine_table, as_json)
         sys.exit(Verdict(found["verdict"]).exit_code)
+
+    from quantkit.checkpoint.share import share_line
+    from quantkit.checkpoint.verify import verify as run
 
     deployment(options, needed_by="--engine")
     report = run(out, source)

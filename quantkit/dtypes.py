@@ -1,32 +1,66 @@
-"""Names, dtypes and sizes of tensors on disk, in safetensors' spelling."""
+"""Names, dtypes and sizes of tensors on disk, in safetensors' spelling.
+
+Torch is imported where a tensor is made or looked at: what reads headers alone does without the seconds that it takes.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-__all__ = ["DTYPES", "FLOATS", "Entry", "TensorPlan", "nbytes"]
+__all__ = ["FLOATS", "ITEMSIZE", "Entry", "TensorPlan", "nbytes", "raw", "torch_dtype"]
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+ITEMSIZE = {  # bytes of an element
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 FLOATS = ("BF16", "F16", "F32")  # what a weight that is not quantised may be
 
 
+@cache
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises KeyError for a name that is not in ITEMSIZE."""
+    import torch
+
+    dtypes = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+    return dtypes[name]
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor on the CPU, as a safetensors file holds them: uint8 [nbytes]."""
+    flat = tensor.contiguous().reshape(-1)  # a scalar has no axis to view otherwise
+    return flat.view(torch_dtype("U8"))
+
+
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return DTYPES[dtype].itemsize * math.prod(shape)
+    return ITEMSIZE[dtype] * math.prod(shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from quantkit.dtypes import DTYPES
+from quantkit.dtypes import torch_dtype
 from quantkit.scheme import Grid, Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["QuantizedTensor", "expand"]
 
@@ -41,10 +43,10 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         out, inputs = self.codes.shape
-        expected = DTYPES[self.grid.codes.dtype]
+        expected = torch_dtype(self.grid.codes.dtype)
         if self.codes.dtype is not expected:
             raise ValueError(f"codes are {self.codes.dtype}, a {self.grid.kind.value} grid holds {expected}")
-        if self.scale.dtype is not DTYPES[self.grid.scale_dtype]:
+        if self.scale.dtype is not torch_dtype(self.grid.scale_dtype):
             raise ValueError(f"scale is {self.scale.dtype}, the grid's scales are {self.grid.scale_dtype}")
         if tuple(self.scale.shape) != self.grid.scale_shape(out, inputs):
             raise ValueError(f"scale {tuple(self.scale.shape)} does not fit {self.grid.scale_shape(out, inputs)}")

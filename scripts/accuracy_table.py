@@ -3,22 +3,20 @@ and two columns of the README's table of schemes."""
 
 from __future__ import annotations
 
-import json
-import re
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "accuracy.json"
+from measured import ROOT, between, read
+
 BASE, RECOMMENDED = "W4A16 RTN", "experts W4A16 GPTQ, attention and shared W8A16"
-# The README's row: scheme, weights, activations, default method; and the run that shows it.
+# The README's row: scheme, weights, activations, default method; and the run that shows it, if there is one.
 SCHEMES = (
     ("`W4A16`", "INT4, a scale per 128 (`--group-size`)", "as they are", "GPTQ", "W4A16 GPTQ"),
     ("`W4A16_ASYM`", "the same, with zero points", "as they are", "GPTQ", "W4A16_ASYM GPTQ"),
     ("**experts `W4A16`, the rest `W8A16`**", "recommended", "as they are", "GPTQ, rounding", RECOMMENDED),
+    ("`W4AFP8`", "INT4, a scale per 128", "E4M3 per token", "GPTQ", None),
     ("`W8A16`", "INT8, a scale per 128", "as they are", "rounding", "W8A16"),
     ("`W8A8`", "INT8, a scale per row", "INT8 per token", "rounding", "W8A8"),
     ("`FP8_DYNAMIC`", "E4M3, a scale per row", "E4M3 per token", "rounding", "FP8_DYNAMIC"),
@@ -55,7 +53,8 @@ def schemes(runs: dict[str, Any]) -> str:
     """Markdown: a row for each scheme, with its size and mean KL."""
     lines = ["| scheme | weights | activations | method | size | mean KL |", "|---|---|---|---|---|---|"]
     for *cells, run in SCHEMES:
-        lines.append(f"| {' | '.join(cells)} | {_size(runs[run])} | {_mean(runs[run]):.4f} |")
+        measured = [_size(runs[run]), f"{_mean(runs[run]):.4f}"] if run else ["", ""]
+        lines.append(f"| {' | '.join([*cells, *measured])} |")
     return "\n".join([*lines, "| `BF16` | kept | | | | |"])
 
 
@@ -69,14 +68,10 @@ PAGES: dict[Path, tuple[str, Callable[[dict[str, Any]], str]]] = {
 def written(page: Path, results: dict[str, Any]) -> str:
     """The page with its table made anew. Raises SystemExit when it has no place for one."""
     mark, make = PAGES[page]
-    start, end = f"<!-- {mark}: scripts/accuracy_table.py -->", f"<!-- end of {mark} -->"
-    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-    text = page.read_text("utf-8")
-    if len(pattern.findall(text)) != 1:
-        sys.exit(f"{page.name} needs '{start}' and '{end}' once")
-    return pattern.sub(lambda _: f"{start}\n{make(results['runs'])}\n{end}", text)
+    begin, end = f"<!-- {mark}: scripts/accuracy_table.py -->", f"<!-- end of {mark} -->"
+    return between(page.read_text("utf-8"), begin, end, [make(results["runs"])])
 
 
 if __name__ == "__main__":
     for page in PAGES:
-        page.write_text(written(page, json.loads(RESULTS.read_text())), "utf-8")
+        page.write_text(written(page, read("accuracy")), "utf-8")

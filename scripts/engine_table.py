@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results" / "engines.json"
+from measured import ROOT, between, read
+
 PAGE = ROOT / "docs" / "engine-results.md"
 START, END = "<!-- engines: scripts/engine_table.py -->", "<!-- end of engines -->"
 SCHEMES = ("BF16", "W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")
@@ -62,11 +58,8 @@ def newer(results: dict[str, Any]) -> list[str]:
 
 def written(page: str, results: dict[str, Any]) -> str:
     """The page with its table made anew. Raises SystemExit when it has no place for one."""
-    pattern = re.compile(re.escape(START) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(page)) != 1:
-        sys.exit(f"{PAGE.name} needs '{START}' and '{END}' once")
-    return pattern.sub(lambda _: f"{START}\n{table(results)}\n{END}", page)
+    return between(page, START, END, [table(results)])
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text("utf-8"), json.loads(RESULTS.read_text())), "utf-8")
+    PAGE.write_text(written(PAGE.read_text("utf-8"), read("engines")), "utf-8")

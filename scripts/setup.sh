@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv and install quantkit with the versions in constraints.txt. Called by make.
+# Make .venv and install quantkit, with what `make demo` shows, in the versions of constraints.txt. Called by make.
 set -eu
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -22,4 +22,4 @@ grep -v '^triton==' constraints.txt > .venv/constraints.txt
 $pip --constraint .venv/constraints.txt "$torch"
 .venv/bin/python -c 'import importlib.metadata as m, sys; sys.exit(any(r.startswith("triton") for r in m.requires("torch") or ()))' &&
     cp constraints.txt .venv/constraints.txt
-$pip --constraint .venv/constraints.txt --editable .
+$pip --constraint .venv/constraints.txt --editable '.[report]'

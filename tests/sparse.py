@@ -7,10 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from quantkit.job.placement import MAX_SHARD_BYTES, shard_name
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import MoE
-
-SHARD_BYTES = 5_000_000_000
 
 
 def write_sparse(folder: Path, config: dict[str, Any]) -> int:
@@ -22,7 +21,7 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> int:
     end = 0
     for key, shape in spec.tensors().items():
         dtype, size = ("F32", 4) if key in wide else ("BF16", 2)
-        if shards[-1] and end + math.prod(shape) * size > SHARD_BYTES:
+        if shards[-1] and end + math.prod(shape) * size > MAX_SHARD_BYTES:
             shards.append({})
             end = 0
         start, end = end, end + math.prod(shape) * size
@@ -32,7 +31,7 @@ def write_sparse(folder: Path, config: dict[str, Any]) -> int:
     weight_map: dict[str, str] = {}
     total = 0
     for number, tensors in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        name = shard_name(number, len(shards))
         header = json.dumps(tensors).encode()
         data = max(entry["data_offsets"][1] for entry in tensors.values())
         with open(folder / name, "wb") as file:

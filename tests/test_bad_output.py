@@ -261,13 +261,13 @@ def test_out_of_memory_is_no_bug(finished: Path, monkeypatch: pytest.MonkeyPatch
     def inspect(folder: Path) -> None:
         raise error
 
-    monkeypatch.setattr("quantkit.checkpoint.verify.inspect", inspect)
+    monkeypatch.setattr("quantkit.checkpoint.inspect.inspect", inspect)
     found = CliRunner().invoke(main, ["inspect", str(finished / "out")])
     assert found.exit_code == 2 and found.stderr.startswith("error: out of memory: 64 GB\nFix: "), found.stderr
 
 
 def test_a_bug_is_no_verdict(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantkit.checkpoint.verify.inspect", lambda folder: {}["no such key"])
+    monkeypatch.setattr("quantkit.checkpoint.inspect.inspect", lambda folder: {}["no such key"])
     found = CliRunner().invoke(main, ["inspect", str(finished / "out")])
     assert found.exit_code == 70 and "KeyError: 'no such key'" in found.stderr and found.stdout == ""
     assert found.stderr.splitlines()[-1].startswith("error: this is a bug in quantkit")

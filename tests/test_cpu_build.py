@@ -76,13 +76,6 @@ def test_processor_flags_are_read(tmp_path: Path) -> None:
     assert set(build.missing_cpu_flags(tmp_path / "none")) == build.CPU_FLAGS
 
 
-def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "quantkit"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the standard says to ignore it
-    assert build.cache_folder() == Path.home() / ".cache" / "quantkit"
-
-
 def test_what_a_model_does_not_use_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """For INT4 the shared part and INT4's kernels, both at once."""
     asked, both = [], threading.Barrier(2, timeout=30)

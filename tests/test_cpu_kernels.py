@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.dtypes import DTYPES
+from quantkit.dtypes import torch_dtype
 from quantkit.kernels import reference
 from quantkit.kernels.cpu import build
 from quantkit.kernels.cpu.backend import rounding_of_w4a8
@@ -47,7 +47,7 @@ def random_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     shape = grid.scale_shape(rows, inputs)
     zero = None if grid.symmetric else torch.randint(int(grid.qmin), int(grid.qmax) + 1, shape, dtype=torch.int8)
     return QuantizedTensor(
-        random_codes(grid, rows, inputs), (torch.rand(shape) + 0.1).to(DTYPES[grid.scale_dtype]), zero, grid
+        random_codes(grid, rows, inputs), (torch.rand(shape) + 0.1).to(torch_dtype(grid.scale_dtype)), zero, grid
     )
 
 
@@ -57,7 +57,7 @@ def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     codes = torch.randint(-7, 8, (rows, inputs))
     stored = codes.to(torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8)
     zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
-    scale = (2.0 ** torch.randint(-2, 2, shape)).to(DTYPES[grid.scale_dtype])
+    scale = (2.0 ** torch.randint(-2, 2, shape)).to(torch_dtype(grid.scale_dtype))
     return QuantizedTensor(stored, scale, zero, grid)
 
 

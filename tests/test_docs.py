@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from quantkit.scheme import PRESETS
+from tests.scripts import script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,11 +24,7 @@ def test_figures_are_those_of_the_committed_results(page: str) -> None:
 
 @pytest.fixture(scope="module")
 def accuracy() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("accuracy_table", ROOT / "scripts" / "accuracy_table.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("accuracy_table")
 
 
 def test_tables_show_what_was_measured(accuracy: ModuleType) -> None:
@@ -37,7 +32,7 @@ def test_tables_show_what_was_measured(accuracy: ModuleType) -> None:
     assert {page.name for page in accuracy.PAGES} == {"README.md", "accuracy.md"}
     for page in accuracy.PAGES:
         shown = page.read_text("utf-8")
-        assert shown == accuracy.written(page, json.loads(accuracy.RESULTS.read_text())), "run scripts/accuracy_table.py"
+        assert shown == accuracy.written(page, accuracy.read("accuracy")), "run scripts/accuracy_table.py"
 
 
 def test_the_readme_has_a_row_for_each_scheme(accuracy: ModuleType) -> None:
@@ -45,9 +40,17 @@ def test_the_readme_has_a_row_for_each_scheme(accuracy: ModuleType) -> None:
     assert rows == set(PRESETS)
 
 
+def test_a_page_has_one_place_for_what_is_measured() -> None:
+    between = script("measured").between
+    assert between("a BEGIN old END z END", "BEGIN", "END", ["new"]) == "a BEGIN\nnew\nEND z END"
+    for page in ("no place", "a BEGIN old", "END then BEGIN", "BEGIN a END BEGIN b END"):
+        with pytest.raises(SystemExit, match="the page needs 'BEGIN' once"):
+            between(page, "BEGIN", "END", ["new"])
+
+
 def test_the_recipe_that_is_recommended_loses_least_at_its_size(accuracy: ModuleType) -> None:
     """Of the three that raise attention and shared experts to 8 bits, by the median of seeds; and it is what is shown."""
-    runs = json.loads(accuracy.RESULTS.read_text())["runs"]
+    runs = accuracy.read("accuracy")["runs"]
     rivals = {name: rows for name, rows in runs.items() if name.startswith("experts W4A16")}
     mean = {name: statistics.median(run["kl_mean"] for run in rows) for name, rows in rivals.items()}
     sizes = {name: rows[0]["output_bytes"] for name, rows in rivals.items()}

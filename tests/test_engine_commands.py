@@ -16,11 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantkit
-from quantkit.checkpoint.reader import INDEX
+from quantkit.checkpoint.by_name import spec_of
+from quantkit.checkpoint.opened import misfits, schemes_of
+from quantkit.checkpoint.reader import INDEX, CheckpointReader
 from quantkit.cli import main
+from quantkit.engines.held import Deployment
 from quantkit.engines.on_file import random_experts
-from quantkit.engines.registry import ENGINES
-from quantkit.engines.replay import parameter
+from quantkit.engines.registry import ENGINES, engine_named
+from quantkit.engines.replay import parameter, replay
 from quantkit.engines.rules import Verdict
 from quantkit.recipe import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
@@ -281,6 +284,23 @@ def test_what_quantkits_plugin_refuses(models: Path, tmp_path: Path) -> None:
     (plain / "config.json").write_text(json.dumps({**whole, "rope_scaling": None}))
     found = ask("plan", plain, "--group-size", 32, "--engine", "vllm", code=1)["engine"]
     assert "vllm.plugin-rope" in {f["rule"] for f in found["model"]}
+
+
+@pytest.mark.parametrize("name", ["k_scale", "attn.v_scale", "k_proj.output_scale", "kv_scale"])
+def test_scales_of_the_cache_are_those_that_a_checkpoint_may_have(models: Path, tmp_path: Path, name: str) -> None:
+    """In every spelling that `convert` carries along and `verify` accepts; without a scheme for them they are nothing."""
+
+    def scaled(tensors: dict[str, Tensor]) -> None:
+        tensors[f"model.layers.0.self_attn.{name}"] = torch.tensor(1.0)
+
+    out = rewritten(models, tmp_path, "int4", scaled)
+    reader = CheckpointReader(out)
+    assert misfits(reader, spec_of(reader), schemes_of(reader)) == []
+    engine = engine_named("vllm")
+    assert replay(out, engine, Deployment())["counts"] == {"unmatched": 1}
+    scheme = {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "tensor"}
+    config(lambda q: q.update(kv_cache_scheme=scheme))(out)
+    assert replay(out, engine, Deployment())["counts"] == {}
 
 
 def test_no_advice_for_a_model_that_an_engine_has_not(models: Path, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("kl.meen<1", "did you mean kl.mean?"),
         ("kl.max<1", "no interval"),
-        ("context.perplexity_ratio<1", "it needs --context"),
-        ("kv_cache.added_kl<1", "it needs --kv-cache fp8"),
-        ("tasks.piqa.recovery>0.9", "it needs --tasks"),
+        ("context.perplexity_ratio<1", "it needs quantkit eval --context"),
+        ("kv_cache.added_kl<1", "it needs quantkit eval --kv-cache fp8"),
+        ("tasks.piqa.recovery>0.9", "it needs quantkit eval --tasks"),
         ("change.kl.mean<0", "it needs quantkit report --against"),
     ],
 )

@@ -16,7 +16,7 @@ import quantkit
 from quantkit.atomic import temporary_name
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import CheckpointError, ConfigError, OutputError, QuantkitError, VerificationError
-from quantkit.job import conversion, pipeline
+from quantkit.job import pipeline, placement
 from quantkit.recipe import Recipe
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint
 
@@ -310,7 +310,7 @@ def test_temporary_names_do_not_hang_on_the_process_id(tmp_path: Path, monkeypat
 
 
 def test_conversion_keeps_what_is_good(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "MAX_SHARD_BYTES", 60_000)
+    monkeypatch.setattr(placement, "MAX_SHARD_BYTES", 60_000)
     quantkit.quantize(undisturbed / "model", tmp_path / "source", ROUNDED)
     quantkit.convert(tmp_path / "source", tmp_path / "whole", "bf16")
 

@@ -42,7 +42,7 @@ def test_numbers_mean_what_the_format_says(case: Case, tmp_path: Path) -> None:
 
 
 def quantkit_inspect(folder: Path) -> dict[str, object]:
-    from quantkit.checkpoint.verify import inspect
+    from quantkit.checkpoint.inspect import inspect
 
     return inspect(folder)
 

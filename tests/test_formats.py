@@ -16,7 +16,7 @@ from quantkit.atomic import write_bytes
 from quantkit.checkpoint.fingerprint import fingerprint
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.writer import ShardPlan, ShardWriter
-from quantkit.dtypes import DTYPES, TensorPlan
+from quantkit.dtypes import ITEMSIZE, TensorPlan, torch_dtype
 from quantkit.errors import ConfigError, OutputError
 from quantkit.formats import compressed_tensors as ct
 from quantkit.job.journal import Journal
@@ -32,10 +32,12 @@ from tests.conftest import CONFIG
 
 
 def test_shard_is_what_safetensors_reads(tmp_path: Path) -> None:
+    dtypes = {name: torch_dtype(name) for name in ITEMSIZE}
+    assert {name: dtype.itemsize for name, dtype in dtypes.items()} == ITEMSIZE
     tensors = {
-        name: torch.arange(n).to(dtype) for n, (name, dtype) in enumerate(DTYPES.items(), start=3) if name != "BOOL"
+        name: torch.arange(n).to(dtype) for n, (name, dtype) in enumerate(dtypes.items(), start=3) if name != "BOOL"
     } | {"empty": torch.empty(0, 4), "matrix": torch.randn(3, 5), "scalar": torch.tensor(7.0)}
-    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    dtype_names = {dtype: name for name, dtype in dtypes.items()}
     plan = ShardPlan("a.safetensors", [TensorPlan(k, dtype_names[t.dtype], tuple(t.shape)) for k, t in tensors.items()])
     with ShardWriter(tmp_path, plan) as writer:
         for key in sorted(tensors, reverse=True):  # any order
@@ -75,7 +77,7 @@ def test_encode_is_as_planned_and_decodes_to_itself(name: str) -> None:
     stats.add(torch.randn(4, 64))
     ((q, _),) = solve([w], scheme, Method("rtn"), stats)
     tensors = ct.encode(ref, scheme, q)
-    planned = {t.name: (DTYPES[t.dtype], t.shape) for t in ct.planned(ref, scheme)}
+    planned = {t.name: (torch_dtype(t.dtype), t.shape) for t in ct.planned(ref, scheme)}
     assert {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()} == planned
     again = ct.decode(ref, scheme, tensors)
     assert torch.equal(again.dequantize(), q.dequantize())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -13,38 +14,54 @@ import quantkit
 
 ROOT = Path(quantkit.__file__).parent
 # What each room may import beside itself; docs/architecture.md shows the same table. A module of the root is a room.
-VOCABULARY = {"errors", "dtypes", "model.spec", "scheme", "qtensor", "stats", "owned", "atomic", "host"}
+VOCABULARY = {"errors", "choices", "dtypes", "model.spec", "scheme", "qtensor", "stats", "owned", "atomic", "host", "extras"}
 BELOW_CHECKPOINT = {*VOCABULARY, "model", "formats"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "choices": set(),
     "dtypes": set(),
     "model.spec": set(),
     "owned": {"errors"},
     "atomic": {"errors", "owned"},
     "host": {"errors"},
+    "extras": {"errors"},
     "scheme": {"errors"},
     "qtensor": {"dtypes", "scheme"},
     "stats": set(),
-    "quant.method": set(),
-    "recipe": {"errors", "scheme", "model.spec", "quant.method"},
+    "quant.method": {"choices"},
+    "recipe": {"errors", "choices", "scheme", "model.spec", "quant.method"},
     "quant": {"qtensor", "scheme", "stats", "quant.method"},
-    "model": {"errors", "model.spec"},
-    "formats": {"errors", "dtypes", "model.spec", "model", "qtensor", "scheme"},
+    "model": {"errors", "choices", "model.spec"},
+    "formats": {"errors", "choices", "dtypes", "model.spec", "model", "qtensor", "scheme"},
     "kernels.reference": {"qtensor", "scheme"},
-    "kernels": {"errors", "owned", "qtensor", "scheme", "kernels.reference"},
+    "kernels": {"errors", "owned", "atomic", "qtensor", "scheme", "kernels.reference"},
     "checkpoint": BELOW_CHECKPOINT,
     "calib": {*VOCABULARY, "model", "checkpoint", "kernels.reference"},
     "run": {*BELOW_CHECKPOINT, "checkpoint", "calib", "kernels", "kernels.reference"},
     "engines": {*BELOW_CHECKPOINT, "checkpoint"},
     "job": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "quant", "quant.method", "kernels", "kernels.reference"},
-    "report": {"errors", "atomic", "checkpoint"},
+    "report": {"errors", "extras", "atomic", "checkpoint"},
     "measure": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "run", "report"},
     "tasks": {*BELOW_CHECKPOINT, "checkpoint", "calib", "run", "measure", "report"},
-    "commands": {"errors", "host", "model", "recipe", "checkpoint", "engines", "job", "measure", "report", "tasks"},
-    "cli": {"errors", "model", "checkpoint", "engines", "run", "job", "commands"},
+    "commands": {
+        "errors",
+        "choices",
+        "extras",
+        "host",
+        "model",
+        "recipe",
+        "checkpoint",
+        "engines",
+        "job",
+        "measure",
+        "report",
+        "tasks",
+    },
+    "cli": {"errors", "choices", "model", "checkpoint", "engines", "run", "job", "commands"},
 }
 # Within what a room may import, what these modules may not: who judges is independent of who writes.
 JUDGES = (
+    "checkpoint.inspect",
     "checkpoint.verify",
     "checkpoint.verify_linears",
     "checkpoint.faithful",
@@ -128,6 +145,17 @@ def test_all_is_true(module: str) -> None:
         pytest.importorskip("vllm", reason="it stands on vLLM's own layers; make engine-test runs it")
     loaded = importlib.import_module(f"quantkit.{module}")
     assert all(hasattr(loaded, name) for name in loaded.__all__)
+
+
+def test_modules_that_are_named_are_there() -> None:
+    """In a string, such as for a process that is started or a file that is looked for beside a module."""
+    others = {"quantkit.json", "quantkit.gates"}  # a file of an OUT, a class of JUnit's
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if re.fullmatch(r"quantkit(\.\w+)+(:\w+)?", text) and text not in others:
+                name = ROOT.parent / text.partition(":")[0].replace(".", "/")
+                assert name.is_dir() or name.with_suffix(".py").is_file(), f"{path} names {text}"
 
 
 def test_package_exports() -> None:

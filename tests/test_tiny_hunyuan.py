@@ -12,8 +12,8 @@ import quantkit
 from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import evaluation_set
+from quantkit.checkpoint.inspect import inspect
 from quantkit.checkpoint.reader import CheckpointReader
-from quantkit.checkpoint.verify import inspect
 from quantkit.model.spec import MoE
 
 MODEL = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"

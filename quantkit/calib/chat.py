@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from quantkit.calib.documents import Conversation
 from quantkit.checkpoint.reader import load_json
 from quantkit.errors import CalibrationError
+from quantkit.extras import need
 
 __all__ = ["Chat", "Settings", "settings_of"]
 
@@ -98,6 +99,7 @@ class Chat:
         """The conversation as text. how: add_generation_prompt, continue_final_message. Raises CalibrationError where there
         is no template, where it refuses, exceeds a limit, or does not read what the conversation's row holds for it."""
         template = self.template(conversation.where, "tools" in conversation.variables)
+        need("chat", f"{conversation.where} has messages, and the chat template that writes them")
         read = {name for name in conversation.variables if re.search(rf"\b{re.escape(name)}\b", template)}
         if lost := [name for name in _INPUTS if conversation.variables.get(name) and name not in read]:
             seen = f"{conversation.where} has '{lost[0]}', which the chat template of {self.folder} does not read"

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from quantkit.errors import CalibrationError
+from quantkit.extras import need
 
 __all__ = ["CALIBRATION", "HELD_OUT", "NAMED", "held_out_files", "named_documents", "stdlib_files"]
 
@@ -118,11 +119,14 @@ def _fetch(name: str, data: DataSet) -> str:
 
 
 def _hub_documents(name: str) -> list[str]:
-    from pyarrow import parquet
-
     data = HUB[name]
+    plain = data.file.endswith(".parquet")
+    if plain:
+        need("parquet", f"text '{name}'")
     path = _fetch(name, data)
-    if data.file.endswith(".parquet"):
+    if plain:
+        from pyarrow import parquet
+
         return ["".join(parquet.read_table(path, columns=["text"]).column("text").to_pylist())]
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         return [json.loads(line)["text"] for line in islice(lines, MAX_DOCUMENTS)]

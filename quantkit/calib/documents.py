@@ -16,6 +16,7 @@ from typing import Any, overload
 from quantkit.calib import hub
 from quantkit.calib.corpus import NAMED, named_documents
 from quantkit.errors import CalibrationError, counted
+from quantkit.extras import need
 
 __all__ = ["LAYOUTS", "Conversation", "Document", "Documents", "read_documents"]
 
@@ -82,7 +83,8 @@ class Documents(Sequence[Document]):
 
 
 def read_documents(source: str) -> Documents:
-    """The documents of a file, a named text or a data set of the hub. Raises CalibrationError."""
+    """The documents of a file, a named text or a data set of the hub. Raises CalibrationError, and ConfigError where the
+    library that reads it is not installed."""
     if source in NAMED:
         return Documents(named_documents(source))
     path = Path(source)
@@ -94,6 +96,7 @@ def read_documents(source: str) -> Documents:
     if suffix not in _SUFFIXES or path.suffix == ".gz" and suffix == ".parquet":
         raise CalibrationError(f"{path} ends in '{path.suffix}'", f"give {_FILES}")
     if suffix == ".parquet":
+        need("parquet", f"text '{source}'")
         return _documents(_parquet(path), source)
     try:
         text = _read(path)

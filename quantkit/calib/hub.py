@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from quantkit.errors import CalibrationError
+from quantkit.extras import install, lacking
 
 __all__ = ["is_name", "rows"]
 
@@ -26,10 +26,10 @@ def rows(source: str) -> Iterator[dict[str, Any]]:
     """The first rows of a split ("train" unless it is named). Raises CalibrationError, within seconds, when the library is
     missing or the hub does not answer."""
     name, *more = source.split(":")
-    if importlib.util.find_spec("datasets") is None:
+    if lacking("datasets"):
         raise CalibrationError(
             f"text '{source}' is no file; a data set of the hub needs the library datasets, which is not installed",
-            "pip install 'quantkit[datasets]', or give a file",
+            f"{install('datasets')}, or give a file",
         )
     config, split = more[0] if len(more) == 2 else None, more[-1] if more else "train"
     try:

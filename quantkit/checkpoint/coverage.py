@@ -15,7 +15,7 @@ from quantkit.checkpoint.reader import CheckpointReader, Entry
 from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.errors import VerificationError, counted
 from quantkit.formats import compressed_tensors
-from quantkit.model.spec import ModelSpec, Role
+from quantkit.model.spec import HEAD, ModelSpec, Role
 from quantkit.scheme import Scheme
 
 __all__ = ["Coverage", "Fate", "Item", "account", "bystanders", "reconcile"]
@@ -79,7 +79,7 @@ def account(entries: Mapping[str, Entry], spec: ModelSpec | NamedSpec, schemes: 
     kinds = dict.fromkeys(spec.tensors(), "norms" if isinstance(spec, ModelSpec) else "other")
     kinds |= {moe.router.weight: Role.ROUTER.value for moe in spec.moes()}
     if isinstance(spec, ModelSpec):
-        kinds |= {"lm_head.weight": Role.HEAD.value, spec.embedding: "embedding"}
+        kinds |= {HEAD: Role.HEAD.value, spec.embedding: "embedding"}
     kinds |= {weight: ref.role.value for weight, ref in linears.items()}
     items: dict[str, Item] = {}
     for name, entry in entries.items():

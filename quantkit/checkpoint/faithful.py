@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.atomic import sha256
 from quantkit.checkpoint.folder import carried
-from quantkit.checkpoint.origin import STATEMENT, content_digest, tensor_digest
+from quantkit.checkpoint.origin import RECORD, STATEMENT, SUMS, content_digest, tensor_digest
 from quantkit.checkpoint.published import published_config, published_files
 from quantkit.checkpoint.reader import INDEX, CheckpointReader
 from quantkit.errors import shown
@@ -18,7 +18,7 @@ from quantkit.scheme import Scheme
 
 __all__ = ["OWN", "config_differences", "file_differences", "is_source", "settings_unknown", "statement_problems"]
 
-OWN = ("config.json", INDEX, STATEMENT, "SHA256SUMS", "run.json")  # files that quantkit writes into every OUT
+OWN = ("config.json", INDEX, STATEMENT, SUMS, RECORD)  # files that quantkit writes into every OUT
 _SETTINGS = {"quant_method", "config_groups", "format", "quantization_status", "ignore"}
 _GROUP = {"targets", "weights", "input_activations", "format"}
 _ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"}

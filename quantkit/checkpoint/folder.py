@@ -12,19 +12,30 @@ from typing import Any
 
 import quantkit
 from quantkit.atomic import disk_errors, sha256, write_bytes
-from quantkit.checkpoint.origin import STATEMENT
+from quantkit.checkpoint.origin import RECORD, STATEMENT, SUMS
 from quantkit.checkpoint.reader import INDEX
 from quantkit.checkpoint.writer import ShardPlan
 from quantkit.errors import ConfigError, OutputError
 
-__all__ = ["CARRIED", "carried", "complete", "find_model", "refuse_present", "watched", "without_tokenizer", "write_json"]
+__all__ = [
+    "CARRIED",
+    "CODE",
+    "carried",
+    "complete",
+    "find_model",
+    "refuse_present",
+    "watched",
+    "without_tokenizer",
+    "write_json",
+]
 
 TOKENIZERS = ("tokenizer.json", "*.tiktoken", "*.model", "vocab.*")  # what an engine could make one from
+CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 # What goes from the source folder to OUT beside the weights.
 CARRIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "*.model"),
     *("generation_config.json", "chat_template*", "*.jinja", "LICENSE*", "NOTICE*"),
-    *("configuration_*.py", "modeling_*.py", "tokenization_*.py"),
+    *CODE,
 )
 
 
@@ -126,6 +137,6 @@ def complete(
     write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
     sums = dict(hashes)
     for path in partial.iterdir():
-        if path.is_file() and path.name not in ("run.json", "SHA256SUMS", *hashes):
+        if path.is_file() and path.name not in (RECORD, SUMS, *hashes):
             sums[path.name] = sha256(path)
-    write_bytes(partial / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())
+    write_bytes(partial / SUMS, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())).encode())

@@ -11,13 +11,14 @@ import base64
 import binascii
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer, normalizers, processors
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.reader import load_json
 from quantkit.errors import CheckpointError
 from quantkit.model.hunyuan_a13b import is_a13b
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["FILE", "load", "settings", "special_tokens"]
 
@@ -48,6 +49,7 @@ def load(path: Path) -> Tokenizer:
     Text gets no special tokens that are not in it, unless tokenizer_config.json says `add_bod_token`: then it begins with
     <|startoftext|>. It never ends with <|endoftext|>, which the released class may add: nothing could be continued then.
     """
+    from tokenizers import normalizers, processors
     from transformers.convert_slow_tokenizer import TikTokenConverter  # seconds to import
 
     class Converter(TikTokenConverter):  # type: ignore[misc]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from quantkit.checkpoint.by_name import NamedSpec, spec_of
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.stored import HEAD_FIX, head_problem
-from quantkit.dtypes import DTYPES, FLOATS
+from quantkit.dtypes import FLOATS, ITEMSIZE
 from quantkit.errors import ConfigError
 from quantkit.formats import compressed_tensors, table
 from quantkit.formats.base import KV_SCALE, Format
-from quantkit.model.spec import ModelSpec
+from quantkit.model.spec import HEAD, ModelSpec
 from quantkit.scheme import Scheme
 
 __all__ = ["format_of", "misfits", "schemes_of"]
@@ -39,10 +39,10 @@ def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict
     """What is missing, unexpected, or of another dtype or shape than the architecture and the schemes say."""
     layout, problems, optional = format_of(reader), list[str](), {key for key in reader.entries if KV_SCALE.match(key)}
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
-    allowed = FLOATS if isinstance(spec, ModelSpec) else tuple(DTYPES)
+    allowed = FLOATS if isinstance(spec, ModelSpec) else tuple(ITEMSIZE)
     expected = {key: (allowed, shape) for key, shape in spec.tensors().items()}
-    if isinstance(spec, ModelSpec) and "lm_head.weight" in reader.entries:  # a tied head may be stored once more
-        expected["lm_head.weight"] = expected[spec.embedding]
+    if isinstance(spec, ModelSpec) and HEAD in reader.entries:  # a tied head may be stored once more
+        expected[HEAD] = expected[spec.embedding]
     for ref in spec.linears():
         scheme = schemes[ref.key]
         if scheme is not None:

@@ -16,22 +16,23 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.reader import CheckpointReader, Entry, load_json
+from quantkit.dtypes import raw
 from quantkit.errors import CheckpointError
 
-__all__ = ["STATEMENT", "DigestingReader", "content_digest", "read_statement", "tensor_digest"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-STATEMENT = "quantkit.json"
+__all__ = ["RECORD", "STATEMENT", "SUMS", "DigestingReader", "content_digest", "read_statement", "tensor_digest"]
+
+STATEMENT, SUMS, RECORD = "quantkit.json", "SHA256SUMS", "run.json"  # what quantkit writes about an OUT into it
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a tensor's bytes, as a safetensors file holds them."""
-    return hashlib.sha256(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(raw(tensor.cpu()).numpy().data).hexdigest()
 
 
 class DigestingReader(CheckpointReader):

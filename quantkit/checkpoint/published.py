@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import hy_tiktoken
+from quantkit.checkpoint.folder import CODE
 from quantkit.checkpoint.reader import load_json
 
-__all__ = ["CODE", "NATIVE", "native", "published_config", "published_files", "published_notes"]
+__all__ = ["NATIVE", "native", "published_config", "published_files", "published_notes"]
 
 # model_type -> the classes (`architectures` in config.json) that engines have, or quantkit brings to them
 NATIVE: dict[str, tuple[str, ...]] = {
@@ -26,7 +27,6 @@ NATIVE: dict[str, tuple[str, ...]] = {
     "llama": ("LlamaForCausalLM",),
     "qwen3_moe": ("Qwen3MoeForCausalLM",),
 }
-CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 

@@ -11,16 +11,17 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.atomic import unreadable
 from quantkit.checkpoint.fingerprint import fingerprint
 from quantkit.checkpoint.shard import OpenShard, ShardHeader, read_header, tensor_of
-from quantkit.dtypes import Entry
+from quantkit.dtypes import Entry, torch_dtype
 from quantkit.errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["INDEX", "SINGLE", "CheckpointReader", "Entry", "load_json"]
 
@@ -133,8 +134,8 @@ class CheckpointReader:
         if tensor.dtype.is_floating_point:
             # A finite sum of |x| says that all are finite, in one pass; one that is not (float64 may overflow) says: look.
             wide = tensor.float() if tensor.element_size() == 1 else tensor
-            if not torch.isfinite(wide.abs().sum(dtype=torch.float64)):
-                bad = (~torch.isfinite(wide)).flatten().nonzero()
+            if not wide.abs().sum(dtype=torch_dtype("F64")).isfinite():
+                bad = (~wide.isfinite()).flatten().nonzero()
                 if len(bad):
                     raise CheckpointError(
                         f"{self.folder / self.entries[key].shard}: tensor '{key}' holds {len(bad)} NaN or infinite "
@@ -161,7 +162,7 @@ def _is_shard(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") and name.isprintable()
 
 
-class _Lazy(Mapping[str, Tensor]):
+class _Lazy(Mapping[str, "Tensor"]):
     def __init__(self, reader: CheckpointReader, device: torch.device | str) -> None:
         self._reader, self._device = reader, device
 

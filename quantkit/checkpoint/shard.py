@@ -12,15 +12,15 @@ import stat
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from quantkit.atomic import unreadable
 from quantkit.checkpoint.ranges import read_into
-from quantkit.dtypes import DTYPES, Entry, nbytes
+from quantkit.dtypes import ITEMSIZE, Entry, nbytes, torch_dtype
 from quantkit.errors import CheckpointError, shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["OpenShard", "ShardHeader", "read_header", "tensor_of"]
 
@@ -62,25 +62,32 @@ class OpenShard:
 
     def read(self, start: int, length: int, what: str) -> Tensor:
         """That many bytes from `start`, uint8 [length]. what: for the message when they cannot be had."""
+        import torch
+
         try:
             data = torch.empty(length, dtype=torch.uint8)
         except RuntimeError as error:  # what torch raises for memory that a CPU does not have
             raise CheckpointError(
                 f"{self.path}: {what} needs {length:,} bytes of memory, and there is not as much", "free memory"
             ) from error
+        self.fill(data.numpy().data, start, what)
+        return data
+
+    def fill(self, view: memoryview, start: int, what: str) -> None:
+        """Fill a view of bytes with those from `start`."""
+        length = len(view)
         try:
-            got = read_into(self._handle, data.numpy().data, start)
+            got = read_into(self._handle, view, start)
         except OSError as error:
             raise unreadable(self.path, error) from error
         if got != length:
             seen = f"{self.path}: {what} cannot be read: the file ends at byte {start + got:,}, before {start + length:,}"
             raise CheckpointError(seen, "it was truncated; fetch that shard again")
-        return data
 
 
 def tensor_of(file: OpenShard, key: str, entry: Entry) -> Tensor:
     """One tensor of an open shard, in its stored dtype. Raises CheckpointError."""
-    return file.read(entry.start, entry.nbytes, f"tensor '{key}'").view(DTYPES[entry.dtype]).reshape(entry.shape)
+    return file.read(entry.start, entry.nbytes, f"tensor '{key}'").view(torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
 def read_header(path: Path) -> ShardHeader:
@@ -109,7 +116,9 @@ def read_header(path: Path) -> ShardHeader:
 def _bytes(file: OpenShard, start: int, length: int, size: int) -> bytes:
     if start + length > size:
         raise _Damaged("it ends within its header")
-    return file.read(start, length, "its header").numpy().tobytes()
+    data = bytearray(length)
+    file.fill(memoryview(data), start, "its header")
+    return bytes(data)
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -132,8 +141,8 @@ def _tensors(path: Path, fields: dict[str, Any], start: int, size: int) -> dict[
         if not name.isprintable() or len(name) > _LONGEST_NAME:
             raise _Damaged(f"'{shown(name)}' is no name of a tensor: it is too long, or has characters that do not print")
         dtype, shape, (begin, end) = _row(name, row)
-        if dtype not in DTYPES:
-            raise CheckpointError(f"{path}: tensor '{name}' has unknown dtype {shown(dtype)}", f"allowed: {[*DTYPES]}")
+        if dtype not in ITEMSIZE:
+            raise CheckpointError(f"{path}: tensor '{name}' has unknown dtype {shown(dtype)}", f"allowed: {[*ITEMSIZE]}")
         needed = nbytes(dtype, shape)
         if needed >= 2**63:
             raise _Damaged(f"tensor '{name}': shape {shown(shape)} overflows 64 bits")

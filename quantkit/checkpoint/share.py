@@ -8,7 +8,7 @@ from quantkit.checkpoint.by_name import NamedSpec
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.dtypes import FLOATS
 from quantkit.model.names import is_outside, specials, target
-from quantkit.model.spec import ModelSpec
+from quantkit.model.spec import HEAD, ModelSpec
 from quantkit.scheme import Scheme
 
 __all__ = ["is_inside", "share", "share_line"]
@@ -23,7 +23,7 @@ def share(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: Mappin
     names = {ref.weight for ref in spec.linears() if schemes[ref.key]}
     plain = {
         name: reader.entries[name].nbytes
-        for name in {*spec.tensors(), "lm_head.weight"}
+        for name in {*spec.tensors(), HEAD}
         if name not in names and name in reader.entries and reader.entries[name].dtype in FLOATS
     }
     inside = sum(size for name, size in plain.items() if is_inside(reader, spec, name))

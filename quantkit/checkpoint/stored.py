@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from quantkit.checkpoint.reader import CheckpointReader
-from quantkit.model.spec import ModelSpec
+from quantkit.model.spec import HEAD, ModelSpec
 
 __all__ = ["HEAD", "HEAD_FIX", "head_problem"]
 
-HEAD = "lm_head.weight"
 HEAD_FIX = f"say tie_word_embeddings: false in config.json to run the stored head, or take '{HEAD}' out to run the embedding"
 
 
@@ -25,7 +22,7 @@ def head_problem(reader: CheckpointReader, spec: ModelSpec) -> str | None:
     if reader.entries[HEAD].shape != reader.entries[spec.embedding].shape:
         return None
     head, embedding = reader.tensor(HEAD), reader.tensor(spec.embedding)
-    same = torch.equal(head, embedding) if head.dtype is embedding.dtype else torch.equal(head.float(), embedding.float())
+    same = head.equal(embedding) if head.dtype is embedding.dtype else head.float().equal(embedding.float())
     if same:
         return None
     return (

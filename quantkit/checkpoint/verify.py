@@ -1,4 +1,4 @@
-"""Independent checks of a checkpoint on disk: `verify` re-reads what was written, `inspect` says what is in it.
+"""Independent checks of a checkpoint on disk: what was written is read again.
 
 Shares no code with the writer, the walk or the algorithms: only the reader, and the definition of the format.
 """
@@ -8,10 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.atomic import sha256
 from quantkit.checkpoint.by_name import NamedSpec, spec_of
@@ -25,23 +22,23 @@ from quantkit.checkpoint.faithful import (
     statement_problems,
 )
 from quantkit.checkpoint.opened import format_of, misfits, schemes_of
-from quantkit.checkpoint.origin import STATEMENT, read_statement
+from quantkit.checkpoint.origin import RECORD, STATEMENT, SUMS, read_statement
 from quantkit.checkpoint.reader import CheckpointReader, load_json
-from quantkit.checkpoint.sets import weight_sets
 from quantkit.checkpoint.share import share
-from quantkit.checkpoint.stored import head_problem
 from quantkit.checkpoint.verify_linears import Found, check_linears
-from quantkit.dtypes import FLOATS
+from quantkit.dtypes import FLOATS, raw
 from quantkit.errors import CheckpointError, ConfigError, VerificationError, counted, shown
 from quantkit.formats import compressed_tensors
 from quantkit.host import plain_arithmetic
 from quantkit.model.spec import ModelSpec
-from quantkit.scheme import Scheme, labels
+from quantkit.scheme import Scheme
 
-__all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "inspect", "stated", "verify"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-SUMS = "SHA256SUMS"
-_UNSUMMED = {SUMS, "run.json"}
+__all__ = ["SUMS", "VerifyReport", "check_hashes", "damaged", "stated", "verify"]
+
+_UNSUMMED = {SUMS, RECORD}
 _OWN_FOLDER = "eval"  # what `eval` writes into an OUT
 
 
@@ -214,7 +211,7 @@ def _blame_source(folder: Path, original: CheckpointReader, said: dict[str, Any]
     """Raise VerificationError where something differs and OUT, whose files are as they were written, is of other weights."""
     if is_source(said, original) is not False:
         return
-    record = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    record = load_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     made_from = f"; run.json records {record['model']}" if "model" in record else ""
     raise VerificationError(
         f"{original.folder} seems not to be the model that {folder} was made from: {STATEMENT} states other weights"
@@ -239,57 +236,4 @@ def _check_kept(
 
 
 def _identical(a: Tensor, b: Tensor) -> bool:
-    return a.dtype is b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)  # a scalar has no axis to view otherwise
-
-
-def inspect(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds: per role the schemes, linears, weights, bytes and bits per weight; the same in total."""
-    reader = CheckpointReader(folder)
-    spec = spec_of(reader)
-    schemes, layout = schemes_of(reader), format_of(reader)
-    names_of = labels(schemes.values())
-    roles: dict[str, dict[str, Any]] = {}
-    counted = 0
-
-    def count(role: str, scheme: str, weights: int, size: int) -> None:
-        row = roles.setdefault(role, {"schemes": [], "tensors": 0, "weights": 0, "bytes": 0})
-        row["schemes"] += [scheme] if scheme not in row["schemes"] else []
-        row["tensors"] += 1
-        row["weights"] += weights
-        row["bytes"] += size
-
-    for ref in spec.linears():
-        scheme = schemes[ref.key]
-        names = [t.name for t in layout.planned(ref, scheme) if t.name in reader.entries] if scheme else [ref.weight]
-        size = sum(reader.entry(name).nbytes for name in names)
-        label = names_of[scheme] if scheme else reader.entry(ref.weight).dtype
-        count(ref.role.value, label, ref.out_features * ref.in_features, size)
-        counted += size
-    others = spec.tensors().keys() - {ref.weight for ref in spec.linears()}
-    for key in sorted({*others, "lm_head.weight"} & reader.entries.keys()):
-        entry = reader.entries[key]
-        role = "norms and router" if isinstance(spec, ModelSpec) else "others"
-        role = "embedding and head" if key in (*spec.around()[:1], "lm_head.weight") else role
-        count(role, entry.dtype, torch.Size(entry.shape).numel(), entry.nbytes)
-        counted += entry.nbytes
-    for row in roles.values():
-        row["bits_per_weight"] = round(8 * row["bytes"] / row["weights"], 3)
-    total = {key: sum(row[key] for row in roles.values()) for key in ("tensors", "weights", "bytes")}
-    differing = head_problem(reader, spec) if isinstance(spec, ModelSpec) else None
-    return {
-        "path": str(folder),
-        "architecture": spec.architecture,
-        "layers": len(spec.layers),
-        "quantized": any(schemes.values()),
-        "format": layout.name if any(schemes.values()) else None,
-        "shards": len(reader.shards),
-        "roles": roles,
-        "total": {**total, "bits_per_weight": round(8 * total["bytes"] / total["weights"], 3)},
-        "bf16_share": share(reader, spec, schemes),
-        "notes": [*weight_sets(folder), *([differing] if differing else [])],
-        "unknown_bytes": sum(entry.nbytes for entry in reader.entries.values()) - counted,
-    }
+    return a.dtype is b.dtype and a.shape == b.shape and raw(a).equal(raw(b))

@@ -12,16 +12,15 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.atomic import disk_errors, fsync_folder, temporary_name
-from quantkit.dtypes import DTYPES, TensorPlan
+from quantkit.dtypes import ITEMSIZE, TensorPlan, raw, torch_dtype
 
-__all__ = ["MAX_SHARD_BYTES", "ShardPlan", "ShardWriter"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-MAX_SHARD_BYTES = 5_000_000_000
+__all__ = ["ShardPlan", "ShardWriter"]
 
 
 @dataclass
@@ -37,7 +36,7 @@ class ShardPlan:
 
     def layout(self) -> tuple[bytes, dict[str, tuple[int, TensorPlan]]]:
         """The file's header, and each tensor's absolute offset. Wide dtypes first, so all data is aligned."""
-        ordered = sorted(self.tensors, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
+        ordered = sorted(self.tensors, key=lambda t: (-ITEMSIZE[t.dtype], t.name))
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offsets, position = {}, 0
         for tensor in ordered:
@@ -65,11 +64,11 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Store one tensor. Raises ValueError when it is not what the plan says, KeyError when it is not in the plan."""
         offset, plan = self._pending.pop(name)
-        if tuple(tensor.shape) != plan.shape or tensor.dtype is not DTYPES[plan.dtype]:
+        if tuple(tensor.shape) != plan.shape or tensor.dtype is not torch_dtype(plan.dtype):
             raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {plan.dtype} {plan.shape}")
         with disk_errors(self.path):
             self._file.seek(offset)
-            self._file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.write(raw(tensor.cpu()).numpy().data)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quantkit.choices import KVFormat
 from quantkit.commands.command import as_json, command, show
 from quantkit.commands.options import bos_option, read_tasks, task_options
 from quantkit.errors import shown
@@ -30,6 +31,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 FILE = click.Path(path_type=Path, dir_okay=False)
 FOLDER = click.Path(path_type=Path, file_okay=False)
+ROUNDED = [kind.value for kind in KVFormat if kind is not KVFormat.FLOAT32]
 
 
 def gate_options(function: F) -> F:
@@ -58,7 +60,11 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
 @click.option("--seq-len", default=512, show_default=True, type=click.IntRange(min=2), help="Tokens in a window.")
 @click.option("--windows", default=64, show_default=True, type=click.IntRange(min=1), help="At most so many windows.")
 @click.option("--cache", type=FOLDER, metavar="FOLDER", help="Keep the baseline's results here, for other candidates.")
-@click.option("--kv-cache", type=click.Choice(["bf16", "fp8"]), help="The quantised model keeps K and V so.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice([kind.value for kind in KVFormat if kind is not KVFormat.FLOAT32]),
+    help="The quantised model keeps K and V so.",
+)
 @click.option(
     "--context", default=0, type=click.IntRange(min=0), help="Also windows of so many tokens, and needles in them."
 )
@@ -99,7 +105,6 @@ def evaluate(
     from quantkit.errors import ConfigError
     from quantkit.host import pick_device
     from quantkit.measure.evaluate import Extent, figures
-    from quantkit.model.cache import KVFormat
     from quantkit.report.gates import EXIT_CODES
 
     wanted = chosen(gates, gates_file)
@@ -142,9 +147,11 @@ def held_out_text(text: str, model: str, add_bos: bool | None = None) -> Riding:
     that cannot be evaluated: before hours of other work."""
     from quantkit.checkpoint.folder import find_model
     from quantkit.checkpoint.reader import load_json
+    from quantkit.extras import need
     from quantkit.measure.evaluate import Extent, evaluation_of, read_text
     from quantkit.model.registry import build_spec
 
+    need("report", "--held-out, which writes a page with plots,")
     folder = find_model(model)
     config, extent = load_json(folder / "config.json"), Extent(add_bos=add_bos)
     limit = config.get("max_position_embeddings")
@@ -181,6 +188,7 @@ def evaluate_and_write(
 
     extent, folder, place = extent or Extent(), save or quantized / reports.FOLDER, str(pick_device(device))
     tasks = [one.name for one in plan.chosen] if plan else []
+    reports.check_page(folder / reports.PAGE)
     check(gates or [], expected(extent.kv_cache is not None, extent.context > 0, tasks))
     if quantized.is_dir():
         _make_room(folder, extent.cache, items, junit)
@@ -200,7 +208,7 @@ def evaluate_and_write(
         if plan and found.divergence is not None:
             answers = items or folder / reports.ITEMS
             found = _with_tasks(found, quantized, baseline, plan, manager, answers, status.update)
-    return _judged(found, str(quantized), gates, folder / "report.html", junit)
+    return _judged(found, str(quantized), gates, folder / reports.PAGE, junit)
 
 
 def _make_room(folder: Path, cache: Path | None, *files: Path | None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from quantkit.choices import KERNELS, METHODS
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def recipe_options(function: F) -> F:
             click.option(
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
-            click.option("--method", type=click.Choice(["rtn", "gptq"]), help="[default: gptq for INT4, rtn for 8 bits]"),
+            click.option("--method", type=click.Choice(METHODS), help="[default: gptq for INT4, rtn for 8 bits]"),
             click.option("--calibration", metavar="FILE|NAME", help="A text: docs/formats.md. [default: stdlib]"),
             click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),
@@ -123,9 +124,7 @@ def task_options(function: F) -> F:
             click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template."),
             click.option("--max-new-tokens", type=number, help="Upper bound on what a task lets the model write."),
             click.option("--batch-size", type=number, help="Task items at once. [default: 4096 tokens]"),
-            click.option(
-                "--task-kernels", default="auto", show_default=True, type=click.Choice(["auto", "w4a8", "reference"])
-            ),
+            click.option("--task-kernels", default="auto", show_default=True, type=click.Choice(KERNELS)),
         ],
     )
 

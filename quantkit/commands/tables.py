@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.cells import cell_len
@@ -15,8 +15,10 @@ from rich.text import Text
 
 from quantkit.checkpoint.share import share_line
 from quantkit.errors import counted, shown_lines
-from quantkit.job.pipeline import Step
 from quantkit.report.words import size
+
+if TYPE_CHECKING:
+    from quantkit.job.pipeline import Step
 
 __all__ = [
     "bench_table",

@@ -19,10 +19,10 @@ from quantkit.engines.assess import Assessment, assess, check_deployment
 from quantkit.engines.held import EXPERT_PARTS, FUSED, Deployment
 from quantkit.engines.rules import Engine, Verdict, View, view_of, worst
 from quantkit.errors import ConfigError
-from quantkit.formats.base import Format, Schemes
+from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.table import recognise
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.spec import HEAD, Linear, ModelSpec
 from quantkit.scheme import Scheme
 
 __all__ = ["parameter", "replay"]
@@ -30,7 +30,6 @@ __all__ = ["parameter", "replay"]
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.(?P<suffix>\w+)")
 _LINEAR = re.compile(r"(?P<prefix>.*)\.(?P<name>\w+)\.(?P<suffix>\w+)")
 _FUSED = {part: fused for fused, parts in FUSED.items() for part in parts}
-_KV_SCALES = re.compile(r".*\.self_attn\.([kv]_scale|kv_scale|[kv]_proj\.([kv]_scale|output_scale))")
 _SKIPPED = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _SHOWN = 20
 
@@ -60,7 +59,7 @@ def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, An
     if not isinstance(quantization, dict):
         raise ConfigError(f"{where} has no quantization_config", "give a quantised checkpoint")
     schemes, form, problems = _schemes(spec, quantization, reader, where)
-    name = form.name if form else ""
+    name: str = form.name if form else ""
     assessed = assess(engine, spec, reader.config, schemes, quantization, deployment, name)
     if form:
         view = view_of(spec, reader.config, schemes, quantization, deployment, name)
@@ -147,9 +146,9 @@ def _misfit(name: str, entry: Entry, wanted: TensorPlan) -> str:
 def _harmless(name: str, spec: ModelSpec, quantization: Mapping[str, Any]) -> bool:
     """A tied head stored once more, rotary tables, and K/V scales where the config has a scheme for them: all are skipped
     or taken by every engine."""
-    if name == "lm_head.weight" and spec.head is None:
+    if name == HEAD and spec.head is None:
         return True
-    return bool(_SKIPPED.fullmatch(name) or (quantization.get("kv_cache_scheme") and _KV_SCALES.fullmatch(name)))
+    return bool(_SKIPPED.fullmatch(name) or (quantization.get("kv_cache_scheme") and KV_SCALE.match(name)))
 
 
 def _why_unmatched(

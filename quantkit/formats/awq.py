@@ -8,13 +8,11 @@ likewise; scales float16 [in / g, out]. w = (q - z) * s. Layout: AutoAWQ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, field_validator
-from torch import Tensor
 
-from quantkit.dtypes import TensorPlan
+from quantkit.dtypes import TensorPlan, torch_dtype
 from quantkit.errors import ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
 from quantkit.formats.gptq import integer_scheme
@@ -22,6 +20,9 @@ from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme, weight_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["AWQ"]
 
@@ -95,7 +96,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor
             f"'{ref.key}' has {ref.out_features} outputs: AWQ packs eight outputs to a word",
             ELSEWHERE,
         )
-    zero = torch.zeros_like(q.scale, dtype=torch.int8) if q.zero is None else q.zero
+    zero = q.scale.new_zeros(q.scale.shape, dtype=torch_dtype("I8")) if q.zero is None else q.zero
     return {
         f"{ref.key}.qweight": _pack(q.codes.T),
         f"{ref.key}.qzeros": _pack(zero.T),

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
 
-from quantkit.dtypes import DTYPES, FLOATS, Entry, TensorPlan
+from quantkit.choices import FormatName
+from quantkit.dtypes import FLOATS, Entry, TensorPlan, torch_dtype
 from quantkit.errors import ConfigError
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme, labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ELSEWHERE",
@@ -31,7 +34,7 @@ __all__ = [
 
 Schemes = dict[str, Scheme | None]
 Entries = Mapping[str, Entry]
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, "Tensor"]
 Config = TypeVar("Config", bound=BaseModel)
 
 # What to do with a checkpoint that another format cannot hold; it may be compressed-tensors already.
@@ -51,7 +54,7 @@ class Format:
     raises ConfigError for values that it cannot hold. config(schemes, routers): the quantization_config.
     """
 
-    name: str
+    name: FormatName
     parse: Callable[[Mapping[str, Any], Iterable[str], Entries], Schemes]
     planned: Callable[[Linear, Scheme], list[TensorPlan]]
     decode: Callable[[Linear, Scheme, Tensors], QuantizedTensor]
@@ -91,7 +94,7 @@ def one_scheme(schemes: Schemes, name: str) -> Scheme:
 
 def exactly(name: str, values: Tensor, dtype: str) -> Tensor:
     """values in another float dtype. Raises ConfigError when one of them would have to be rounded."""
-    cast = values.to(DTYPES[dtype])
+    cast = values.to(torch_dtype(dtype))
     wrong = cast.double() != values.double()
     if wrong.any():
         first = values[wrong][0].item()

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from quantkit.dtypes import FLOATS, TensorPlan
+from quantkit.dtypes import FLOATS, TensorPlan, torch_dtype
 from quantkit.errors import ConfigError, shown
 from quantkit.formats.base import Entries, Format, Schemes, Tensors, scale_dtype
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import FP8_TENSOR, PRESETS, Packing, Scheme, fp8_block, scheme_named, weight_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
 
@@ -53,7 +53,7 @@ def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]
     tensors = {f"{ref.key}.weight_scale": q.scale}
     if scheme.packing is Packing.WORDS:
         tensors[f"{ref.key}.weight_packed"] = pack_rows(q.codes, scheme.weight.bits)
-        tensors[f"{ref.key}.weight_shape"] = torch.tensor(q.shape, dtype=torch.int64)
+        tensors[f"{ref.key}.weight_shape"] = q.codes.new_tensor(q.shape, dtype=torch_dtype("I64"))
     else:
         tensors[f"{ref.key}.weight"] = q.codes
     if q.zero is not None:

@@ -13,17 +13,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, PositiveInt
-from torch import Tensor
 
+from quantkit.choices import FormatName
 from quantkit.dtypes import FLOATS, TensorPlan
 from quantkit.errors import ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, Strategy, fp8_block
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["AUTOFP8", "DEEPSEEK", "TRANSFORMERS"]
 
@@ -115,7 +118,7 @@ def _config(schemes: Schemes, routers: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _format(name: str, scale: str, input_scale: str, block: bool) -> Format:
+def _format(name: FormatName, scale: str, input_scale: str, block: bool) -> Format:
     names = _Names(scale, input_scale)
     return Format(
         name=name,

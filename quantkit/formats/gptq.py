@@ -11,19 +11,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel
-from torch import Tensor
 
-from quantkit.dtypes import TensorPlan
+from quantkit.choices import FormatName
+from quantkit.dtypes import TensorPlan, torch_dtype
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats.base import ELSEWHERE, Entries, Format, Schemes, Tensors, checked, exactly, one_scheme, scale_dtype
 from quantkit.formats.packing import pack_rows, unpack_rows
 from quantkit.model.spec import Linear
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Kind, Scheme, Strategy, weight_only
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["V1", "V2", "integer_scheme"]
 
@@ -87,14 +90,21 @@ def _zeros(ref: Linear, scheme: Scheme, stored: Tensor, offset: int) -> Tensor |
             f"'{ref.key}.qzeros' holds {2**scheme.weight.bits - 1}, which engines read as {2**scheme.weight.bits} or as 0",
             "quantise again to checkpoint_format gptq_v2, which has no such case",
         )
-    return (zeros + offset).to(torch.int8).contiguous()
+    return (zeros + offset).to(torch_dtype("I8")).contiguous()
+
+
+def _groups(inputs: int, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """g_idx of groups of neighbours: int32 [inputs]."""
+    import torch
+
+    return torch.arange(inputs, dtype=torch.int32, device=device) // size
 
 
 def _decode(ref: Linear, scheme: Scheme, tensors: Tensors, offset: int) -> QuantizedTensor:
     scale = tensors[f"{ref.key}.scales"].T.contiguous()
     if (order := f"{ref.key}.g_idx") in tensors:
         index, size = tensors[order], ref.in_features // scale.shape[1]
-        if not torch.equal(index.long(), torch.arange(ref.in_features, device=index.device) // size):
+        if not index.equal(_groups(ref.in_features, size, index.device)):
             raise CheckpointError(
                 f"'{order}' puts inputs into groups out of order (desc_act without static groups)",
                 "quantise with desc_act false or static_groups true: quantkit reads groups of neighbours only",
@@ -122,7 +132,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor, offset: int) -> dic
             f"'{ref.key}' has {ref.out_features} outputs: GPTQ packs zero points of {32 // bits} outputs to a word",
             ELSEWHERE,
         )
-    zeros = torch.zeros_like(scale, dtype=torch.int8) if q.zero is None else q.zero
+    zeros = scale.new_zeros(scale.shape, dtype=torch_dtype("I8")) if q.zero is None else q.zero
     if offset and (zeros == scheme.weight.qmin).any():
         raise ConfigError(f"'{ref.key}' has a zero point of 0, which GPTQ v1 stores as -1 and cannot", "use --to gptq-v2")
     inputs, size = ref.in_features, ref.in_features // scale.shape[1]
@@ -130,7 +140,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor, offset: int) -> dic
         f"{ref.key}.qweight": pack_rows(q.codes, bits).T.contiguous(),
         f"{ref.key}.qzeros": pack_rows((zeros - offset).T, bits),
         f"{ref.key}.scales": scale.T.contiguous(),
-        f"{ref.key}.g_idx": (torch.arange(inputs) // size).to(torch.int32),
+        f"{ref.key}.g_idx": _groups(inputs, size),
     }
 
 
@@ -151,7 +161,7 @@ def _config(schemes: Schemes, routers: Iterable[str], checkpoint_format: str) ->
     }
 
 
-def _format(name: str, checkpoint_format: str, offset: int) -> Format:
+def _format(name: FormatName, checkpoint_format: str, offset: int) -> Format:
     return Format(
         name=name,
         parse=_parse,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import quantkit
@@ -26,16 +25,29 @@ from quantkit.checkpoint.published import published_config, published_files, pub
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.sets import weight_sets
 from quantkit.checkpoint.verify import check_hashes, damaged
-from quantkit.checkpoint.writer import MAX_SHARD_BYTES, ShardPlan, ShardWriter
-from quantkit.dtypes import TensorPlan
+from quantkit.checkpoint.writer import ShardPlan, ShardWriter
+from quantkit.choices import TARGETS
+from quantkit.dtypes import TensorPlan, raw
 from quantkit.errors import CheckpointError, ConfigError, OutputError, VerificationError, counted
 from quantkit.formats.base import KV_SCALE, Format, Schemes
 from quantkit.formats.table import FORMATS
 from quantkit.host import code_digest, peak_memory, plain_arithmetic
 from quantkit.job.journal import Journal
-from quantkit.job.partial import RECORD, WORK, finished, keep_failed, partial_of, publish, refuse_others, set_aside_damaged
+from quantkit.job.partial import (
+    RECORD,
+    WORK,
+    drop_orphans,
+    finished,
+    keep_failed,
+    partial_of,
+    publish,
+    refuse_others,
+    set_aside_damaged,
+    shortage,
+)
+from quantkit.job.placement import in_shards, shard_name
 from quantkit.model.registry import build_spec
-from quantkit.model.spec import Linear, ModelSpec
+from quantkit.model.spec import HEAD, Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
@@ -43,8 +55,7 @@ __all__ = ["TARGETS", "convert"]
 
 BF16 = "bf16"
 # Modules whose code decides the bytes of OUT.
-DECISIVE = ("checkpoint", "dtypes", "formats", "job.conversion", "model", "qtensor", "scheme")
-TARGETS = (*FORMATS, BF16)
+DECISIVE = ("checkpoint", "dtypes", "formats", "job.conversion", "job.placement", "model", "qtensor", "scheme")
 Progress = Callable[[int, int], None]
 
 
@@ -97,7 +108,8 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     key = {"source": watch.fingerprint, "convert to": to, "quantkit": code}
     if (record := finished(target, key)) is not None:
         return record
-    _check_space(plan, partial)
+    if lacking := shortage(target, plan.output_bytes):
+        raise OutputError(lacking, "free space, or choose another OUT")
     journal = Journal(partial / WORK, key)
     try:
         rounded = _write_shards(plan, target, journal, watch, progress or (lambda done, total: None))
@@ -156,7 +168,7 @@ def _pieces(
         tensors = target.planned(ref, scheme) if target and scheme else [plain]
         pieces.append(_Piece(ref.key, ref, scheme, tuple(tensors)))
         taken.add(ref.weight)
-    wanted = {*spec.tensors(), "lm_head.weight"} - taken
+    wanted = {*spec.tensors(), HEAD} - taken
     kept = [key for key in reader.entries if key in wanted or KV_SCALE.match(key)]
     for key in kept:
         entry = reader.entries[key]
@@ -165,17 +177,9 @@ def _pieces(
 
 
 def _shards(pieces: list[_Piece]) -> tuple[tuple[ShardPlan, tuple[_Piece, ...]], ...]:
-    """Pieces in shards of at most MAX_SHARD_BYTES, no piece split."""
-    parts: list[list[_Piece]] = [[]]
-    size = 0
-    for piece in pieces:
-        wide = sum(tensor.nbytes for tensor in piece.tensors)
-        if parts[-1] and size + wide > MAX_SHARD_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(piece)
-        size += wide
-    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    """Pieces in shards, no piece split."""
+    parts = in_shards(pieces, lambda piece: sum(tensor.nbytes for tensor in piece.tensors))
+    names = [shard_name(number, len(parts)) for number in range(1, len(parts) + 1)]
     return tuple(
         (ShardPlan(name, [tensor for piece in part for tensor in piece.tensors]), tuple(part))
         for name, part in zip(names, parts, strict=True)
@@ -194,22 +198,13 @@ def _notes(reader: CheckpointReader, before: Schemes, after: Schemes, target: Fo
     return notes
 
 
-def _check_space(plan: _Plan, partial: Path) -> None:
-    folder = next(path for path in (partial, *partial.absolute().parents) if path.exists())
-    present = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-    if (free := shutil.disk_usage(folder).free) < (needed := plan.output_bytes - present):
-        raise OutputError(
-            f"{folder} has {free:,} bytes free, and {needed:,} are needed", "free space, or choose another OUT"
-        )
-
-
 def _write_shards(plan: _Plan, target: Path, journal: Journal, watch: Watch, progress: Progress) -> int:
     """What is not yet written of the folder but run.json; how many weights had to be rounded to BF16."""
     partial = partial_of(target)
     for index, unit in list(journal.units.items()):
         if set_aside_damaged(target, {unit["shard"]: unit["sha256"]}):
             del journal.units[index]
-    _drop_orphans(partial, {unit["shard"] for unit in journal.units.values()})
+    drop_orphans(partial, {unit["shard"] for unit in journal.units.values()})
     for index, (shard, pieces) in enumerate(plan.shards):
         if index in journal.units:
             continue
@@ -248,13 +243,6 @@ def _made(plan: _Plan, journal: Journal) -> dict[str, Any]:
     return {"source": said["source"], "recipe": said["recipe"], "linears": linears, "converted": converted}
 
 
-def _drop_orphans(partial: Path, committed: set[str]) -> None:
-    """Remove what a killed run left behind and no journal line vouches for."""
-    for path in partial.iterdir():
-        if path.is_file() and path.name not in committed:
-            path.unlink()
-
-
 def _write(plan: _Plan, partial: Path, shard: ShardPlan, pieces: tuple[_Piece, ...]) -> int:
     """One shard; how many dequantised weights had to be rounded to BF16."""
     rounded = 0
@@ -291,7 +279,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     """Equal values. Zero points that are missing are all 0; dtypes may differ where both hold the value."""
     if a is None or b is None:
         return not (a is not None and a.any()) and not (b is not None and b.any())
-    return a.shape == b.shape and torch.equal(a.double(), b.double())
+    return a.shape == b.shape and a.double().equal(b.double())
 
 
 def _prove(plan: _Plan, partial: Path) -> None:
@@ -304,12 +292,12 @@ def _prove(plan: _Plan, partial: Path) -> None:
     for _, pieces in plan.shards if not problems else ():
         for piece in pieces:
             if piece.ref is None:
-                same = torch.equal(_bytes(plan.reader.tensor(piece.key)), _bytes(written.tensor(piece.key)))
+                same = raw(plan.reader.tensor(piece.key)).equal(raw(written.tensor(piece.key)))
             elif (scheme := schemes[piece.key]) is None:
-                same = torch.equal(_dequantised(_decode(plan, piece.ref))[0], written.tensor(piece.ref.weight))
+                same = _dequantised(_decode(plan, piece.ref))[0].equal(written.tensor(piece.ref.weight))
             else:
                 a, b = _decode(plan, piece.ref), layout.decode(piece.ref, scheme, written.tensors())
-                codes = torch.equal(_bytes(a.codes), _bytes(b.codes))
+                codes = raw(a.codes).equal(raw(b.codes))
                 same = codes and _same(a.scale, b.scale) and _same(a.zero, b.zero) and _same(a.input_scale, b.input_scale)
                 same = same and scheme == piece.scheme
             if not same:
@@ -318,10 +306,6 @@ def _prove(plan: _Plan, partial: Path) -> None:
         raise VerificationError(
             f"{partial}: {counted(len(problems), 'problem')}: {problems[0]}", "report this: it is a bug of quantkit"
         )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _record(plan: _Plan, to: str, rounded: int, seconds: float) -> dict[str, Any]:

@@ -19,7 +19,9 @@ from quantkit.atomic import disk_errors, fsync_folder
 from quantkit.errors import OutputError
 from quantkit.owned import distrust, make_private, no_links
 
-__all__ = ["Journal"]
+__all__ = ["JOURNAL", "LOCK", "Journal"]
+
+JOURNAL, LOCK = "journal", "lock"  # files in its folder
 
 
 class Journal:
@@ -31,14 +33,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, key: dict[str, str], begun: dict[str, Any] | None = None) -> None:
-        self.folder, self.path = folder, folder / "journal"
+        self.folder, self.path = folder, folder / JOURNAL
         self.begun: dict[str, Any] = begun or {}
         self.units: dict[int, dict[str, Any]] = {}
         self._job = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         with disk_errors(folder):
             if reason := make_private(folder.parent) or make_private(folder):
                 raise OutputError(reason, f"remove {folder.parent}, or choose another OUT")
-            self._lock = open(folder / "lock", "a", opener=no_links)  # noqa: SIM115 (held until close)
+            self._lock = open(folder / LOCK, "a", opener=no_links)  # noqa: SIM115 (held until close)
         try:
             self._open(key)
         except BaseException:

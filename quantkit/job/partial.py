@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from quantkit.atomic import disk_errors, fsync_folder, sha256
 from quantkit.checkpoint.folder import refuse_present
+from quantkit.checkpoint.origin import RECORD
 from quantkit.checkpoint.reader import load_json
 from quantkit.checkpoint.verify import check_hashes
 from quantkit.errors import CheckpointError, OutputError
+from quantkit.job.journal import JOURNAL, LOCK
 
 __all__ = [
     "RECORD",
     "WORK",
+    "drop_orphans",
     "finished",
     "keep_failed",
     "made_by",
@@ -25,9 +28,9 @@ __all__ = [
     "publish",
     "refuse_others",
     "set_aside_damaged",
+    "shortage",
 ]
 
-RECORD = "run.json"
 WORK = ".work"  # of OUT.partial: the journal, the lock, what is needed between units
 
 
@@ -67,6 +70,28 @@ def _job(target: Path) -> Any:
         return load_json(target / RECORD).get("job") if os.path.isfile(target / RECORD) else None
     except CheckpointError:
         return None
+
+
+def shortage(target: Path, needed: int) -> str | None:
+    """What to say where the disk lacks room for `needed` bytes, of which OUT.partial holds a part, or None."""
+    partial = partial_of(target)
+    folder = next(place for place in (partial, *partial.absolute().parents) if place.exists())
+    present = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    missing, free = needed - present, shutil.disk_usage(folder).free
+    return f"{folder} has {free:,} bytes free, and {missing:,} are needed" if free < missing else None
+
+
+def drop_orphans(partial: Path, kept: Collection[str]) -> None:
+    """Remove what a killed run left behind in OUT.partial and no journal line vouches for. kept: names of files for which
+    one does."""
+    work = partial / WORK
+    for path in [*partial.iterdir(), *work.iterdir()]:
+        if path == work or path.name in (JOURNAL, LOCK, *kept):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def set_aside_damaged(target: Path, hashes: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from quantkit.job.journal import Journal
 from quantkit.job.partial import (
     RECORD,
     WORK,
+    drop_orphans,
     finished,
     keep_failed,
     made_by,
@@ -41,6 +41,7 @@ from quantkit.job.partial import (
     publish,
     refuse_others,
     set_aside_damaged,
+    shortage,
 )
 from quantkit.job.plan import Plan, make_plan, summary
 from quantkit.job.unit import Place, UnitRun
@@ -133,11 +134,7 @@ class _Ready:
 
     def shortage(self) -> str | None:
         """What to say when there is not enough room for what is still to be written."""
-        partial = partial_of(self.target)
-        folder = next(p for p in (partial, *partial.absolute().parents) if p.exists())
-        present = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file()) if partial.exists() else 0
-        needed, free = self.plan.output_bytes + self.plan.tape_bytes - present, shutil.disk_usage(folder).free
-        return f"{folder} has {free:,} bytes free, and {needed:,} are needed" if free < needed else None
+        return shortage(self.target, self.plan.output_bytes + self.plan.tape_bytes)
 
     def key(self) -> dict[str, str]:
         """All that decides the bytes of the result, and nothing else. The number of threads, which does too, is kept as it
@@ -215,15 +212,8 @@ class _Job:
         for index, unit in self.journal.units.items():
             if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
                 self.tapes[index + 1] = tape
-        kept = {name for unit in self.journal.units.values() for name in unit["shards"]}
-        kept |= {"journal", "lock", *(tape.path.name for tape in self.tapes.values())}
-        for path in [*self.partial.iterdir(), *self.work.iterdir()]:
-            if path.name in kept or path == self.work:
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        written = [name for unit in self.journal.units.values() for name in unit["shards"]]
+        drop_orphans(self.partial, [*written, *(tape.path.name for tape in self.tapes.values())])
 
     def _commit(self, index: int, progress: Progress, lockstep: Lockstep | None) -> None:
         begun, unit = time.monotonic(), self.plan.units[index]

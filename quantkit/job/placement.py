@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from quantkit.checkpoint.by_name import NamedSpec, Part
 from quantkit.checkpoint.reader import CheckpointReader
-from quantkit.checkpoint.writer import MAX_SHARD_BYTES, ShardPlan
+from quantkit.checkpoint.writer import ShardPlan
 from quantkit.dtypes import TensorPlan
 from quantkit.formats import compressed_tensors
 from quantkit.model.spec import Layer, ModelSpec
 from quantkit.scheme import Scheme
 
-__all__ = ["Unit", "place"]
+__all__ = ["MAX_SHARD_BYTES", "Unit", "in_shards", "place", "shard_name"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,24 +56,31 @@ def place(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[s
                 scheme = schemes[ref.key]
                 tensors += compressed_tensors.planned(ref, scheme) if scheme else [plain(ref.weight)]
         drafts.append((layers, tuple(kept), tensors))
-    split = [_split(tensors) for _, _, tensors in drafts]
+    split = [in_shards(tensors, lambda tensor: tensor.nbytes) for _, _, tensors in drafts]
     total, number, units = sum(map(len, split)), 0, []
     for (layers, kept_keys, _), parts in zip(drafts, split, strict=True):
         shards = []
         for part in parts:
             number += 1
-            shards.append(ShardPlan(f"model-{number:05d}-of-{total:05d}.safetensors", part))
+            shards.append(ShardPlan(shard_name(number, total), part))
         units.append(Unit(layers, kept_keys, tuple(shards)))
     return tuple(units)
 
 
-def _split(tensors: list[TensorPlan]) -> list[list[TensorPlan]]:
-    parts: list[list[TensorPlan]] = [[]]
+def in_shards(items: Iterable[T], nbytes: Callable[[T], int]) -> list[list[T]]:
+    """Items in their order, as many to a shard as MAX_SHARD_BYTES hold; a larger one is alone."""
+    parts: list[list[T]] = [[]]
     size = 0
-    for tensor in tensors:
-        if parts[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+    for item in items:
+        wide = nbytes(item)
+        if parts[-1] and size + wide > MAX_SHARD_BYTES:
             parts.append([])
             size = 0
-        parts[-1].append(tensor)
-        size += tensor.nbytes
+        parts[-1].append(item)
+        size += wide
     return parts
+
+
+def shard_name(number: int, total: int) -> str:
+    """Of the shards 1 to total."""
+    return f"model-{number:05d}-of-{total:05d}.safetensors"

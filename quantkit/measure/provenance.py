@@ -20,9 +20,10 @@ from quantkit.calib.documents import read_documents
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import Contents
+from quantkit.checkpoint.inspect import inspect
+from quantkit.checkpoint.origin import RECORD
 from quantkit.checkpoint.reader import load_json
-from quantkit.checkpoint.verify import inspect
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, ConfigError
 from quantkit.recipe import Recipe
 from quantkit.report.schema import LinearRow, Overlap, Provenance, Size, SizeRow
 from quantkit.report.text_schema import TextTokens
@@ -35,7 +36,7 @@ _NGRAM = 16
 
 def run_record(folder: Path) -> dict[str, Any]:
     """What `quantize` wrote into run.json; empty for a checkpoint that quantkit did not make."""
-    path = folder / "run.json"
+    path = folder / RECORD
     record = load_json(path) if path.is_file() else {}
     return record if isinstance(record.get("linears"), dict) and isinstance(record.get("job"), dict) else {}
 
@@ -117,11 +118,11 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
         return unknown("the checkpoint has no run.json that says what it was calibrated on")
     if not record.get("calibration_tokens"):
         return Overlap(ngram=_NGRAM, share=0.0, note="no calibration text was used")
-    recipe = Recipe.of(record["recipe"], "run.json")
+    recipe = Recipe.of(record["recipe"], RECORD)
     try:
         texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
         seen = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
-    except CalibrationError as error:
+    except (CalibrationError, ConfigError) as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
     if tokens.digest(seen) != record["job"].get("tokens"):
         return unknown(f"calibration text '{recipe.calibration}' is not what it was when the model was quantised")

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quantkit.choices import KVFormat
+
 __all__ = ["KV", "Cache", "KVFormat", "KVStore", "Kept", "KeptKV", "OneGroup", "kept"]
 
 KV = tuple[Tensor, Tensor]
-
-
-class KVFormat(str, Enum):
-    """How keys and values are kept. FP8 is E4M3 with a BF16 scale, amax / 448, for each head of each token."""
-
-    FLOAT32 = "float32"
-    BF16 = "bf16"
-    FP8 = "fp8"
-
-
 _BLOCK = 2**18  # elements of a block: 1 MB of float32, a core's own cache
 _LEAST = 64  # positions of a block
 

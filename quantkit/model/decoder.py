@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from quantkit.model.keys import HARMLESS
-from quantkit.model.spec import GQA, MLP, Attention, Layer, Linear, Llama3, ModelSpec, MoE, Role, Rope, Yarn
+from quantkit.model.spec import GQA, HEAD, MLP, Attention, Layer, Linear, Llama3, ModelSpec, MoE, Role, Rope, Yarn
 
 __all__ = ["KIND", "DecoderConfig", "Llama3Scaling", "Scaling", "YarnScaling", "decoder", "gqa", "mlp", "rope"]
 
@@ -219,6 +219,6 @@ def decoder(
         ),
         embedding="model.embed_tokens.weight",
         final_norm="model.norm.weight",
-        head=None if c.tie_word_embeddings else "lm_head.weight",
+        head=None if c.tie_word_embeddings else HEAD,
         positions=c.max_position_embeddings,
     )

@@ -13,6 +13,7 @@ from enum import Enum
 
 __all__ = [
     "GQA",
+    "HEAD",
     "MLA",
     "MLP",
     "OPTION_ROLES",
@@ -27,6 +28,8 @@ __all__ = [
     "Router",
     "Yarn",
 ]
+
+HEAD = "lm_head.weight"  # which a tied model may store too
 
 
 class Role(str, Enum):
@@ -313,7 +316,7 @@ class ModelSpec:
 
     def around(self) -> tuple[str, ...]:
         """Tensors of no layer. A tied head may be stored once more."""
-        return self.embedding, self.final_norm, "lm_head.weight"
+        return self.embedding, self.final_norm, HEAD
 
     @property
     def parameters(self) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+
+from quantkit.choices import MethodName
 
 __all__ = ["DAMPING", "PARAMETERS", "Method", "MethodName"]
 
-MethodName = Literal["rtn", "gptq"]
 DAMPING = (0.05, 0.2, 1.0)  # fractions of mean(diag H) added to the diagonal: the first that Cholesky accepts
 PARAMETERS: dict[MethodName, tuple[str, ...]] = {"rtn": (), "gptq": ("damping",)}  # of a method: fields of `Method`
 

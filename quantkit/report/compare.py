@@ -9,17 +9,14 @@ import numpy as np
 from quantkit.errors import ConfigError
 from quantkit.report.intervals import Interval, Resampler, figure
 from quantkit.report.metrics import metrics
+from quantkit.report.names import METRICS, of_task
 from quantkit.report.schema import Change, Figure, Provenance, Report, UnitSums
 
 __all__ = ["against", "differences"]
 
-# Which way is worse: +1 when more of it is.
-_WORSE = {"kl.mean": 1, "perplexity.ratio": 1, "top1_agreement": -1, "router_agreement": -1}
-_UNPAIRED = {
-    **dict.fromkeys(("kl.p99", "kl.p999", "mlp.output_error.max", "weights.error.max", "size.bytes"), 1),
-    **dict.fromkeys(("kv_cache.added_kl", "context.perplexity_ratio"), 1),
-    "context.needle_recall": -1,
-}
+# Which way is worse: 1 when more of it is.
+_PAIRED = {name: row.worse for name, row in METRICS.items() if row.worse and row.paired}
+_UNPAIRED = {name: row.worse for name, row in METRICS.items() if row.worse and not row.paired}
 _EXACT = 1e-9  # sums in another order differ by less
 _SAME = 1e-3  # of a document's likelihood under the baseline: kernels and hardware differ by less, two models by more
 
@@ -99,7 +96,7 @@ def _paired(report: Report, previous: Report) -> list[Change] | None:
     drawn = sample.drawn
     below = drawn @ sizes
     found = []
-    for metric, sign in _WORSE.items():
+    for metric, sign in _PAIRED.items():
         if metric == "router_agreement" and not (new.router_agreement and old.router_agreement):
             continue
         sums = [np.array([_sum(metric, side[u]) for u in units]) for side in sides]
@@ -131,7 +128,7 @@ def _unpaired(report: Report, previous: Report) -> tuple[list[Change], list[str]
     exact and one is worse. Also what both have but cannot be compared, and why."""
     new, old = metrics(report), metrics(previous)
     unlike = _unlike(report, previous)
-    tasks = dict.fromkeys((n for n in new if n.startswith("tasks.") and n.endswith(".recovery")), -1)
+    tasks = dict.fromkeys((name for task in report.tasks if (name := of_task(task.name)) in new), -1)
     found = []
     for name, worse in {**_UNPAIRED, **tasks}.items():
         if name not in new or name not in old or any(name.startswith(f"{group}.") for group in unlike):

@@ -11,22 +11,33 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 from xml.etree import ElementTree
 
 import yaml
 
 from quantkit.errors import ConfigError, shown
-from quantkit.report.metrics import ON_PROBE, Metric, Sample, broken_where, metrics
-from quantkit.report.schema import Decision, Figure, GateResult, Report, Status, Verdict
+from quantkit.report.metrics import Metric, Sample, broken_where, metrics
+from quantkit.report.names import METRICS, NEEDS
+from quantkit.report.schema import Decision, Figure, GateResult, Operator, Report, Status, Verdict
 from quantkit.report.words import interval, value
 
-__all__ = ["DEFAULT_GATES", "EXIT_CODES", "Gate", "decide", "junit", "parse_gate", "read_gates"]
+__all__ = [
+    "DEFAULT_GATES",
+    "EXIT_CODES",
+    "EXTREME",
+    "Gate",
+    "decide",
+    "junit",
+    "meant",
+    "no_bound",
+    "parse_gate",
+    "read_gates",
+]
 
-Operator = Literal["<", "<=", ">", ">="]
 # What a sound 4-bit model meets and a damaged one does not. The first three are about the whole; the last two find a single
 # matrix: rounding to 4 bits costs an expert some per cent of its output's energy, and a scale that is wrong by a factor of
 # 2 costs at least a quarter of it; weights in groups of 128 move by 8 to 20 % in length.
@@ -41,11 +52,9 @@ _FINITE = "not_finite.tokens"
 _ALWAYS = f"{_FINITE} <= 0"
 EXIT_CODES = {"pass": 0, "fail": 1, "undecided": 3}
 _GATE = re.compile(r"\s*([A-Za-z][\w.:-]*)\s*(<=|>=|<|>)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
+EXTREME = "kl.max"  # of a sample: no interval to decide on
 _HOW = {
-    "context": "quantkit eval --context",
-    "kv_cache": "quantkit eval --kv-cache fp8",
-    "tasks": "quantkit eval --tasks",
-    "change": "--against PREVIOUS",
+    **NEEDS,
     "coverage": "a calibrated quantkit checkpoint with routed experts",
     "fallbacks": "a quantkit checkpoint, which has a run.json",
 }
@@ -122,7 +131,7 @@ def _not_finite(gate: Gate, report: Report, metric: Metric | None) -> tuple[str,
         count, where = len(report.moe.not_finite), ", ".join(report.moe.not_finite[:5])
         where += ", ..." if count > 5 else ""
         return f"the output of {count} MLP{'s' if count > 1 else ''} is not finite: {where}", where
-    if name in ON_PROBE and any(finite.probe.values()):
+    if name in METRICS and METRICS[name].probe and any(finite.probe.values()):
         where = ", ".join(f"{count:,} in '{variant}'" for variant, count in finite.probe.items() if count)
         return f"logits of the probe are not finite for some tokens: {where}", where
     return None
@@ -134,8 +143,8 @@ def _decide(gate: Gate, known: dict[str, Metric], report: Report) -> GateResult:
         return _result(gate, metric, "fail", *broken)
     if metric is None:
         raise _unknown(gate, known, report)
-    if gate.metric == "kl.max":
-        raise ConfigError("kl.max is the extreme of a sample and has no interval to decide on", "gate kl.p999 instead")
+    if gate.metric == EXTREME:
+        raise no_bound(gate)
     figure, where, sample = metric.figure, metric.where, metric.sample
     at = f"; {where}" if where else ""
     measured = value(gate.metric, figure.value)
@@ -209,9 +218,19 @@ def _unknown(gate: Gate, known: dict[str, Metric], report: Report) -> ConfigErro
     group = gate.metric.partition(".")[0]
     if group in _HOW and not any(name.startswith(f"{group}.") for name in known):
         return ConfigError(f"gate '{gate.text}': {gate.metric} was not measured", f"it needs {_HOW[group]}")
-    near = difflib.get_close_matches(gate.metric, known, n=1, cutoff=0.75)
-    meant = f"did you mean {near[0]}? " if near else ""
-    return ConfigError(f"gate '{gate.text}' names no metric of this report", f"{meant}known are {', '.join(sorted(known))}")
+    seen = f"gate '{gate.text}' names no metric of this report"
+    return ConfigError(seen, f"{meant(gate.metric, known)}known are {', '.join(sorted(known))}")
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What a name that is not known may be a slip of, as the beginning of a sentence."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def no_bound(gate: Gate) -> ConfigError:
+    seen = f"{EXTREME} is the extreme of a sample and has no interval to decide on"
+    return ConfigError(f"gate '{gate.text}': {seen}", "gate kl.p999 instead")
 
 
 def junit(reports: Sequence[tuple[str, Report]]) -> bytes:

@@ -6,17 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from quantkit.errors import shown
 from quantkit.report.metrics import metrics, worst_expert, worst_weight
+from quantkit.report.names import METRICS
 from quantkit.report.schema import Report, Run
 from quantkit.report.words import bounds, interval, number, percent, size, value
 
 __all__ = ["markdown"]
 
 _TITLES = {"pass": "PASS", "fail": "FAIL", "undecided": "UNDECIDED"}
-_FIGURES = (
-    *("kl.mean", "kl.median", "kl.p99", "kl.p999", "kl.max", "kl.floor", "kl.excess", "perplexity.baseline"),
-    *("perplexity.quantized", "perplexity.ratio", "top1_agreement", "router_agreement", "mlp.output_error.max"),
-    *("weights.error.max", "context.perplexity_ratio", "context.needle_recall", "kv_cache.added_kl"),
-)
+_FIGURES = tuple(name for name, row in METRICS.items() if row.summary)
 _SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_{}[]()#+!|~"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"})
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from quantkit.report.intervals import QUANTILES, Resampler, tail_needs
+from quantkit.report.names import of_task
 from quantkit.report.schema import Context, Figure, Report, Task
 from quantkit.report.task_stats import LEAST_ITEMS
 
-__all__ = ["ON_PROBE", "Metric", "Sample", "broken_where", "metrics", "mlp_name", "worst_expert", "worst_weight"]
+__all__ = ["Metric", "Sample", "broken_where", "metrics", "mlp_name", "worst_expert", "worst_weight"]
 
-ON_PROBE = {"kl.floor", "kl.excess", "kl.forced_routing", "kl.routing_term", "kv_cache.added_kl"}
 _PROBE_MOST = 31  # of 32 windows and more, about 16 are probed (measure/run.py)
 
 
@@ -114,7 +114,7 @@ def _tasks(report: Report) -> dict[str, Metric]:
         if task.recovery is not None:
             low, high = task.ci95 or (None, None)
             figure = Figure(value=task.recovery, low=low, high=high)
-            found[f"tasks.{task.name}.recovery"] = Metric(figure, _items(report, task))
+            found[of_task(task.name)] = Metric(figure, _items(report, task))
     return found
 
 

@@ -12,19 +12,19 @@ from pydantic import ValidationError
 from quantkit.atomic import disk_errors, write_bytes
 from quantkit.checkpoint.contents import contents
 from quantkit.errors import ConfigError, OutputError
+from quantkit.extras import need
 from quantkit.report.compare import against, differences
 from quantkit.report.gates import EXIT_CODES, Gate, decide, junit
-from quantkit.report.html import html
 from quantkit.report.markdown import markdown
 from quantkit.report.schema import SCHEMA_VERSION, Comparison, Report, Run
 
 __all__ = [
-    *("FOLDER", "ITEMS", "assemble", "check_page", "exit_code", "find_report", "incomparable", "make_folders"),
+    *("FOLDER", "ITEMS", "PAGE", "assemble", "check_page", "exit_code", "find_report", "incomparable", "make_folders"),
     *("read_report", "refuse_foreign", "set_aside", "write", "write_junit"),
 ]
 
 FOLDER = "eval"  # of a checkpoint's folder, where its evaluation lies
-NAME = "report.json"
+NAME, PAGE, SUMMARY = "report.json", "report.html", "report.md"
 PREVIOUS = "report.previous.json"
 ITEMS = "items.jsonl"  # both answers to every item of a benchmark
 
@@ -67,12 +67,12 @@ def set_aside(folder: Path) -> None:
     """Make room for a new evaluation: what fails on the way must leave nothing that looks finished. An older report.json
     becomes report.previous.json; the pages and answers that belong to it go. Raises OutputError where a file of one of these
     names is not of an evaluation."""
-    refuse_foreign(*(folder / name for name in (NAME, PREVIOUS, "report.html", "report.md", ITEMS)))
+    refuse_foreign(*(folder / name for name in (NAME, PREVIOUS, PAGE, SUMMARY, ITEMS)))
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / NAME).is_file():
             (folder / NAME).replace(folder / PREVIOUS)
-        for name in ("report.html", "report.md", ITEMS):
+        for name in (PAGE, SUMMARY, ITEMS):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -143,13 +143,17 @@ def make_folders(*folders: Path) -> None:
 
 
 def check_page(out: Path) -> None:
+    """Raises ConfigError for a name that is no page's, and where what draws pages is not installed."""
     if out.suffix != ".html":
         raise ConfigError(f"-o {out} does not end in .html", "give the page's name; .json and .md are written beside it")
+    need("report", f"{out}, a page with plots,")
 
 
 def write(runs: Sequence[Run], out: Path) -> None:
-    """OUT.html, and OUT.json and OUT.md beside it. Raises OutputError, and ConfigError when OUT does not end in .html."""
+    """OUT.html, and OUT.json and OUT.md beside it. Raises OutputError, and ConfigError as `check_page` does."""
     check_page(out)
+    from quantkit.report.html import html  # half a second, and an extra
+
     make_folders(out.parent)
     data = runs[0].report if len(runs) == 1 else Comparison(runs=list(runs))
     write_bytes(out.with_suffix(".json"), data.model_dump_json(indent=1).encode() + b"\n")

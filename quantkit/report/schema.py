@@ -17,13 +17,15 @@ from quantkit.report.text_schema import TextTokens
 __all__ = [
     *("METRICS_VERSION", "SCHEMA_VERSION", "Change", "Comparison", "Context", "ContextBucket", "Decision", "Divergence"),
     *("Figure", "Finite", "GateResult", "Histogram", "KVCache", "LayerRow", "LinearRow", "Moe", "MoeLayer", "Needle"),
-    *("Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size", "SizeRow", "SpeedRow", "Status", "Task"),
-    *("UnitSums", "Verdict", "WorstToken"),
+    *("Operator", "Overlap", "Probe", "Provenance", "Report", "Run", "Sample", "Size", "SizeRow", "SpeedRow"),
+    *("Status", "Task", "UnitSums", "Verdict", "WorstToken"),
 ]
 
-SCHEMA_VERSION = 2
+SchemaVersion = Literal[2]
+SCHEMA_VERSION: SchemaVersion = 2
 METRICS_VERSION = 2  # raised when a metric is computed in another way, so that old figures are not compared with new ones
 Status = Literal["pass", "fail", "undecided"]
+Operator = Literal["<", "<=", ">", ">="]
 Decision = Literal["pass", "fail", "undecided", "not measured"]
 
 
@@ -56,7 +58,7 @@ class GateResult(_Part):
     gate: str
     metric: str
     measured: Figure | None
-    operator: Literal["<", "<=", ">", ">="]
+    operator: Operator
     threshold: float
     status: Decision
     reason: str
@@ -354,7 +356,7 @@ class Change(_Part):
 class Report(_Part):
     """The whole of report.json."""
 
-    schema_version: Literal[2] = 2
+    schema_version: SchemaVersion = SCHEMA_VERSION
     metrics_version: int = METRICS_VERSION
     verdict: Verdict
     gates: list[GateResult]
@@ -387,7 +389,7 @@ class Run(_Part):
 class Comparison(_Part):
     """Several reports: what `quantkit report A B -o x.html` writes as x.json."""
 
-    schema_version: Literal[2] = 2
+    schema_version: SchemaVersion = SCHEMA_VERSION
     runs: list[Run]
 
 

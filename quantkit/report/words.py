@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from quantkit.report.schema import Figure, GateResult
+from typing import TYPE_CHECKING
+
+from quantkit.report.names import Unit, unit_of
+
+if TYPE_CHECKING:
+    from quantkit.report.schema import Figure, GateResult
 
 __all__ = ["bounds", "interval", "number", "percent", "size", "value"]
-
-_SHARES = ("agreement", "flips", "recovery", "recall", "share")
 
 
 def size(count: float) -> str:
@@ -38,11 +41,12 @@ def value(metric: str, x: float | None) -> str:
     """A value of the named metric, with its unit."""
     if x is None:
         return "–"
-    if metric.endswith("bytes"):
+    unit = unit_of(metric)
+    if unit is Unit.BYTES:
         return size(x)
-    if any(word in metric for word in _SHARES):
+    if unit is Unit.SHARE:
         return percent(x)
-    return f"{number(x)} nats" if metric.startswith(("kl.", "change.kl.")) or metric.endswith("kl") else number(x)
+    return f"{number(x)} nats" if unit is Unit.NATS else number(x)
 
 
 def bounds(gate: GateResult) -> str:

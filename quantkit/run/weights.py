@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.opened import format_of, schemes_of
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.choices import Kernels
 from quantkit.errors import CheckpointError
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
@@ -22,8 +22,6 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme
 
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels"]
-
-Kernels = Literal["auto", "w4a8", "reference"]
 
 
 class CheckpointWeights(Weights):

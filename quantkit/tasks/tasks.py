@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import random
@@ -22,6 +21,7 @@ import yaml
 
 from quantkit.atomic import write_bytes
 from quantkit.errors import ConfigError
+from quantkit.extras import install, lacking
 from quantkit.host import plain_arithmetic
 from quantkit.report.task_stats import compare
 from quantkit.tasks.suite import ALIASES, SUITES, Benchmark
@@ -105,10 +105,10 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
     asked = [name for name in named if name not in {row.name for row in rows}]
     if not rows and not asked:
         raise ConfigError("no task is given", "name some: --tasks gsm8k,piqa")
-    if importlib.util.find_spec("lm_eval") is None:
+    if lacking("tasks"):
         unsure = [f"'{name}'" for name in asked if name not in ALIASES]
         said = f"; docs/tasks.md does not name {', '.join(unsure)}, so it alone knows whether that exists" if unsure else ""
-        raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{said}", "pip install 'quantkit[tasks]'")
+        raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{said}", install("tasks"))
     for name in named:
         _may_run(name, ALIASES.get(name), options)
     left_out = {row.name: why for row in rows if row.name not in named and (why := _left_out(row, options))}

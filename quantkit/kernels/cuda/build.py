@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from quantkit.owned import distrust, make_private
+from quantkit.kernels.build_cache import BuildError, cache_folder, kept, open_library, run
 
 __all__ = ["FLAGS", "SOURCE", "Library", "architectures", "build", "compiler", "cubin", "library", "load", "missing"]
 
@@ -69,75 +66,35 @@ def missing() -> str | None:
     return None
 
 
-def _run(command: Sequence[str]) -> str:
-    """Standard output of a command. Raises RuntimeError with what it complained about."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with code {done.returncode}\n{done.stderr.strip()[-2000:]}")
-    return done.stdout
-
-
 def architectures() -> set[str]:
     """The virtual architectures that nvcc knows, such as 'compute_90a'; none without nvcc."""
     nvcc = compiler()
-    return set(_run([nvcc, "--help"]).replace("'", " ").replace(",", " ").split()) if nvcc else set()
+    return set(run([nvcc, "--help"]).replace("'", " ").replace(",", " ").split()) if nvcc else set()
 
 
 def cubin(folder: Path, architecture: str) -> Path:
     """The kernels for one architecture, such as 'sm_90a', for inspection. Raises RuntimeError."""
     reason, nvcc = missing(), compiler()
     if reason or not nvcc:
-        raise RuntimeError(reason)
+        raise BuildError(reason)
     to, virtual = folder / f"{architecture}.cubin", architecture.replace("sm_", "compute_")
-    _run([nvcc, *BASE, "-gencode", f"arch={virtual},code={architecture}", "-cubin", "-o", str(to), str(SOURCE)])
+    run([nvcc, *BASE, "-gencode", f"arch={virtual},code={architecture}", "-cubin", "-o", str(to), str(SOURCE)])
     return to
 
 
 def build(flags: Sequence[str] = FLAGS) -> Path:
-    """The built library, from $XDG_CACHE_HOME (or ~/.cache) / quantkit / <key> if it was built before.
-
-    The key is the SHA-256 of source, nvcc's version and flags. A build happens in a folder beside, renamed when complete, so
-    a process that is killed or runs at the same time leaves nothing half-made. Raises RuntimeError.
-    """
+    """The library, from `cache_folder` if it was built before from the same source, by the same nvcc, with the same flags.
+    Raises RuntimeError."""
     reason, nvcc = missing(), compiler()
     if reason or not nvcc:
-        raise RuntimeError(reason)
-    parts = (SOURCE.read_bytes(), _run([nvcc, "--version"]).encode(), "\0".join(flags).encode())
-    key = hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:32]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantkit"
-    final = root / key
-    if (final / NAME).is_file():
-        return _trusted(final / NAME)
-    if doubt := make_private(root):
-        raise RuntimeError(f"{doubt}: remove it")
-    with tempfile.TemporaryDirectory(dir=root, prefix=f".{key}-") as scratch:
-        made = Path(scratch) / "done"
-        made.mkdir(0o700)
-        _run([nvcc, *flags, "-o", str(made / NAME), str(SOURCE)])
-        os.chmod(made / NAME, 0o700)
-        try:
-            made.rename(final)
-        except OSError:
-            if not (final / NAME).is_file():  # no other process was faster: the error is real
-                raise
-    return _trusted(final / NAME)
-
-
-def _trusted(path: Path) -> Path:
-    """Raises RuntimeError where another user could have put it there."""
-    for place in (path.parent.parent, path.parent, path):
-        if doubt := distrust(place):
-            raise RuntimeError(f"{doubt}: what lies there is not run; remove it")
-    return path
+        raise BuildError(reason)
+    parts = (SOURCE.read_bytes(), run([nvcc, "--version"]).encode(), "\0".join(flags).encode())
+    return kept(cache_folder(), NAME, parts, lambda target: run([nvcc, *flags, "-o", str(target), str(SOURCE)]))
 
 
 def load() -> Library:
     """Builds if need be, and loads. Raises RuntimeError with the reason."""
-    path = build()
-    try:
-        return Library(ctypes.CDLL(str(path)))
-    except OSError as error:
-        raise RuntimeError(f"{path} cannot be loaded: {error}\nFix: delete its folder, it will be built again") from error
+    return Library(open_library(build()))
 
 
 @lru_cache(maxsize=1)
