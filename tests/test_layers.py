@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import quantkit
+from tests.scripts import script
 
 ROOT = Path(quantkit.__file__).parent
 # What each room may import beside itself; docs/architecture.md shows the same table. A module of the root is a room.
@@ -122,6 +124,26 @@ def test_rooms_have_no_circle() -> None:
         free = [name for name in rest if ROOMS[name] <= done]
         assert free, f"a circle among {rest}"
         done.update(free)
+
+
+def rooms_table() -> list[str]:
+    rows = ["", "| room | may import |", "|---|---|"]
+    for name, allowed in ROOMS.items():
+        words = ["the vocabulary"] if allowed >= VOCABULARY else []
+        below = words + [f"`{other}`" for other in ROOMS if other in allowed - (VOCABULARY if words else set())]
+        rows.append(f"| `{name}` | {', '.join(below) or 'nothing'} |")
+    vocabulary = ", ".join(f"`{name}`" for name in ROOMS if name in VOCABULARY)
+    return [*rows, "", f"The vocabulary: {vocabulary}.", ""]
+
+
+def test_the_page_shows_the_rooms() -> None:
+    """Written anew where it is asked for: QUANTKIT_WRITE=1."""
+    page = ROOT.parent / "docs" / "architecture.md"
+    text = page.read_text("utf-8")
+    expected = script("measured").between(text, "<!-- rooms -->", "<!-- end of rooms -->", rooms_table())
+    if os.environ.get("QUANTKIT_WRITE"):
+        page.write_text(expected, "utf-8")
+    assert text == expected, "run this test once with QUANTKIT_WRITE=1"
 
 
 def test_imports_of_every_kind_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
