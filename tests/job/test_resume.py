@@ -27,15 +27,16 @@ torch.set_num_threads(1)
 from quantkit.job import pipeline
 from quantkit.recipe import Recipe
 import compressed_tensors.quantization
-model, out, recipe = sys.argv[1], sys.argv[2], Recipe(**json.loads(sys.argv[3]))
+model, recipe = sys.argv[1], Recipe(**json.loads(sys.argv[2]))
 print("ready", flush=True)
-for line in sys.stdin:  # the delay in seconds after which to be killed, or 'run'
+for line in sys.stdin:  # OUT, and the delay in seconds after which to be killed, or 'run'
+    out, order = json.loads(line)
     child = os.fork()
     if child == 0:
         pipeline.quantize(model, out, recipe)
         os._exit(0)
-    if line.strip() != "run":
-        time.sleep(float(line))
+    if order != "run":
+        time.sleep(order)
         os.kill(child, 9)
     _, status = os.waitpid(child, 0)
     print(status, flush=True)
@@ -43,14 +44,15 @@ for line in sys.stdin:  # the delay in seconds after which to be killed, or 'run
 
 
 class Runner:
-    def __init__(self, model: Path, out: Path, recipe: Recipe) -> None:
-        arguments = [sys.executable, "-c", CHILD, str(model), str(out), recipe.model_dump_json()]
+    def __init__(self, model: Path, recipe: Recipe) -> None:
+        arguments = [sys.executable, "-c", CHILD, str(model), recipe.model_dump_json()]
         self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout and self.process.stdout.readline() == "ready\n"
 
-    def __call__(self, order: str) -> int:
+    def __call__(self, out: Path, order: str | float) -> int:
+        """The status of a run into OUT, which is killed after so many seconds if it is not told to 'run'."""
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(order + "\n")
+        self.process.stdin.write(json.dumps([str(out), order]) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
@@ -60,22 +62,22 @@ class Runner:
         self.process.wait()
 
 
-def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("attempts", "finishing"), [(1, 1.0), pytest.param(2, 0.2, marks=pytest.mark.slow)])
+def test_killed_at_random_and_resumed(attempts: int, finishing: float, model: Path, tmp_path: Path) -> None:
+    """Each attempt is killed twice at least, and then again and again until it is let finish."""
     recipe = Recipe(experts="W4A16", attention="FP8", **SMALL)
-    undisturbed = Runner(model, tmp_path / "a", recipe)
+    runner = Runner(model, recipe)
     begun = time.monotonic()
-    assert undisturbed("run") == 0
+    assert runner(tmp_path / "a", "run") == 0
     duration = time.monotonic() - begun
-    undisturbed.close()
     expected = (tmp_path / "a" / "SHA256SUMS").read_bytes()
     dice, kills, resumed = random.Random(0), 0, set()
-    for attempt in range(2):
+    for attempt in range(attempts):
         out, killed = tmp_path / f"b{attempt}", 0
-        runner = Runner(model, out, recipe)
         while not out.exists():
             # Mostly short, to hit every stage; sometimes to the end, so that it gets on.
-            order = "run" if killed >= 2 and dice.random() < 0.2 else str(dice.uniform(0.02, 0.7) * duration)
-            status = runner(order)
+            finish = killed >= 2 and resumed and dice.random() < finishing
+            status = runner(out, "run" if finish else dice.uniform(0.02, 0.7) * duration)
             assert status in (0, signal.SIGKILL)
             if status == 0 and killed < 2:  # the machine has become faster than it was: aim earlier, begin anew
                 shutil.rmtree(out)
@@ -87,11 +89,11 @@ def test_killed_at_random_and_resumed(model: Path, tmp_path: Path) -> None:
                 if dice.random() < 0.3:  # a torn tail, as a power cut may leave
                     with open(journal, "ab") as file:
                         file.write(os.urandom(7))
-        runner.close()
         kills += killed
         assert (out / "SHA256SUMS").read_bytes() == expected
         assert json.loads((out / "run.json").read_text())["linears"].keys()
         assert {p.name for p in out.iterdir()} - {".work"} == {p.name for p in (tmp_path / "a").iterdir()}
+    runner.close()
     assert kills >= 2 and resumed  # jobs were really interrupted, and went on from a journal
 
 
@@ -127,8 +129,9 @@ for line in sys.stdin:
 """
 
 
-def test_killed_before_any_operation_on_a_file(model: Path, tmp_path: Path) -> None:
-    """All of the last ones, where OUT is published, and some of those before."""
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_killed_before_any_operation_on_a_file(step: int, model: Path, tmp_path: Path) -> None:
+    """The last ones, where OUT is published, each (or every fourth), and some of those before."""
     command, out = [sys.executable, "-c", AT, str(model), str(tmp_path / "out")], tmp_path / "out"
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
@@ -144,15 +147,15 @@ def test_killed_before_any_operation_on_a_file(model: Path, tmp_path: Path) -> N
     total = run(0)
     assert total and total > 50
     expected, names, mode = (out / "SHA256SUMS").read_bytes(), sorted(os.listdir(out)), os.stat(out).st_mode
-    published = 0
-    for at in [*range(2, total - 8, 40), *range(total - 8, total + 1)]:
+    last, published = range(total - 8, total + 1, step), 0
+    for at in [*range(2, total - 8, 40 * step), *last]:
         shutil.rmtree(out)
         assert run(at) is None
         published += out.exists()
         assert run(0) is not None, f"killed before operation {at}, it does not resume"
         assert (out / "SHA256SUMS").read_bytes() == expected and sorted(os.listdir(out)) == names
         assert os.stat(out).st_mode == mode and sorted(os.listdir(tmp_path)) == ["model", "out"]
-    assert 3 < published < 9
+    assert len(last) / 3 <= published < len(last)
     process.stdin.close()
     process.wait()
 

@@ -102,7 +102,10 @@ def test_triton_kernels_elsewhere(no_interpreter: None, capability: int, shared:
             assert usage.local == 0 and usage.shared <= shared * 1024, (case.name, stages, usage)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a", "sm_120a"])
+BESIDE = [pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100a", "sm_120a")]
+
+
+@pytest.mark.parametrize("architecture", ["sm_90a", *BESIDE])
 def test_cuda_decode(tmp_path: Path, architecture: str) -> None:
     reason, tool = build.missing(), compiler.cuobjdump()
     if reason or not tool:
@@ -122,23 +125,29 @@ def test_cuda_decode(tmp_path: Path, architecture: str) -> None:
     assert len(re.findall(r"HMMA\.16816\.F32\.BF16", sass)) >= 8 * 16
 
 
-def test_build_is_kept_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of all architectures takes a quarter of a minute, so that one is enough."""
     if build.missing():
         pytest.skip(build.missing() or "")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_build_is_kept_and_loads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     path = build.build()
     stamp = path.stat().st_mtime_ns
     assert build.build() == path and path.stat().st_mtime_ns == stamp
-    assert [p.name for p in (tmp_path / "quantkit").iterdir()] == [path.parent.name]
+    assert [p.name for p in (cache / "quantkit").iterdir()] == [path.parent.name]
     library = build.load()
     with pytest.raises(RuntimeError, match=r"CUDA error \d+"):
         library.run(*[None] * 9, 1, 7, 1, 1, 1, 8, 256, 128, 0, 0, None)
 
 
-def test_a_library_that_no_driver_runs_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if build.missing() or torch.cuda.is_available():
-        pytest.skip(build.missing() or "there is a GPU")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_library_that_no_driver_runs_is_a_reason(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     build.library.cache_clear()
     assert re.search(r"does not run here: .*CUDA error \d+", str(build.library()))
     build.library.cache_clear()

@@ -16,8 +16,10 @@ from quantkit.scheme import PRESETS
 from tests.helpers.kernels import random_weight
 from tests.helpers.paths import ROOT
 
+FULL = [pytest.param(files, marks=pytest.mark.slow) for files in (("kernels", "benches"), ("model",))]
 
-@pytest.mark.parametrize("files", [("smoke", "kernels", "benches"), ("model",)])
+
+@pytest.mark.parametrize("files", [("smoke",), *FULL], ids="-".join)
 def test_in_interpreter(files: tuple[str, ...]) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist"]

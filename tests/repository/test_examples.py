@@ -41,6 +41,7 @@ def test_a_script_is_short(name: str) -> None:
     assert len((FOLDER / name).read_text("utf-8").splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path: Path) -> None:
     """Its cells in one process, as Jupyter would run them; it is committed without outputs."""
     cells = json.loads((FOLDER / "tour.ipynb").read_text("utf-8"))["cells"]
