@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantkit.report.schema import Divergence, Figure, Moe, MoeLayer, Probe, Report
+from quantkit.report.schema import Divergence, Figure, Moe, MoeLayer, Probe, Report, Task
 
 SURE = Figure(value=0.01, low=0.009, high=0.011)
 SHARE = Figure(value=0.9, low=0.89, high=0.91)
@@ -88,3 +88,11 @@ def made(**parts: Any) -> Report:
         "size": size | parts.pop("size", {}),
     }
     return Report.model_validate(default | parts)
+
+
+def task(recovery: Figure, **more: Any) -> Task:
+    return Task(
+        name="gsm8k", metric="exact_match", baseline=0.5, quantized=0.49,
+        recovery=recovery.value, ci95=None if recovery.low is None else (recovery.low, recovery.high),
+        **{"right_to_wrong": 3, "wrong_to_right": 2, "mcnemar_p": 1.0, "n": 100} | more,
+    )  # fmt: skip

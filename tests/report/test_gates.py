@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,21 +19,13 @@ from quantkit.report.html import html
 from quantkit.report.intervals import Resampler, student, tail_needs, wilson
 from quantkit.report.markdown import markdown
 from quantkit.report.metrics import metrics, worst_expert
-from quantkit.report.schema import Figure, Finite, GateResult, Report, Run, Task
+from quantkit.report.schema import Finite, GateResult, Report, Run
 from quantkit.report.task_schema import TaskRun
 from quantkit.run.model import Model
 from tests.helpers.paths import ROOT
-from tests.helpers.reports import SURE, divergence, experts, fig, made
+from tests.helpers.reports import SURE, divergence, experts, fig, made, task
 
 MODEL = ROOT / "examples" / "tiny-hunyuan"
-
-
-def task(recovery: Figure, **more: Any) -> Task:
-    return Task(
-        name="gsm8k", metric="exact_match", baseline=0.5, quantized=0.49,
-        recovery=recovery.value, ci95=None if recovery.low is None else (recovery.low, recovery.high),
-        **{"right_to_wrong": 3, "wrong_to_right": 2, "mcnemar_p": 1.0, "n": 100} | more,
-    )  # fmt: skip
 
 
 def gate(report: Report, text: str) -> GateResult:
