@@ -22,7 +22,8 @@ test-slow: $(TOOLS)
 # transformers is run with the version of constraints.txt and with a newer one.
 engine-test: $(TOOLS) $(VLLM)/.ready $(NEWER)/.ready
 	QUANTKIT_VLLM=$(VLLM) $(BIN)/python -m pytest tests/engines
-	$(NEWER)/bin/python -m pytest tests/test_hunyuan_engines.py tests/test_published.py tests/test_transformers.py tests/engines/test_transformers.py
+	$(NEWER)/bin/python -m pytest tests/rules/test_hunyuan_engines.py tests/rules/test_transformers.py tests/checkpoint/test_published.py \
+		tests/engines/test_transformers.py
 	$(BIN)/python scripts/engine_table.py
 
 $(VLLM)/.ready: scripts/vllm_env.sh
@@ -70,7 +71,7 @@ bench: $(TOOLS)
 # model, which quantkit's is held against, needs accelerate.
 tasks-test: $(TOOLS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[tasks]' accelerate
-	$(BIN)/python -m pytest -n 2 tests/test_task_harness.py tests/test_tasks.py tests/test_task_checks.py tests/test_task_data.py tests/test_task_stats.py
+	$(BIN)/python -m pytest -n 2 tests/tasks tests/report/test_task_stats.py
 
 # On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
 # GPU_PYTHON names an interpreter that has torch with CUDA and what quantkit needs: then nothing is installed.

@@ -1,7 +1,7 @@
 """Planning models of true size from their headers: seconds, peak memory, parameters; writes results/plan_scale.json.
 
-Goal: under 10 s and 500 MB for each. The checkpoints are sparse files with honest headers (tests/sparse.py), and each run
-of `quantkit quantize --dry-run` is a process of its own. Run it from the root: python -m bench.plan_scale
+Goal: under 10 s and 500 MB for each. The checkpoints are sparse files with honest headers (tests/helpers/sparse.py), and
+each run of `quantkit quantize --dry-run` is a process of its own. Run it from the root: python -m bench.plan_scale
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tests.architectures import RELEASED
-from tests.sparse import write_sparse
+from tests.helpers.architectures import RELEASED
+from tests.helpers.sparse import write_sparse
 
 RESULTS = Path(__file__).parent / "results"
 TOKENIZER = Path(__file__).resolve().parent.parent / "examples" / "tiny-hunyuan" / "tokenizer.json"

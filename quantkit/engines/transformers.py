@@ -107,7 +107,7 @@ RULES = (
         "transformers.register",
         Verdict.LOADS,
         "model_type 'hunyuan' is brought by quantkit, in a process that asks for it.",
-        "run: tests/test_hunyuan_engines.py; without it from_pretrained raises",
+        "run: tests/rules/test_hunyuan_engines.py; without it from_pretrained raises",
         _register,
         fix="call quantkit.engines.transformers_model.register() first (docs/vllm.md)",
         raw=True,

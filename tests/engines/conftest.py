@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.helpers.paths import ROOT
+
 RESULTS = ROOT / "bench" / "results" / "engines.json"
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -26,8 +26,8 @@ from quantkit.model.registry import build_spec
 from quantkit.model.spec import ModelSpec
 from quantkit.recipe import Recipe
 from quantkit.scheme import BF16, PRESETS
-from tests.architectures import RELEASED, TINY
 from tests.conftest import CONFIG, random_weights, write_checkpoint
+from tests.helpers.architectures import RELEASED, TINY
 
 _SIZES: dict[str, Any] = {
     "hidden_size": 256,

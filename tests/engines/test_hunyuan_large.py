@@ -15,17 +15,11 @@ from torch import Tensor
 import quantkit
 from quantkit.recipe import Recipe
 from quantkit.scheme import BF16
-from tests.engines.conftest import ROOT, Answer, Vllm
+from tests.engines.conftest import Answer, Vllm
+from tests.engines.judge import BUNDLED, LIMIT, PROMPTS, TEXTS, divergence, kernels_like_vllm, logprobs
 from tests.engines.models import make_model
-from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, kernels_like_vllm, logprobs
 
-BUNDLED = ROOT / "examples" / "tiny-hunyuan"
 NEW = 24
-TEXTS = [
-    "def __init__(self, name, value=None):\n        self.name = name\n        self.value = value\n        if value is",
-    "It was a cold evening, and the old man sat by the fire with a book in his hand, while the children were asleep and",
-    "import os\nimport sys\n\n\nclass Reader:\n    def read(self, size=-1):\n        data = self.stream.read(size)\n",
-]
 
 
 @pytest.fixture(scope="module", params=[BF16, "W4A16", "W8A8"])

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 import quantkit
 from quantkit.recipe import Recipe
 from tests.engines.conftest import environment
+from tests.engines.judge import BUNDLED, TEXTS
 from tests.engines.models import make_model
-from tests.engines.test_hunyuan_large import BUNDLED, TEXTS
-from tests.released_layout import VARIED, VOCAB, released_layout, their_ids
+from tests.helpers.released_layout import VARIED, VOCAB, released_layout, their_ids
 
 WAIT = 540  # seconds for a start on two busy cores, compilation included
 

@@ -1,5 +1,5 @@
-"""What transformers makes of every scheme, for docs/engine-results.md. `tests/test_transformers.py` holds it to more where
-it is said to load; here the judge is that of vLLM's tests, KL(transformers || quantkit), in float32 on both sides."""
+"""What transformers makes of every scheme, for docs/engine-results.md. `tests/rules/test_transformers.py` holds it to more
+where it is said to load; here the judge is that of vLLM's tests, KL(transformers || quantkit), in float32 on both sides."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from quantkit.engines.rules import Verdict
 from quantkit.engines.transformers_model import register
 from quantkit.model.forward import forward
 from quantkit.scheme import BF16
-from tests.engines.conftest import ROOT, Results
+from tests.engines.conftest import Results
+from tests.engines.judge import LIMIT, PROMPTS, divergence, logprobs
 from tests.engines.models import CASES, MODELS, damaged, make_model, recipe, said
-from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, logprobs
-from tests.test_transformers import Emulated
+from tests.helpers.paths import ROOT
+from tests.helpers.weights import Emulated
 
 # Of constraints.txt; `make engine-test` runs this file with a newer one too.
 PINNED = f"transformers=={transformers.__version__}" in (ROOT / "constraints.txt").read_text().splitlines()

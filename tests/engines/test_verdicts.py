@@ -23,8 +23,8 @@ from quantkit.engines.rules import Verdict
 from quantkit.model.registry import build_spec
 from quantkit.recipe import Recipe
 from tests.engines.conftest import Vllm
+from tests.engines.judge import LIMIT, PROMPTS, divergence, logprobs
 from tests.engines.models import make_model
-from tests.engines.test_vllm import LIMIT, PROMPTS, divergence, logprobs
 
 FP8_CACHE = {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "tensor"}
 PROCESSES = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import quantkit
 from quantkit.engines.held import Deployment
 from quantkit.engines.rules import Verdict
 from quantkit.recipe import Recipe
-from quantkit.run.weights import Kernels
 from quantkit.scheme import BF16
 from tests.engines.conftest import Results, Vllm
-from tests.engines.models import CASES, RECIPES, damaged, make_model, recipe, said
+from tests.engines.judge import LIMIT, PROMPTS, divergence, kernels_like_vllm, logprobs
+from tests.engines.models import CASES, damaged, make_model, recipe, said
 
-PROMPTS = torch.randint(1, 257, (4, 96), generator=torch.Generator().manual_seed(1))
-LIMIT = 0.01
 # Inputs of FP8_DYNAMIC linears and of INT4 experts are both rounded there, and those of DeepSeek's kv_b_proj are not.
 LIMITS = {"Experts W4A16, rest FP8_DYNAMIC": 0.02}
 # What it says where it has no kernel.
@@ -33,20 +30,6 @@ NO_KERNEL = (
     "ScaledMM linear layer",
     "Unsupported FP8 MoE backend",
 )
-
-
-def kernels_like_vllm(column: str) -> Kernels:
-    """INT4 experts are multiplied by inputs rounded to INT8 there."""
-    return "w4a8" if RECIPES[column].get("experts", column) == "W4A16" else "auto"
-
-
-def logprobs(folder: Path, kernels: Kernels) -> Tensor:
-    return quantkit.load(folder, kernels=kernels).logits(PROMPTS).log_softmax(-1)[:, :-1]
-
-
-def divergence(p: Tensor, q: Tensor) -> float:
-    """Mean KL(p || q) over positions; both log-probabilities [..., vocab]."""
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,10 @@ import torch
 from click.testing import CliRunner
 
 from quantkit.kernels.triton import tiles
-from tests.kernel_helpers import ON_GPU, close, poison
+from tests.helpers.kernels import ON_GPU, close, poison
+from tests.helpers.paths import ROOT
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+BENCH = ROOT / "bench"
 
 
 def test_every_run_computes(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
-"""Every Triton kernel on small shapes against its definition: in Triton's interpreter (tests/test_triton_kernels.py runs
-this file) and, the same, on a GPU (`make gpu-test`)."""
+"""Every Triton kernel on small shapes against its definition: in Triton's interpreter
+(tests/kernels/test_triton_kernels.py runs this file) and, the same, on a GPU (`make gpu-test`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantkit.kernels.triton.layout import PackedInt, Stack, join, pack
 from quantkit.kernels.triton.tiles import TABLE, Tile
 from quantkit.quant import gptq
 from quantkit.scheme import PRESETS, Grid, Kind, Scheme, Strategy, scheme_named
-from tests.kernel_helpers import ON_GPU, close, layer, poison, product, random_expert, random_weight, stacked
+from tests.helpers.kernels import ON_GPU, close, layer, poison, product, random_expert, random_weight, stacked
 
 BF16 = torch.bfloat16
 ROUNDED = [name for name in ON_GPU if PRESETS[name].activation]

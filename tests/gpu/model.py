@@ -12,7 +12,7 @@ import quantkit
 from quantkit.kernels.triton import lang
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS
-from tests.kernel_helpers import ON_GPU
+from tests.helpers.kernels import ON_GPU
 
 DEVICE = "cpu" if lang.simulated() else "cuda"
 

@@ -18,9 +18,10 @@ from quantkit.kernels.triton.backend import BACKEND, lacks
 from quantkit.kernels.triton.layout import PackedInt, pack
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS, Scheme
-from tests.kernel_helpers import ON_GPU, close, layer, poison, product, random_expert, random_weight
+from tests.helpers.kernels import ON_GPU, close, layer, poison, product, random_expert, random_weight
+from tests.helpers.paths import ROOT
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "tiny-hunyuan"
+DEMO = ROOT / "examples" / "tiny-hunyuan"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from quantkit.kernels.triton import lang, ops, routing
 from quantkit.kernels.triton.backend import lacks
 from quantkit.kernels.triton.layout import PackedInt, pack
 from quantkit.scheme import PRESETS
-from tests.kernel_helpers import ON_GPU, close, layer, poison, product, random_expert, random_weight, stacked
+from tests.helpers.kernels import ON_GPU, close, layer, poison, product, random_expert, random_weight, stacked
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_slots_are_sorted() -> None:
 
 def test_the_cuda_kernel(device: torch.device) -> None:
     if device.type != "cuda":
-        return  # tests/test_cuda_decode.py runs its source on the CPU
+        return  # tests/kernels/test_cuda_decode.py runs its source on the CPU
     library = build.library()
     assert not isinstance(library, str), library
     scheme = PRESETS["W4A16"]
