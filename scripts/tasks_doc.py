@@ -64,8 +64,12 @@ network to score.
 |---|---|---|---|---|---|---|---|
 """
 LEFT_OUT = """
-What needs a judge model cannot be run. What runs generated code is refused without `--unsafe-code`: a process with a time
-limit is no sandbox. A program passes when it reaches its end; `exit()` before the tests does not count. In a suite such
+What needs a judge model cannot be run. What runs generated code is refused without `--unsafe-code`: each program has an
+empty folder, a bare environment, a process group that is killed with it, 10 s and limits on memory and files, and that is
+no sandbox. A program passes when it reaches its end; `exit()` before the tests does not count. The harness's own evaluator
+(`code_eval` of Hugging Face's `evaluate`) is not used for HumanEval and MBPP: its metric is a script from the hub, it hands
+on the environment, and what a program forked outlives it. Other tasks that run code (`humaneval_plus`, `mbpp_plus`) do use
+it, and need `HF_ALLOW_CODE_EVAL=1` besides. In a suite such
 rows are listed with the reason, and refused where `--tasks` names them. IFEval needs nltk's `punkt_tab`, which the harness
 downloads. GPQA's data set is behind a form on the hub. C3 is asked for as CLUE ships it. The hub's copies of C3 and CMATH
 could not be tried; their fields are those of the published data.
