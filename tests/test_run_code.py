@@ -1,4 +1,4 @@
-"""Generated code is run in a group of its own and within limits: programs that mean ill, each held against a harmless twin."""
+"""Generated code is run in a group of its own and within limits: programs that mean ill, beside harmless ones."""
 
 from __future__ import annotations
 
