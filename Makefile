@@ -70,7 +70,7 @@ bench: $(TOOLS)
 # model, which quantkit's is held against, needs accelerate.
 tasks-test: $(TOOLS)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .venv/constraints.txt --editable '.[tasks]' accelerate
-	$(BIN)/python -m pytest -n 2 tests/test_task_harness.py tests/test_tasks.py tests/test_task_checks.py tests/test_task_data.py tests/test_task_stats.py
+	$(BIN)/python -m pytest -n 2 tests/test_task_harness.py tests/test_tasks.py tests/test_task_checks.py tests/test_task_data.py tests/test_task_stats.py tests/test_needles.py
 
 # On a machine with an NVIDIA GPU. A .venv made here gets torch with CUDA; `make clean` first if one was made without.
 # GPU_PYTHON names an interpreter that has torch with CUDA and what quantkit needs: then nothing is installed.
