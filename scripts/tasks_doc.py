@@ -55,9 +55,9 @@ RULER's others (`ruler_vt`, `ruler_cwe`, `ruler_fwe`, `ruler_qa_squad`, `ruler_q
 
 NEEDLES
 Those in essays fetch `baber/paul_graham_essays` from the hub and nltk's `punkt_tab`; with `--data-dir`, which stands for a
-run without a network, they are refused, and a suite lists them as left out. The three others need neither. The harness
-takes half a minute and 1 to 2 GB to list its words before the first text. It would load the model's tokenizer with
-`trust_remote_code`; quantkit gives it a copy of tokenizer.json that has no code beside it.
+run without a network, they are refused, and a suite lists them as left out. The three others need neither, though
+the harness looks for `punkt_tab` first. Before the first text it sorts millions of words, which takes a while. It would load
+the model's tokenizer with `trust_remote_code`; quantkit gives it a copy of tokenizer.json that has no code beside it.
 
 The needle that rides along with `--context` ([reports](report.md#what-is-measured)) is another thing: it asks nothing and
 writes nothing.
