@@ -10,6 +10,7 @@ import pytest
 
 from quantkit.errors import ConfigError
 from quantkit.tasks.needles import is_ruler, lacking, needle_settings
+from quantkit.tasks.requirements import FILES, check_code
 from quantkit.tasks.suite import ALIASES, RULER
 from quantkit.tasks.tasks import Chosen, Options, Plan, evaluate_tasks, plan_tasks
 
@@ -80,8 +81,8 @@ def test_needles_are_planned_without_a_network(tmp_path: Path) -> None:
     assert tuple(one.name for one in plan.chosen) == MADE_HERE and {one.metric for one in plan.chosen} == {"4096"}
     assert all("essays" in why for _, why in plan.left_out) and len(plan.left_out) == len(RULER) - len(MADE_HERE)
     assert all(ALIASES[name].folder == "ruler" for name in MADE_HERE)
-    (vt,) = plan_tasks(["ruler_vt"], options=Options(ruler_length=1024)).chosen  # RULER's others too
-    assert vt.length == 1024 and vt.metric == "1024"
+    with pytest.raises(ConfigError, match="--ruler-length is given, and no task is RULER's"):
+        plan_tasks(["gsm8k"], options=Options(ruler_length=1024))
 
 
 @needs_harness
@@ -96,16 +97,22 @@ def test_needles_as_long_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[
     docs = [json.loads(line)["doc"] for line in (tmp_path / "items.jsonl").read_text().splitlines()]
     assert all(400 < doc["length"] <= 600 and doc["outputs"][0] in doc["input"] for doc in docs)
     assert capsys.readouterr().out == ""  # where --json writes
+    short = plan_tasks(["niah_single_1"], options=Options(ruler_length=99))
+    with pytest.raises(
+        ConfigError, match="cannot be prepared: ValueError: Could not generate any sample.*\nFix: .*--ruler-length"
+    ):
+        evaluate_tasks(MODEL, MODEL, short)
 
 
-@needs_harness
 def test_code_that_the_harness_runs_wants_its_own_consent(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = [FILES / "humaneval.yaml"], [Path("tasks/humaneval/humaneval_plus.yaml")]
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    with pytest.raises(ConfigError, match="task 'humaneval_plus' runs code that the model wrote"):
-        plan_tasks(["humaneval_plus"])
+    for running in (ours, theirs):
+        with pytest.raises(ConfigError, match="task 'x' runs code that the model wrote"):
+            check_code("x", running, Options())
     with pytest.raises(ConfigError, match="code_eval, which wants a consent of its own\nFix: set HF_ALLOW_CODE_EVAL=1"):
-        plan_tasks(["humaneval_plus"], options=Options(unsafe_code=True))
+        check_code("x", theirs, Options(unsafe_code=True))
+    check_code("x", ours, Options(unsafe_code=True))
+    check_code("x", [], Options())
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    assert plan_tasks(["humaneval_plus"], options=Options(unsafe_code=True)).chosen[0].name == "humaneval_plus"
-    monkeypatch.delenv("HF_ALLOW_CODE_EVAL")
-    assert plan_tasks(["humaneval"], options=Options(unsafe_code=True)).chosen[0].task == "quantkit_humaneval"
+    check_code("x", theirs, Options(unsafe_code=True))

@@ -122,6 +122,10 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
     index = _index({*asked, *(row.name for row in kept)})
     chosen = [_chosen(row.name, index, options, row.shots) for row in kept]
     chosen += [_chosen(name, index, options, None) for name in asked]
+    if options.ruler_length and not any(one.length for one in chosen):
+        raise ConfigError(
+            "--ruler-length is given, and no task is RULER's", "add one (--tasks niah_single_1), or leave it out"
+        )
     return Plan(named, tuple(chosen), tuple(left_out.items()), suite, options, index)
 
 
@@ -261,10 +265,10 @@ def _manager(scratch: Path, plan: Plan, baseline: str | Path) -> Any:
         try:
             _load(manager, [one])
         except Exception as error:  # a task may import anything, and the hub's client has errors of its own
-            raise ConfigError(
-                f"task '{one.name}' cannot be prepared: {type(error).__name__}: {error}",
-                f"give --data-dir with a file {one.name}.jsonl where there is no network; install what the task imports",
-            ) from error
+            local = f"give --data-dir with a file {one.name}.jsonl where there is no network"
+            ruler = "needles in essays need a network, texts of RULER's some 200 tokens (--ruler-length)"
+            fix = f"{ruler if one.length else local}; install what the task imports"
+            raise ConfigError(f"task '{one.name}' cannot be prepared: {type(error).__name__}: {error}", fix) from error
     return manager
 
 
