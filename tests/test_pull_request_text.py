@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit.report.compare import against
 from quantkit.report.gates import decide, parse_gate
+from quantkit.report.html import html
 from quantkit.report.markdown import markdown
 from quantkit.report.schema import Report, Run
 from tests.test_gates import divergence, experts, fig, made, task
@@ -52,3 +53,13 @@ def test_nothing_is_markup_but_what_the_template_wrote() -> None:
     assert "<" not in prose and "# [" not in prose and "`" not in prose.replace("\\`", "") and " 49 " not in prose
     assert code.startswith("\n\n    <b>") and "\u202e" not in found and "{{ 7*7 }}" in code
     assert all(line.startswith("    ") or not line for line in code.split("\n")[1:])
+
+
+def test_a_task_of_which_the_baseline_gets_nothing_right_is_shown() -> None:
+    """As of needles that a small model never finds: there is no recovery, and none that is the worst."""
+    nothing = task(fig(1)).model_copy(update={"recovery": None, "baseline": 0.0, "quantized": 0.0})
+    run = [Run(name="x", report=decide(made(tasks=[nothing])))]
+    assert "| 0.00 % | 0.00 % | – |" in markdown(run)
+    assert "worst task recovery" not in html(run) and "gsm8k" in html(run)
+    both = [Run(name="x", report=decide(made(tasks=[nothing, task(fig(0.9, 0.8, 1))])))]
+    assert "<b>90.00 %</b><small>worst task recovery, gsm8k</small>" in html(both)
