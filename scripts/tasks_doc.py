@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantkit.tasks.suite import HUNYUAN_LARGE, Benchmark
+from quantkit.tasks.suite import HUNYUAN_LARGE, RULER, Benchmark
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "tasks.md"
@@ -16,9 +16,10 @@ HEAD = """# Benchmark tasks
     pip install 'quantkit[tasks]'
     quantkit eval OUT --baseline MODEL --tasks gsm8k,piqa --limit 200
     quantkit eval OUT --baseline MODEL --suite hunyuan-large --data-dir ITEMS
+    quantkit eval OUT --baseline MODEL --suite ruler --ruler-length 16384 --limit 50 --kv-cache fp8
 
 Tasks are asked by [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) and answered by quantkit's
-own runtime, once by the baseline and once by the quantised model, on the same items. NAME is one of the table below or
+own runtime, once by the baseline and once by the quantised model, on the same items. NAME is one of the tables below or
 any task, group or tag of the harness that scores an item between 0 and 1. The extra brings about 0.7 GB of packages
 beside torch, so it is not part of the tests that `make test` runs; `make tasks-test` installs it and runs them.
 
@@ -44,6 +45,23 @@ with the fields of the task's data set. Benchmarks that have a task for each sub
 theirs. Examples come from `NAME_fewshot.jsonl`; without it the last rows of the file are kept for them and never asked.
 `--limit` counts items of the benchmark; with data from the hub, of each of its tasks.
 
+## Needles
+
+RULER's tasks ([Hsieh et al. 2024](https://arxiv.org/abs/2404.06654)) hide something in a long text and ask for it. The
+harness makes the texts: 500, each of at most `--ruler-length` tokens of the baseline's tokenizer (4096 without it, and no
+more than the model reads), of which 128 are for the answer; `--limit` takes the first. A score is the share of what was
+hidden that stands in the answer, and the figure's name is the length. `--suite ruler` runs the eight tasks of the table;
+RULER's others (`ruler_vt`, `ruler_cwe`, `ruler_fwe`, `ruler_qa_squad`, `ruler_qa_hotpot`, all as `ruler`) go by their names.
+
+NEEDLES
+Those in essays fetch `baber/paul_graham_essays` from the hub and nltk's `punkt_tab`; with `--data-dir`, which stands for a
+run without a network, they are refused, and a suite lists them as left out. The three others need neither, though
+the harness looks for `punkt_tab` first. Before the first text it sorts millions of words, which takes a while. It would load
+the model's tokenizer with `trust_remote_code`; quantkit gives it a copy of tokenizer.json that has no code beside it.
+
+The needle that rides along with `--context` ([reports](report.md#what-is-measured)) is another thing: it asks nothing and
+writes nothing.
+
 ## The harness's own command line
 
     python -m quantkit.tasks.harness run --model quantkit --model_args pretrained=OUT --tasks gsm8k
@@ -64,8 +82,12 @@ network to score.
 |---|---|---|---|---|---|---|---|
 """
 LEFT_OUT = """
-What needs a judge model cannot be run. What runs generated code is refused without `--unsafe-code`: a process with a time
-limit is no sandbox. A program passes when it reaches its end; `exit()` before the tests does not count. In a suite such
+What needs a judge model cannot be run. What runs generated code is refused without `--unsafe-code`: each program has an
+empty folder, a bare environment, a process group that is killed with it, 10 s and limits on memory and files, and that is
+no sandbox. A program passes when it reaches its end; `exit()` before the tests does not count. The harness's own evaluator
+(`code_eval` of Hugging Face's `evaluate`) is not used for HumanEval and MBPP: its metric is a script from the hub, it hands
+on the environment, and what a program forked outlives it. Other tasks that run code (`humaneval_plus`, `mbpp_plus`) do use
+it, and need `HF_ALLOW_CODE_EVAL=1` besides. In a suite such
 rows are listed with the reason, and refused where `--tasks` names them. IFEval needs nltk's `punkt_tab`, which the harness
 downloads. GPQA's data set is behind a form on the hub. C3 is asked for as CLUE ships it. The hub's copies of C3 and CMATH
 could not be tried; their fields are those of the published data.
@@ -79,6 +101,15 @@ def row(benchmark: Benchmark) -> str:
     note = {"code": "off by default: ", "judge": "off: "}.get(benchmark.needs, "") + benchmark.note
     cells = [benchmark.title, f"`{benchmark.name}`", task, str(benchmark.shots), benchmark.metric, *scores, note]
     return f"| {' | '.join(cells)} |"
+
+
+NEEDLES = """| `--tasks` | what is hidden | in essays from the hub |
+|---|---|---|
+"""
+
+
+def needle(benchmark: Benchmark) -> str:
+    return f"| `{benchmark.name}` | {benchmark.title} | {'yes' if benchmark.needs == 'essays' else ''} |\n"
 
 
 SMOLLM2 = """
@@ -108,7 +139,8 @@ def measured(results: dict[str, Any]) -> str:
 def text() -> str:
     table = "\n".join(row(benchmark) for benchmark in HUNYUAN_LARGE) + "\n"
     results = measured(json.loads(RESULTS.read_text("utf-8"))) if RESULTS.exists() else ""
-    return HEAD + table + LEFT_OUT + results
+    needles = NEEDLES + "".join(map(needle, RULER))
+    return HEAD.replace("NEEDLES\n", f"{needles}\n") + table + LEFT_OUT + results
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def evaluate_and_write(
     if quantized.is_dir():
         _make_room(folder, extent.cache, items, junit)
     screen = console(stderr=True)
-    with screen.status("preparing") as status, _prepared(plan) as manager:
+    with screen.status("preparing") as status, _prepared(plan, baseline) as manager:
         found = measure(
             quantized,
             baseline,
@@ -222,12 +222,12 @@ def _make_room(folder: Path, cache: Path | None, *files: Path | None) -> None:
         file.unlink(missing_ok=True)
 
 
-def _prepared(plan: Plan | None) -> AbstractContextManager[Any]:
+def _prepared(plan: Plan | None, baseline: str | Path) -> AbstractContextManager[Any]:
     if plan is None:
         return nullcontext()
     from quantkit.tasks.tasks import prepared
 
-    return prepared(plan)
+    return prepared(plan, baseline)
 
 
 def _judged(found: Report, name: str, gates: list[Gate] | None, page: Path, junit: Path | None) -> Report:

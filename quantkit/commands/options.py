@@ -107,7 +107,7 @@ def task_options(function: F) -> F:
         function,
         [
             click.option("--tasks", metavar="NAME,...", help="Benchmark tasks to run on both models too: docs/tasks.md."),
-            click.option("--suite", metavar="NAME", help="All benchmarks of a model card: hunyuan-large."),
+            click.option("--suite", metavar="NAME", help="All benchmarks of a suite: hunyuan-large, ruler."),
             click.option(
                 "--data-dir",
                 type=click.Path(path_type=Path, file_okay=False),
@@ -123,6 +123,9 @@ def task_options(function: F) -> F:
             click.option("--unsafe-code", is_flag=True, help="Allow tasks that run code which the model wrote."),
             click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template."),
             click.option("--max-new-tokens", type=number, help="Upper bound on what a task lets the model write."),
+            click.option(
+                "--ruler-length", type=number, metavar="N", help="Tokens of RULER's texts (niah_...). [default: 4096]"
+            ),
             click.option("--batch-size", type=number, help="Task items at once. [default: 4096 tokens]"),
             click.option("--task-kernels", default="auto", show_default=True, type=click.Choice(KERNELS)),
         ],
@@ -133,7 +136,7 @@ def read_tasks(options: dict[str, Any], items: Path | None, device: str, kv_cach
     """Take `task_options` but --items out of a command's options; None when no task is asked for. Raises ConfigError, also
     where an option says how to run tasks and none is."""
     tasks, suite, kernels = options.pop("tasks"), options.pop("suite"), options.pop("task_kernels")
-    same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "batch_size")
+    same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "ruler_length", "batch_size")
     given = {key: options.pop(key) for key in same}
     if tasks is None and suite is None and given["data_dir"] is None:
         how = {**given, "items": items, "task_kernels": kernels if kernels != "auto" else None}

@@ -47,7 +47,9 @@ def _table(first: tuple[str, ...], title: str) -> Table:
 def suite_table(result: Result) -> Table:
     """The card's rows in the card's order: its own scores, then what was measured, or why it was not."""
     run = result["task_run"]
-    table = _table(("benchmark", "shots", "card", "instruct"), title=f"{run['suite']}, as its model card has it")
+    published = any(score is not None for row in SUITES[run["suite"]] for score in (row.pretrained, row.instruct))
+    title = f"{run['suite']}, as its model card has it" if published else run["suite"]
+    table = _table(("benchmark", "shots", "card", "instruct"), title=title)
     measured = {row["name"]: row for row in result["tasks"]}
     shots = {row["name"]: row["shots"] for row in run["benchmarks"]}
     left_out: list[str] = []

@@ -1,5 +1,8 @@
 """Losses that only show far into a context: perplexity by position, and recall of something said early.
 
+The needles here are a probe of the cache that rides along in the same pass: teacher-forced, nothing is asked and nothing
+written. A benchmark of needles is RULER's, through lm-evaluation-harness (tasks/needles.py).
+
 Long windows pass the layers beside the others, in pieces that find K and V of what came before on a tape, so that memory is
 that of one piece and one window's K and V.
 """

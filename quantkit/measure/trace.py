@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantkit.model.spec import Linear
 from quantkit.model.weights import Weights
-from quantkit.report.intervals import Resampler, percentile_interval
+from quantkit.report.intervals import Resampler, bca_interval
 from quantkit.report.schema import Figure
 
 __all__ = ["BLOCKS", "Bf16Products", "Heard", "OutputErrors"]
@@ -77,8 +77,11 @@ class OutputErrors:
             value, held = float(lost.sum() / total.sum()), int((tokens > 0).sum())
             found[key] = Figure(value=value)
             if held >= Resampler.LEAST_UNITS:
-                below = drawn @ total
-                low, high = percentile_interval(value, (drawn @ lost)[below > 0] / below[below > 0], held)
+                rest = np.concatenate((drawn, (1 - np.eye(self.blocks))[tokens > 0]))  # without each of its blocks too
+                below = rest @ total
+                ratios = np.divide(rest @ lost, below, out=np.full(len(rest), np.nan), where=below > 0)
+                resampled, left_out = (part[np.isfinite(part)] for part in (ratios[:resamples], ratios[resamples:]))
+                low, high = bca_interval(value, resampled, left_out, held)
                 found[key] = Figure(value=value, low=max(0.0, low), high=high)
         return found
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from quantkit.report.schema import Figure
 
 __all__ = [
-    *("QUANTILES", "Z", "Floats", "Integers", "Interval", "Resampler", "at_least_wilson", "figure"),
+    *("QUANTILES", "Z", "Floats", "Integers", "Interval", "Resampler", "at_least_wilson", "bca_interval", "figure"),
     *("percentile_interval", "student", "tail_needs", "wilson"),
 ]
 
@@ -21,7 +21,8 @@ __all__ = [
 _TAIL_TOKENS = 20
 
 
-Z = NormalDist().inv_cdf(0.975)
+_NORMAL = NormalDist()
+Z = _NORMAL.inv_cdf(0.975)
 
 
 Floats = NDArray[np.float64]
@@ -52,10 +53,30 @@ def student(freedom: int) -> float:
 
 
 def percentile_interval(point: float, resampled: Floats, units: int) -> Interval:
-    """95 % from a bootstrap over n units. Percentiles of a resampled mean spread by sqrt((n - 1) / n) too little and know
-    nothing of Student's t (Hesterberg 2015, The American Statistician 69, 371-386), for both of which this makes up."""
+    """95 % from a bootstrap over n units, of a figure with little skew (a ratio of scores between 0 and 1): the percentiles
+    of what was resampled, stretched."""
+    return _stretched(point, np.quantile(resampled, (0.025, 0.975)), units)
+
+
+def bca_interval(point: float, resampled: Floats, left_out: Floats, units: int) -> Interval:
+    """95 % from a bootstrap over n units by bias-corrected and accelerated percentiles (Efron 1987, Journal of the American
+    Statistical Association 82, 171-185), stretched. left_out: the figure without each of the units, or of as many blocks of
+    them: how unevenly these pull at it says how its spread changes with its value."""
+    below = float((resampled < point).mean() + (resampled == point).mean() / 2)
+    least = 0.5 / len(resampled)
+    bias, pull = _NORMAL.inv_cdf(min(max(below, least), 1 - least)), left_out.mean() - left_out
+    pull = pull / (np.abs(pull).max() or 1.0)  # its cubes stay finite
+    squares = float((pull**2).sum())
+    acceleration = float((pull**3).sum()) / (6 * squares**1.5) if squares else 0.0
+    levels = [_NORMAL.cdf(bias + (bias + z) / (1 - acceleration * (bias + z))) for z in (-Z, Z)]
+    return _stretched(point, np.quantile(resampled, levels), units)
+
+
+def _stretched(point: float, percentiles: Floats, units: int) -> Interval:
+    """Percentiles of a resampled mean spread by sqrt((n - 1) / n) too little and know nothing of Student's t (Hesterberg
+    2015, The American Statistician 69, 371-386), for both of which this makes up."""
     wider = math.sqrt(units / (units - 1)) * student(units - 1) / Z
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    low, high = percentiles
     return float(point - wider * (point - low)), float(point + wider * (high - point))
 
 
@@ -79,28 +100,33 @@ class Resampler:
     """The paired bootstrap: units (documents) are drawn whole, with replacement, and jointly for every figure.
 
     Tokens of one document are not independent, so resampling tokens would promise too much. Fewer than `LEAST_UNITS`
-    units give no interval: their spread says nothing. The first "resample" draws every unit once: it is the sample.
+    units give no interval: their spread says nothing. `drawn` [rows, units] says how often each unit stands in a row: first
+    once each, which is the sample; then without each of its blocks (the units, or `BLOCKS` of them); then as drawn.
     """
 
     LEAST_UNITS = 5
+    BLOCKS = 200
 
     def __init__(self, unit: Integers, resamples: int = 2000, seed: int = 0) -> None:
         units, self.member = np.unique(unit, return_inverse=True)
         self.units = len(units)
+        self.blocks = min(self.units, self.BLOCKS) if self.units >= self.LEAST_UNITS else 0
+        block = np.arange(self.units) * self.blocks // self.units
+        left_out = block != np.arange(self.blocks)[:, None]
         draw = np.random.default_rng(seed).multinomial
         drawn = draw(self.units, np.full(self.units, 1 / self.units), size=resamples)
-        self.drawn = np.concatenate([np.ones((1, self.units), dtype=drawn.dtype), drawn])
+        self.drawn = np.concatenate([np.ones((1, self.units), dtype=drawn.dtype), left_out.astype(drawn.dtype), drawn])
 
     def sums(self, values: Floats) -> Floats:
         return np.asarray(np.bincount(self.member, weights=values, minlength=self.units), dtype=np.float64)
 
     def means(self, values: Floats) -> Floats:
-        """[1 + resamples]: the mean over tokens in each resample."""
+        """[rows]: the mean over tokens in each row."""
         sizes = np.bincount(self.member, minlength=self.units)
         return np.asarray((self.drawn @ self.sums(values)) / (self.drawn @ sizes))
 
     def quantiles(self, values: Floats, wanted: Sequence[float]) -> list[Floats]:
-        """[1 + resamples] for each: the value at which the drawn tokens' cumulative count passes that share."""
+        """[rows] for each: the value at which the row's tokens' cumulative count passes that share."""
         order = np.argsort(values)
         members, found = self.member[order], np.empty((len(wanted), len(self.drawn)))
         for i, counts in enumerate(self.drawn):
@@ -108,11 +134,12 @@ class Resampler:
             found[:, i] = values[order[np.searchsorted(cumulative, np.array(wanted) * cumulative[-1])]]
         return list(found)
 
-    def interval(self, resampled: Floats) -> Interval | None:
-        """Of a figure [1 + resamples], about its first, the sample's."""
+    def interval(self, figure: Floats) -> Interval | None:
+        """Of a figure in each row [rows], about its first, the sample's."""
         if self.units < self.LEAST_UNITS:
             return None
-        return percentile_interval(float(resampled[0]), resampled[1:], self.units)
+        left_out, resampled = figure[1 : 1 + self.blocks], figure[1 + self.blocks :]
+        return bca_interval(float(figure[0]), resampled, left_out, self.units)
 
 
 def figure(value: float, interval: Interval | None) -> Figure:

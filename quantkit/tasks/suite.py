@@ -1,4 +1,5 @@
-"""The benchmarks of Hunyuan-Large's model card, each with the task that measures it: data, and nothing else.
+"""The benchmarks of Hunyuan-Large's model card, each with the task that measures it, and RULER's needles: data, and nothing
+else.
 
 Scores are the card's own, BF16 (https://github.com/Tencent/Tencent-Hunyuan-Large, README.md), for the pre-trained and for
 the instruct model. Shots are those of section 4.1.1 of the report (arXiv 2411.02265), which gives them for the pre-trained
@@ -9,18 +10,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ALIASES", "HUNYUAN_LARGE", "SUITES", "Benchmark"]
+__all__ = ["ALIASES", "HUNYUAN_LARGE", "RULER", "SUITES", "Benchmark"]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One row of the card.
+    """One row of a suite.
 
     name: as gates, --tasks and files of --data-dir call it (`NAME.jsonl`, `NAME_test.jsonl`, `NAME.100.jsonl`). title: as
     the card writes it. task: of lm-evaluation-harness 0.4.13, in its folder `folder`, or without one of `task_files/`; None
     where neither has one. shots: as published, else those that the task has. pretrained, instruct: the card's scores, 0..100
-    (MT-Bench, AlignBench: 0..10). metric, filter: which of the task's figures is meant. needs: "code", "judge",
-    "punkt" (a file of nltk) or nothing.
+    (MT-Bench, AlignBench: 0..10). metric, filter: which of the task's figures is meant; of RULER's the name is
+    the length of their texts. needs: "code", "judge", "punkt" (a file of nltk), "words" (texts that are made here), "essays"
+    (texts that are made of fetched ones) or nothing.
     """
 
     name: str
@@ -113,6 +115,23 @@ HUNYUAN_LARGE: tuple[Benchmark, ...] = (
         "ifeval", "IFEval strict-prompt", "ifeval", 0, "prompt_level_strict_acc", None, 85.0, needs="punkt", folder="ifeval"
     ),
 )
-SUITES: dict[str, tuple[Benchmark, ...]] = {"hunyuan-large": HUNYUAN_LARGE}
+
+
+def _needle(name: str, title: str, needs: str) -> Benchmark:
+    return Benchmark(name, title, name, 0, "recall", needs=needs, folder="ruler")
+
+
+# The needles of RULER: what is hidden, in what, under what key.
+RULER: tuple[Benchmark, ...] = (
+    _needle("niah_single_1", "a number in one repeated sentence", "words"),
+    _needle("niah_single_2", "a number in essays", "essays"),
+    _needle("niah_single_3", "a UUID in essays", "essays"),
+    _needle("niah_multikey_1", "a number in essays, among 4 keys", "essays"),
+    _needle("niah_multikey_2", "a number among as many others as fit", "words"),
+    _needle("niah_multikey_3", "a UUID among as many others as fit", "words"),
+    _needle("niah_multivalue", "4 numbers of one key in essays", "essays"),
+    _needle("niah_multiquery", "the numbers of 4 keys in essays", "essays"),
+)
+SUITES: dict[str, tuple[Benchmark, ...]] = {"hunyuan-large": HUNYUAN_LARGE, "ruler": RULER}
 # What --tasks takes besides the harness's own names.
-ALIASES: dict[str, Benchmark] = {row.name: row for row in HUNYUAN_LARGE}
+ALIASES: dict[str, Benchmark] = {row.name: row for rows in SUITES.values() for row in rows}

@@ -8,10 +8,11 @@ import importlib.metadata
 import json
 import logging
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,19 @@ import numpy as np
 import yaml
 
 from quantkit.atomic import write_bytes
+from quantkit.checkpoint.folder import find_model
 from quantkit.errors import ConfigError
 from quantkit.extras import install, lacking
 from quantkit.host import plain_arithmetic
 from quantkit.report.task_stats import compare
-from quantkit.tasks.suite import ALIASES, SUITES, Benchmark
-from quantkit.tasks.task_data import LocalData, local_files, read_local
+from quantkit.tasks.needles import LENGTH, is_ruler, needle_settings
+from quantkit.tasks.requirements import FILES, check_code, check_may_run, left_out_because
+from quantkit.tasks.suite import ALIASES, SUITES
+from quantkit.tasks.task_data import LocalData, read_local
 
 __all__ = ["Chosen", "Options", "Plan", "evaluate_tasks", "plan_tasks", "prepared"]
 
 _SEED = 1234
-_PUNKT = "nltk's data punkt_tab, which is not on this machine"
-_FILES = Path(__file__).parent / "task_files"
 Sample = dict[str, Any]
 
 
@@ -39,7 +41,8 @@ Sample = dict[str, Any]
 class Options:
     """How tasks are run. data_dir: local items instead of the hub's. limit: items of a benchmark with data_dir, else of each
     of the harness's tasks. shots: examples before each question; without it a suite's published number, else the task's
-    own. max_new_tokens: an upper bound. kv_cache: of the quantised model. The rest is `harness.QuantkitLM`'s."""
+    own. max_new_tokens: an upper bound. ruler_length: tokens of RULER's texts; None: 4096. kv_cache: of the quantised model.
+    The rest is `harness.QuantkitLM`'s."""
 
     data_dir: Path | None = None
     limit: int | None = None
@@ -47,6 +50,7 @@ class Options:
     unsafe_code: bool = False
     chat_template: bool = False
     max_new_tokens: int | None = None
+    ruler_length: int | None = None
     batch_size: int | None = None
     kernels: str = "auto"
     kv_cache: str = "bf16"
@@ -56,7 +60,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A benchmark to run. leaves: the harness's tasks it is made of; metric and filter: the task's first where None."""
+    """A benchmark to run. leaves: the harness's tasks it is made of; metric and filter: the task's first where None. length:
+    of the texts that RULER makes."""
 
     name: str
     task: str
@@ -65,6 +70,7 @@ class Chosen:
     metric: str | None
     filter: str | None
     data: LocalData | None
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Plan:
         used = self.options
         given: list[object] = ["--tasks", ",".join(self.names)] if self.names else []
         given += ["--suite", self.suite] if self.suite else []
-        for name in ("data_dir", "limit", "shots", "max_new_tokens", "batch_size"):
+        for name in ("data_dir", "limit", "shots", "max_new_tokens", "ruler_length", "batch_size"):
             value = getattr(used, name)
             given += ["--" + name.replace("_", "-"), value] if value is not None else []
         given += [f"--{name.replace('_', '-')}" for name in ("unsafe_code", "chat_template") if getattr(used, name)]
@@ -110,12 +116,16 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
         said = f"; docs/tasks.md does not name {', '.join(unsure)}, so it alone knows whether that exists" if unsure else ""
         raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{said}", install("tasks"))
     for name in named:
-        _may_run(name, ALIASES.get(name), options)
-    left_out = {row.name: why for row in rows if row.name not in named and (why := _left_out(row, options))}
+        check_may_run(name, ALIASES.get(name), options)
+    left_out = {row.name: why for row in rows if row.name not in named and (why := left_out_because(row, options))}
     kept = [row for row in rows if row.name not in left_out]
     index = _index({*asked, *(row.name for row in kept)})
     chosen = [_chosen(row.name, index, options, row.shots) for row in kept]
     chosen += [_chosen(name, index, options, None) for name in asked]
+    if options.ruler_length and not any(one.length for one in chosen):
+        raise ConfigError(
+            "--ruler-length is given, and no task is RULER's", "add one (--tasks niah_single_1), or leave it out"
+        )
     return Plan(named, tuple(chosen), tuple(left_out.items()), suite, options, index)
 
 
@@ -127,64 +137,26 @@ def _index(names: set[str]) -> dict[str, Any]:
     home = Path(lm_eval.tasks.__file__).parent
     known = names <= ALIASES.keys()
     folders = [home / ALIASES[name].folder for name in sorted(names) if ALIASES[name].folder] if known else [home]
-    return dict(lm_eval.tasks.TaskManager(include_path=[*folders, _FILES], include_defaults=False).task_index)
-
-
-def _left_out(row: Benchmark, options: Options) -> str:
-    if row.task is None:
-        return "needs a judge model"
-    if row.needs == "code" and not options.unsafe_code:
-        return "runs generated code: --unsafe-code"
-    if options.data_dir and row.needs == "punkt" and not _has_punkt():
-        return f"needs {_PUNKT}"
-    if options.data_dir and not local_files(options.data_dir, row.name):
-        return "no file in --data-dir"
-    return ""
-
-
-def _may_run(name: str, row: Benchmark | None, options: Options) -> None:
-    if row and row.task is None:
-        raise ConfigError(f"task '{name}' needs a judge model, and quantkit has none", "leave it out")
-    if row and row.needs == "code":
-        _needs_flag(name, options)
-    if row and row.needs == "punkt" and options.data_dir and not _has_punkt():
-        raise ConfigError(f"task '{name}' needs {_PUNKT}", "python -m nltk.downloader punkt_tab, where there is a network")
-
-
-def _has_punkt() -> bool:
-    """Whether nltk's sentence splitter is on this machine. With a network the harness fetches it on its own."""
-    import nltk
-
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        return False
-    return True
-
-
-def _needs_flag(name: str, options: Options) -> None:
-    if not options.unsafe_code:
-        raise ConfigError(
-            f"task '{name}' runs code that the model wrote, with your rights",
-            "leave it out, or add --unsafe-code in a container that holds nothing of value",
-        )
+    return dict(lm_eval.tasks.TaskManager(include_path=[*folders, FILES], include_defaults=False).task_index)
 
 
 def _chosen(name: str, index: dict[str, Any], options: Options, published: int | None) -> Chosen:
     row = ALIASES.get(name)
     task = row.task if row and row.task else name
     leaves = _leaves(task, index, name)
-    if any(index[leaf].cfg.get("unsafe_code") for leaf in leaves):
-        _needs_flag(name, options)
+    check_code(name, [index[leaf].yaml_path for leaf in leaves if index[leaf].cfg.get("unsafe_code")], options)
     config = index[leaves[0]].cfg
     given = published if options.shots is None else options.shots
     shots = given if given is not None else config.get("num_fewshot") or 0
-    data = None
-    if options.data_dir:
+    data, length, metric = None, None, row.metric if row else None
+    if is_ruler([index[leaf].yaml_path for leaf in leaves]):
+        length = options.ruler_length or LENGTH
+        metric = str(length)  # so the harness calls it
+    if options.data_dir and not (row and row.needs == "words"):
         from_file = 0 if "samples" in (config.get("fewshot_config") or {}) else shots  # some bring their examples along
         data = read_local(options.data_dir, name, task, leaves, from_file, options.limit)
         leaves = tuple(data.asked)
-    return Chosen(name, task, leaves, shots, row.metric if row else None, row.filter if row else None, data)
+    return Chosen(name, task, leaves, shots, metric, row.filter if row else None, data, length)
 
 
 def _leaves(task: str, index: dict[str, Any], asked: str) -> tuple[str, ...]:
@@ -225,7 +197,7 @@ def evaluate_tasks(
     begun = time.monotonic()
     found: list[dict[str, list[Sample]]] = []
     truncated = {}
-    with nullcontext(manager) if manager else prepared(plan) as ready:
+    with nullcontext(manager) if manager else prepared(plan, baseline) as ready:
         for label, path in (("baseline", baseline), ("quantized", quantized)):
             kv = plan.options.kv_cache if label == "quantized" else "bf16"
             samples, truncated[label] = _answers(path, ready, plan, kv, functools.partial(_say, progress, label))
@@ -236,7 +208,7 @@ def evaluate_tasks(
         base, quant = (np.array([float(pair[i][metric]) for pair in pairs]) for i in (0, 1))
         rows.append({"name": one.name, "metric": metric, **compare(base, quant)})
         records += [_record(one, metric, *pair) for pair in pairs]
-        source = str(one.data.file) if one.data else "hub"
+        source = str(one.data.file) if one.data else "made by the task" if one.length else "hub"
         details.append({"name": one.name, "task": one.task, "shots": one.shots, "filter": which, "data": source})
     if items:
         write_bytes(items, "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in records).encode())
@@ -264,13 +236,14 @@ def _say(progress: Callable[[str], None] | None, label: str, done: int, total: i
 
 
 @contextmanager
-def prepared(plan: Plan) -> Iterator[Any]:
-    """The harness's manager of a plan's tasks, with all their data at hand. Raises ConfigError."""
+def prepared(plan: Plan, baseline: str | Path) -> Iterator[Any]:
+    """The harness's manager of a plan's tasks, with all their data at hand. baseline: whose tokens RULER counts. Raises
+    ConfigError."""
     with tempfile.TemporaryDirectory(prefix="quantkit-tasks-") as scratch:
-        yield _manager(Path(scratch), plan)
+        yield _manager(Path(scratch), plan, baseline)
 
 
-def _manager(scratch: Path, plan: Plan) -> Any:
+def _manager(scratch: Path, plan: Plan, baseline: str | Path) -> Any:
     """The harness's manager of these tasks alone: each is the stock one, with other data or another number of examples.
 
     Loads them once, so that what is missing is said before a model runs. Raises ConfigError.
@@ -284,17 +257,25 @@ def _manager(scratch: Path, plan: Plan) -> Any:
             config = {"include": str(plan.index[leaf].yaml_path), "task": leaf, "num_fewshot": one.shots}
             if one.data:
                 config |= _local(scratch, leaf, one.data)
+            if one.length:
+                config["metadata"] = needle_settings(scratch, find_model(str(baseline)), one.length)
             (scratch / f"{leaf}.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), "utf-8")
     manager = TaskManager(include_path=str(scratch), include_defaults=False)
     for one in plan.chosen:
         try:
-            manager.load(list(one.leaves))
+            _load(manager, [one])
         except Exception as error:  # a task may import anything, and the hub's client has errors of its own
-            raise ConfigError(
-                f"task '{one.name}' cannot be prepared: {type(error).__name__}: {error}",
-                f"give --data-dir with a file {one.name}.jsonl where there is no network; install what the task imports",
-            ) from error
+            local = f"give --data-dir with a file {one.name}.jsonl where there is no network"
+            ruler = "needles in essays need a network, texts of RULER's some 200 tokens (--ruler-length)"
+            fix = f"{ruler if one.length else local}; install what the task imports"
+            raise ConfigError(f"task '{one.name}' cannot be prepared: {type(error).__name__}: {error}", fix) from error
     return manager
+
+
+def _load(manager: Any, chosen: Sequence[Chosen]) -> Any:
+    """The harness's tasks. What they print while they make or fetch their data does not belong among the results."""
+    with redirect_stdout(sys.stderr):
+        return manager.load([leaf for one in chosen for leaf in one.leaves])
 
 
 def _local(scratch: Path, leaf: str, data: LocalData) -> dict[str, Any]:
@@ -339,13 +320,13 @@ def _answers(
     random.seed(_SEED)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-    loaded = manager.load([leaf for one in plan.chosen for leaf in one.leaves])
+    loaded = _load(manager, plan.chosen)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(seed=_SEED)
     results = evaluate(
         lm=model,
         task_dict=loaded,
-        limit=None if options.data_dir else options.limit,
+        limit=options.limit,
         bootstrap_iters=0,
         log_samples=True,
         apply_chat_template=options.chat_template,

@@ -10,7 +10,7 @@ import pytest
 
 from quantkit.errors import ConfigError
 from quantkit.tasks import run_code
-from quantkit.tasks.suite import ALIASES, HUNYUAN_LARGE
+from quantkit.tasks.suite import ALIASES, HUNYUAN_LARGE, RULER
 from quantkit.tasks.task_data import _SHAPES, _read, local_files, read_local
 from quantkit.tasks.task_data import LocalData as Data
 from scripts import tasks_doc
@@ -143,7 +143,7 @@ def test_the_suite_names_every_benchmark_of_the_card() -> None:
         "C-Eval C3 GSM8K MATH CMATH HumanEval MBPP GPQA_diamond AlignBench MT-Bench"
     )
     assert [row.title for row in HUNYUAN_LARGE] == [*titles.split(" "), "IFEval strict-prompt"]
-    assert len(ALIASES) == len(HUNYUAN_LARGE)
+    assert len(ALIASES) == len(HUNYUAN_LARGE) + len(RULER)
 
 
 def test_the_page_is_what_the_script_writes() -> None:
