@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -87,7 +87,8 @@ def stats_of(h: Tensor) -> LinearStats:
     kind=st.sampled_from(["basis", "diagonal", "tokens"]),
     seed=SEEDS,
 )
-@some(max_examples=40)
+@example(rows=1, groups=2, condition=0.5, kind="basis", seed=25)  # where repairing loses, with zero points by row
+@some(max_examples=30)
 def test_gptq_is_never_worse_than_rounding(
     name: str, rows: int, groups: int, condition: float, kind: str, seed: int
 ) -> None:
@@ -104,7 +105,7 @@ def test_gptq_is_never_worse_than_rounding(
 def test_where_repairing_loses_it_is_not_used() -> None:
     """It is greedy, so that for one row luck decides. Wherever it wins, its codes are used as they are."""
     scheme, kept = weight_only(4, False, None), 0
-    for seed in range(150):
+    for seed in range(60):
         weight, h = torch.randn(1, 32, generator=drawn(seed)), hessian(32, 0.5, "basis", seed)
         ((solved, outcome),) = solve([weight], scheme, "gptq", stats_of(h))
         plain, repaired = rtn(weight, scheme), gptq(weight, h, scheme.weight).quantized
@@ -114,7 +115,7 @@ def test_where_repairing_loses_it_is_not_used() -> None:
         )
         assert torch.equal(solved.codes, (plain if wins else repaired).codes)
         kept += wins
-    assert 0 < kept < 30
+    assert 0 < kept < 15
 
 
 @given(bits=st.integers(1, 9), rows=st.integers(1, 9), columns=st.integers(1, 70), seed=SEEDS)
@@ -201,7 +202,7 @@ def holds(name: str, ref: Linear, scheme: Scheme, q: QuantizedTensor) -> bool:
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(weights())
-@some(max_examples=100)
+@some(max_examples=80)
 def test_a_format_gives_back_what_it_takes_and_refuses_the_rest(
     name: str, weight: tuple[Linear, Scheme, QuantizedTensor]
 ) -> None:
@@ -292,7 +293,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     kv_format=st.sampled_from([None, *KVFormat]),
     seed=SEEDS,
 )
-@some(max_examples=12)
+@some(max_examples=9)
 def test_replay_equals_forward(
     name: str, windows: int, length: int, longest: int, batch: int, kv_format: KVFormat | None, seed: int
 ) -> None:
