@@ -15,25 +15,17 @@ from typing import Any
 from quantkit.checkpoint import hy_tiktoken
 from quantkit.checkpoint.folder import CODE
 from quantkit.checkpoint.reader import load_json
+from quantkit.model.registry import ARCHITECTURES
 
-__all__ = ["NATIVE", "native", "published_config", "published_files", "published_notes"]
+__all__ = ["native", "published_config", "published_files", "published_notes"]
 
-# model_type -> the classes (`architectures` in config.json) that engines have, or quantkit brings to them
-NATIVE: dict[str, tuple[str, ...]] = {
-    "hunyuan": ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM"),
-    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM",),
-    "mixtral": ("MixtralForCausalLM",),
-    "deepseek_v2": ("DeepseekV2ForCausalLM",),
-    "llama": ("LlamaForCausalLM",),
-    "qwen3_moe": ("Qwen3MoeForCausalLM",),
-}
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def native(config: Mapping[str, Any]) -> bool:
     """Whether engines run this model without code of its own. config: config.json."""
-    known, classes = NATIVE.get(str(config.get("model_type"))), config.get("architectures")
-    return known is not None and (not isinstance(classes, list) or all(name in known for name in classes))
+    known, classes = ARCHITECTURES.get(str(config.get("model_type"))), config.get("architectures")
+    return known is not None and (not isinstance(classes, list) or all(name in known.native for name in classes))
 
 
 def published_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[str, Any]:

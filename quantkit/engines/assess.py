@@ -71,9 +71,12 @@ def assess(
     view = view_of(spec, config, schemes, quantization, deployment, format)
     hits = _hits(engine, view)
     model = [_finding(rule, hit) for rule, hit in hits if hit.held is None]
+    by_weight: dict[int, list[dict[str, str]]] = {}
+    for rule, hit in hits:
+        by_weight.setdefault(id(hit.held), []).append(_finding(rule, hit))
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
     for held in view.weights:
-        found = [_finding(rule, hit) for rule, hit in hits if hit.held is held]
+        found = by_weight.get(id(held), [])
         key = (held.role, held.name, held.scheme, tuple(finding["rule"] + finding["why"] for finding in found))
         row = rows.setdefault(key, _row(held, found, view))
         row["layers"].append(held.layer)

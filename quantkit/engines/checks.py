@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from quantkit.engines.held import Held, Split
 from quantkit.engines.names import SPLIT, UNMATCHED, lookup
@@ -33,12 +33,10 @@ __all__ = [
 ]
 
 
-def architecture(known: Iterable[str]) -> Check:
-    names = tuple(known)
-
+def architecture(known: Collection[str]) -> Check:
     def check(view: View) -> Iterator[Hit]:
-        if view.model_type not in names:
-            yield Hit(None, f"model_type '{shown(view.model_type)}' is none of {', '.join(names)}")
+        if view.model_type not in known:
+            yield Hit(None, f"model_type '{shown(view.model_type)}' is none of {', '.join(known)}")
 
     return check
 

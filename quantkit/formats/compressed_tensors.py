@@ -49,7 +49,10 @@ def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
 
 
 def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors to write for one quantised linear; the same names, dtypes and shapes as `planned`."""
+    """The tensors to write for one quantised linear; the same names, dtypes and shapes as `planned`. Raises ConfigError
+    for a shape that does not fill whole words."""
+    if scheme.packing is Packing.WORDS and (problem := scheme.misfit(ref.out_features, ref.in_features)):
+        raise ConfigError(f"'{ref.key}' cannot be {scheme.name}: {problem}", "keep it as it is, or use --to bf16")
     tensors = {f"{ref.key}.weight_scale": q.scale}
     if scheme.packing is Packing.WORDS:
         tensors[f"{ref.key}.weight_packed"] = pack_rows(q.codes, scheme.weight.bits)

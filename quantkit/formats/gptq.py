@@ -127,6 +127,8 @@ def _target(scheme: Scheme) -> Scheme:
 
 def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor, offset: int) -> dict[str, Tensor]:
     bits, scale = scheme.weight.bits, exactly(f"{ref.key}.scales", q.scale, "F16")
+    if problem := scheme.misfit(ref.out_features, ref.in_features):
+        raise ConfigError(f"'{ref.key}' cannot be GPTQ: {problem}", "keep it as it is, or use --to bf16")
     if ref.out_features % (32 // bits):
         raise ConfigError(
             f"'{ref.key}' has {ref.out_features} outputs: GPTQ packs zero points of {32 // bits} outputs to a word",

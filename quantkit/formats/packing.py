@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 __all__ = ["pack_rows", "unpack_rows"]
 
 
+def _check(bits: int) -> None:
+    if bits not in (4, 8):
+        raise ValueError(f"codes of {bits} bits are not packed here, only those of 4 and 8")
+
+
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """int8 [rows, n] of `bits`-bit codes (4 or 8; n a multiple of 32 / bits) -> int32 [rows, n * bits / 32]."""
+    """int8 [rows, n] of `bits`-bit codes (4 or 8; n a multiple of 32 / bits) -> int32 [rows, n * bits / 32].
+
+    Raises ValueError for others.
+    """
+    _check(bits)
     if codes.shape[1] % (32 // bits):
         raise ValueError(f"{codes.shape[1]} codes of {bits} bits do not fill whole 32-bit words")
     digits = codes.contiguous().view(torch_dtype("U8")) + 2 ** (bits - 1)
@@ -31,6 +40,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_rows`: int32 [rows, m] -> int8 [rows, m * 32 / bits]."""
+    _check(bits)
     digits = words.flatten().view(torch_dtype("U8")).view(words.shape[0], -1)
     if bits == 4:
         import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Plan:
         assert isinstance(self.spec, ModelSpec)
         return self.spec
 
-    @property
+    @cached_property
     def calibrated(self) -> bool:
         """Whether any linear needs tokens."""
         return any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())

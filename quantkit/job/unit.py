@@ -146,8 +146,8 @@ class UnitRun:
             return None
         return LinearStats.empty(group[0].in_features, self.place.device, method.hessian)
 
-    def store(self, group: Group, stats: LinearStats | None) -> list[Applied]:
-        """Quantise linears that read one input, and write them; how each is applied."""
+    def store(self, group: Group, stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
+        """Quantise linears that read one input, and write them; what was written of each."""
         scheme = self.plan.schemes[group[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
             seen = f"the input of '{group[0].key}' is not finite on the calibration text"
@@ -156,25 +156,35 @@ class UnitRun:
         if scheme is None:
             for ref, weight in zip(group, weights, strict=True):
                 self._write(ref.weight, weight)
-            return [Applied(weight.to(self.place.device).float()) for weight in weights]
-        applies = []
+            return list(weights)
         solved = GroupJob(weights, stats, scheme, self.plan.methods[group[0].key]).run(self.place.device)
         for ref, (q, outcome) in zip(group, solved, strict=True):
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
             scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
             self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
-            applies.append(Applied(q.dequantize(), scheme, q.input_scale))
-        return applies
+        return [q for q, _ in solved]
 
-    def written(self, ref: Linear) -> Applied:
+    def apply(self, group: tuple[Linear, ...], stored: Sequence[Tensor | QuantizedTensor]) -> None:
+        """Let what passes through the part meet these."""
+        scheme, device = self.plan.schemes[group[0].key], self.place.device
+        self.weights.apply(
+            group,
+            [
+                Applied(one.dequantize(), scheme, one.input_scale)
+                if isinstance(one, QuantizedTensor)
+                else Applied(one.to(device).float())
+                for one in stored
+            ],
+        )
+
+    def written(self, ref: Linear) -> Tensor | QuantizedTensor:
         """A linear as it was committed."""
         scheme = self.plan.schemes[ref.key]
         if scheme is None:
-            return Applied(self.place.tensor(ref.weight).float())
+            return self.place.tensor(ref.weight)
         tensors = {plan.name: self._stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
-        q: QuantizedTensor = compressed_tensors.FORMAT.decode(ref, scheme, tensors)
-        return Applied(q.dequantize(), scheme, q.input_scale)
+        return compressed_tensors.FORMAT.decode(ref, scheme, tensors)
 
     def _stored(self, name: str) -> Tensor:
         path = self.place.partial / self.unit.shards[self.shard_of[name]].file
@@ -208,7 +218,7 @@ class _Quantising(_Maker):
         if part is not None:
             gather(part, run.weights, statistics)
         for group in wave:
-            run.weights.apply(group, run.store(group, statistics.pop(group)))  # a Hessian is not kept longer than that
+            run.apply(group, run.store(group, statistics.pop(group)))  # a Hessian is not kept longer than that
 
 
 class _Committed(_Maker):
@@ -216,4 +226,4 @@ class _Committed(_Maker):
 
     def before(self, parts: Sequence[Part]) -> None:
         for group in (group for wave in parts[0].waves for group in wave):
-            self.run.weights.apply(group, [self.run.written(ref) for ref in group])
+            self.run.apply(group, [self.run.written(ref) for ref in group])

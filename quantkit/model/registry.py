@@ -1,8 +1,9 @@
-"""Which architectures are known: `model_type` in config.json to the function that builds the `ModelSpec`."""
+"""Which architectures are known: `model_type` in config.json to what builds the `ModelSpec`, and what engines call it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,15 +12,25 @@ from quantkit.errors import ConfigError, shown
 from quantkit.model import deepseek_v2, hunyuan_a13b, llama, mixtral, qwen3_moe
 from quantkit.model.spec import ModelSpec
 
-__all__ = ["ARCHITECTURES", "build_spec", "unknown_key"]
+__all__ = ["ARCHITECTURES", "Architecture", "build_spec", "unknown_key"]
 
-ARCHITECTURES: dict[str, Callable[[dict[str, Any]], ModelSpec]] = {
-    "hunyuan": hunyuan_a13b.build_hunyuan,
-    "hunyuan_v1_moe": hunyuan_a13b.build,
-    "mixtral": mixtral.build,
-    "deepseek_v2": deepseek_v2.build,
-    "llama": llama.build,
-    "qwen3_moe": qwen3_moe.build,
+
+@dataclass(frozen=True)
+class Architecture:
+    """build: config.json -> ModelSpec; raises pydantic's ValidationError. native: the classes (`architectures` in
+    config.json) that engines have, or quantkit brings to them: such a model needs no code that comes with it."""
+
+    build: Callable[[dict[str, Any]], ModelSpec]
+    native: tuple[str, ...]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "hunyuan": Architecture(hunyuan_a13b.build_hunyuan, ("HunYuanForCausalLM", "HunYuanMoEV1ForCausalLM")),
+    "hunyuan_v1_moe": Architecture(hunyuan_a13b.build, ("HunYuanMoEV1ForCausalLM",)),
+    "mixtral": Architecture(mixtral.build, ("MixtralForCausalLM",)),
+    "deepseek_v2": Architecture(deepseek_v2.build, ("DeepseekV2ForCausalLM",)),
+    "llama": Architecture(llama.build, ("LlamaForCausalLM",)),
+    "qwen3_moe": Architecture(qwen3_moe.build, ("Qwen3MoeForCausalLM",)),
 }
 
 
@@ -33,7 +44,7 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
             "linears of any other can be named, to be rounded without calibration: --linears 'model.layers.*_proj'",
         )
     try:
-        return ARCHITECTURES[name](dict(config))
+        return ARCHITECTURES[name].build(dict(config))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

@@ -24,7 +24,8 @@ class Outcome:
     weight_error: of `stats.weight_error`.
 
     method: what was really used. fallback: why it is not what was asked for, or that damping had to be raised ('' if
-    neither). error: ||(W - Q) x||^2 / ||W x||^2 over the calibration tokens, or over the plain weights without any.
+    neither). GPTQ is not used where rounding loses less, in sum over the weights that are solved together. error:
+    ||(W - Q) x||^2 / ||W x||^2 over the calibration tokens, or over the plain weights without any.
     coverage: routed calibration tokens per input feature, None without calibration. lent: tokens lent, see LinearStats.
     """
 
@@ -45,27 +46,44 @@ def rtn(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
     return QuantizedTensor(encode(weight, step, offset, grid), scale, zero, grid)
 
 
-def _output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
-    difference = weight - value
-    lost = (difference @ hessian * difference).sum()
-    return float(lost / (weight @ hessian * weight).sum().clamp(min=1e-30))
+def _by_row(matrix: Tensor, hessian: Tensor) -> Tensor:
+    """m H m^T of each row m of a matrix [out, in]: what it does to the output, [out]."""
+    return (matrix @ hessian * matrix).sum(1)
 
 
-def _one(
-    weight: Tensor, scheme: Scheme, method: Method, stats: LinearStats | None, how: Repair
-) -> tuple[QuantizedTensor, str, str]:
-    """(quantised, method used, fallback)."""
+def _relative(lost: Tensor, weight: Tensor, hessian: Tensor) -> float:
+    return float(lost.sum() / _by_row(weight, hessian).sum().clamp(min=1e-30))
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """lost: `_by_row` of what was lost, [out]; None without a Hessian that is finite."""
+
+    quantized: QuantizedTensor
+    method: str
+    fallback: str
+    lost: Tensor | None
+
+
+def _one(weight: Tensor, scheme: Scheme, method: Method, hessian: Tensor | None, how: Repair) -> _Solved:
+    """By the method, or by rounding where it cannot do better: repairing column by column is greedy, and a repaired weight
+    may lie beyond the range that its scale was made for, so that with few rows rounding sometimes loses less."""
+    lost = None
+    if hessian is not None and hessian.isfinite().all():
+        lost = _by_row(weight - rtn(weight, scheme).dequantize(), hessian)
     if not method.hessian:
-        return rtn(weight, scheme), "rtn", ""
-    hessian = stats.mean_hessian() if stats is not None else None
+        return _Solved(rtn(weight, scheme), "rtn", "", lost)
     if hessian is None:
-        return rtn(weight, scheme), "rtn", "no calibration token reached this weight"
+        return _Solved(rtn(weight, scheme), "rtn", "no calibration token reached this weight", None)
     try:
         solved = gptq(weight, hessian, scheme.weight, how, method.dampings)
     except NotPositive:
-        return rtn(weight, scheme), "rtn", "Hessian not positive definite under any damping"
+        return _Solved(rtn(weight, scheme), "rtn", "Hessian not positive definite under any damping", lost)
+    repaired = _by_row(weight - solved.quantized.dequantize(), hessian)
+    if lost is not None and lost.sum() < repaired.sum():
+        return _Solved(rtn(weight, scheme), "rtn", "rounding loses less than GPTQ here", lost)
     raised = f"damping raised to {solved.damping}" if solved.damping > method.damping else ""
-    return solved.quantized, "gptq", raised
+    return _Solved(solved.quantized, "gptq", raised, repaired)
 
 
 def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearStats | None) -> QuantizedTensor:
@@ -86,24 +104,23 @@ def solve(
     """
     if scheme.weight.strategy is Strategy.BLOCK and len(weights) > 1:
         return [result for weight in weights for result in solve([weight], scheme, method, stats, how)]
-    stacked, used, fallback = _one(torch.cat(weights), scheme, method, stats, how)
     hessian = stats.mean_hessian() if stats is not None else None
-    if hessian is not None and not hessian.isfinite().all():
-        hessian = None
+    solved = _one(torch.cat(weights), scheme, method, hessian, how)
+    fallback = solved.fallback
     if scheme.static and (stats is None or not stats.tokens):
         fallback = "; ".join(filter(None, (fallback, "input scale not from tokens routed here")))
     results = []
     sizes = [len(weight) for weight in weights]
-    for weight, part in zip(weights, _split(stacked, sizes), strict=True):
-        value = part.dequantize()
-        lost = weight_error(weight, value)
+    losses = [None] * len(sizes) if solved.lost is None else list(solved.lost.split(sizes))
+    for weight, part, lost in zip(weights, _split(solved.quantized, sizes), losses, strict=True):
+        own = weight_error(weight, part.dequantize())
         outcome = Outcome(
-            method=used,
+            method=solved.method,
             fallback=fallback,
-            error=lost**2 if hessian is None else _output_error(weight, value, hessian),
+            error=own**2 if lost is None or hessian is None else _relative(lost, weight, hessian),
             coverage=None if stats is None else round(stats.coverage, 4),
             lent=0 if stats is None else stats.lent,
-            weight_error=lost,
+            weight_error=own,
         )
         results.append((_with_input_scale(part, scheme, stats), outcome))
     return results

@@ -1,7 +1,10 @@
-"""What a computation costs, counted: the memory that its operations ask for, whatever the machine is busy with."""
+"""What a computation costs, counted whatever the machine is busy with: memory its operations ask for, lines of Python."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "ran", "steps"]
 
 
 class Memory(TorchDispatchMode):
@@ -33,3 +36,21 @@ def ran(function: Any) -> Memory:
     with Memory() as memory, torch.inference_mode():
         function()
     return memory
+
+
+def steps(function: Callable[[], object]) -> int:
+    """Lines of Python that it runs in this thread, each turn of a loop or a comprehension counted."""
+    counted = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
+        nonlocal counted
+        counted += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return counted

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quantkit
-from quantkit.calib.replay import Listening, gather
+from quantkit.calib.replay import Applied, Listening, gather
 from quantkit.calib.streams import Part, Place, Stream
 from quantkit.calib.tape import Tape
 from quantkit.checkpoint.verify import verify
@@ -216,7 +216,7 @@ def test_replay_equals_forward(name: str, theirs: Callable[[str], Theirs], tmp_p
             gather(part, listening, statistics)
             for group, stats in statistics.items():
                 seen.update(dict.fromkeys([ref.key for ref in group], stats))
-                listening.apply(group, [partial(F.linear, weight=tensors[ref.weight]) for ref in group])
+                listening.apply(group, [Applied(tensors[ref.weight]) for ref in group])
         part.finish()
         listening.forget()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from quantkit.report.compare import against
 from quantkit.report.gates import decide, parse_gate
 from quantkit.report.html import html
 from quantkit.report.markdown import markdown
 from quantkit.report.schema import Report, Run
-from tests.test_gates import divergence, experts, fig, made, task
+from tests.helpers.paths import ROOT
+from tests.helpers.reports import divergence, experts, fig, made, task
 
-EXPECTED = Path(__file__).parent / "data" / "pull_request.md"
+EXPECTED = ROOT / "tests" / "golden" / "data" / "pull_request.md"
 EVIL = "<b>`*_|x|_*`</b>\n# [a](http://b) \u202e{{ 7*7 }}"
 
 

@@ -1,0 +1,1 @@
+"""Model files that a user might write, added by a test."""
