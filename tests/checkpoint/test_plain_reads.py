@@ -27,6 +27,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.shard import OpenShard
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError, OutputError
+from quantkit.job import pipeline
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import Recipe
 from tests.conftest import CONFIG, random_weights, write_checkpoint
@@ -40,7 +41,7 @@ HUGE = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 
 
 def test_a_file_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """31 GB in one file, where no more than 2 GB of addresses are left: headers are all that a plan needs."""
-    monkeypatch.setattr(sparse, "SHARD_BYTES", 10**12)
+    monkeypatch.setattr(sparse, "MAX_SHARD_BYTES", 10**12)
     config = {**TINY["llama"], **HUGE, "vocab_size": 32000, "num_hidden_layers": 18, "head_dim": 128}
     assert sparse.write_sparse(tmp_path / "model", config) > 31 * 10**9
     (tmp_path / "model" / "model-00001-of-00001.safetensors").rename(tmp_path / "model" / "model.safetensors")
@@ -207,7 +208,7 @@ class Counted:
         monkeypatch.setattr(reader, "read_header", parse)
         monkeypatch.setattr(OpenShard, "__init__", opening)
         monkeypatch.setattr(QuantizedTensor, "dequantize", value)
-        for module in (atomic, folder, verify_module, quantkit.job.pipeline):
+        for module in (atomic, folder, verify_module, pipeline):
             monkeypatch.setattr(module, "sha256", hashing)
 
 
@@ -232,7 +233,7 @@ def test_rounding_without_calibration_dequantises_for_the_stated_error_alone(
 ) -> None:
     """A shard is hashed when it is committed and once more when it is read again to be verified."""
     counted = Counted(monkeypatch)
-    monkeypatch.setattr(quantkit.job.pipeline, "verify", lambda *_: None)
+    monkeypatch.setattr(pipeline, "verify", lambda *_: None)
     record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
     assert counted.dequantised == len(record["linears"]) > 0
     monkeypatch.undo()

@@ -26,7 +26,10 @@ def no_interpreter() -> None:
         pytest.skip("TRITON_INTERPRET is set")
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8", "row8", "block8", "others"])
+ON_HOPPER = ["int4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "row8", "block8", "others"))]
+
+
+@pytest.mark.parametrize("kind", ON_HOPPER)
 def test_triton_kernels_on_hopper(no_interpreter: None, kind: str) -> None:
     mine = [c for c in compiler.cases() if (c.name.split()[0] if c.name.split()[0] in tiles.TABLE else "others") == kind]
     assert len(mine) >= 6
