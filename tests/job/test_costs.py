@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import quantkit
-from quantkit.checkpoint.origin import DigestingReader
-from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.inspect import inspect
-from quantkit.checkpoint.origin import SUMS
+from quantkit.checkpoint.origin import SUMS, DigestingReader
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.verify import stated, verify
 from quantkit.engines.assess import assess
 from quantkit.engines.held import Deployment
