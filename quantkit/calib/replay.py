@@ -80,11 +80,15 @@ class Listening(Weights):
     def matrix(self, ref: Linear) -> Tensor:
         return self._applied[ref.key].weight
 
+    def absorbs(self, ref: Linear) -> bool:
+        return False  # what it reads is to be heard
+
     def is_plain(self, ref: Linear) -> bool:
         return self._applied[ref.key].scheme is None
 
     def read(self, ref: Linear, x: Tensor) -> Tensor:
-        return self._applied[ref.key].read(x).to(x.dtype)
+        applied = self._applied.get(ref.key)  # none yet, while what it reads is listened for
+        return x if applied is None else applied.read(x).to(x.dtype)
 
     def hear(self, wave: Mapping[Group, Ear | None], run: Callable[[], object]) -> None:
         """Run until each group of a wave has been reached; its ear gets what it reads, [n, in_features]. None: deaf."""

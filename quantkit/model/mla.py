@@ -39,7 +39,7 @@ class Latent(AttentionKind[MLA]):
 
     def core(self, a: MLA, query: Tensor, kv: KeptKV, weights: Weights, at: Positions) -> Tensor:
         latent, shared = kv
-        if continues(query.shape[2], latent.shape[2]):
+        if continues(query.shape[2], latent.shape[2]) and weights.absorbs(a.kv_b):
             return _absorbed(a, query, kv, weights.matrix(a.kv_b), at.padding)
         expanded = split_heads(weights.linear(a.kv_b, latent.decode(query.dtype)[:, 0].contiguous()), a.nope_dim + a.v_dim)
         plain, values = expanded.split((a.nope_dim, a.v_dim), dim=-1)

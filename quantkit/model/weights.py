@@ -33,6 +33,10 @@ class Weights(ABC):
         """What `linear` multiplies by, [out, in], any float. A subclass whose weights are not plain overrides this."""
         return self.tensor(ref.weight)
 
+    def absorbs(self, ref: Linear) -> bool:
+        """Whether few positions after many may be multiplied by parts of `matrix` instead of `linear`, where that is less."""
+        return True
+
     def is_plain(self, ref: Linear) -> bool:
         """Whether `linear` multiplies by `tensor(ref.weight)` and does nothing else."""
         return True

@@ -28,7 +28,6 @@ from quantkit.recipe import Recipe
 from quantkit.stats import LinearStats
 from tests.conftest import random_weights, write_checkpoint
 from tests.helpers.architectures import TINY
-from tests.helpers.paths import ROOT
 from tests.helpers.weights import InMemory
 
 transformers = pytest.importorskip("transformers")
@@ -334,13 +333,3 @@ def test_linears_that_engines_fuse_read_one_input() -> None:
     names = [[ref.key.rsplit(".", 1)[-1] for ref in group] for group in layer.same_input()]
     assert names[:4] == [["q_a_proj", "kv_a_proj_with_mqa"], ["q_b_proj"], ["kv_b_proj"], ["o_proj"]]
     assert names[4:] == [["gate_proj", "up_proj"], ["down_proj"]] * 17
-
-
-def test_the_guide_shows_the_real_file() -> None:
-
-    guide = (ROOT / "docs" / "add-a-model.md").read_text().splitlines()
-    source = (ROOT / "quantkit" / "model" / "mixtral.py").read_text().splitlines()
-    assert len(guide) < 100
-    shown = [line.removeprefix("    ") for line in guide]
-    start = shown.index(source[0])
-    assert shown[start : start + len(source)] == source

@@ -29,6 +29,7 @@ from quantkit.model.spec import Linear, ModelSpec, Role
 from quantkit.model.weights import Weights
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.gptq import gptq
+from quantkit.quant.method import Method
 from quantkit.quant.solve import rtn, solve
 from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, Strategy, fp8_block, scheme_named, weight_only
 from quantkit.stats import LinearStats
@@ -96,7 +97,7 @@ def test_gptq_is_never_worse_than_rounding(
     scheme, size = GPTQ_SCHEMES[name], 16 * groups
     assert scheme is not None
     weight, h = torch.randn(rows, size, generator=drawn(seed)) * 0.05, hessian(size, condition, kind, seed)
-    ((solved, outcome),) = solve([weight], scheme, "gptq", stats_of(h))
+    ((solved, outcome),) = solve([weight], scheme, Method("gptq"), stats_of(h))
     rounded = objective(weight, rtn(weight, scheme).dequantize(), h)
     assert objective(weight, solved.dequantize(), h) <= rounded * (1 + 1e-4)
     assert (outcome.method == "rtn") == ("rounding loses less" in outcome.fallback)
@@ -107,7 +108,7 @@ def test_where_repairing_loses_it_is_not_used() -> None:
     scheme, kept = weight_only(4, False, None), 0
     for seed in range(60):
         weight, h = torch.randn(1, 32, generator=drawn(seed)), hessian(32, 0.5, "basis", seed)
-        ((solved, outcome),) = solve([weight], scheme, "gptq", stats_of(h))
+        ((solved, outcome),) = solve([weight], scheme, Method("gptq"), stats_of(h))
         plain, repaired = rtn(weight, scheme), gptq(weight, h, scheme.weight).quantized
         wins = objective(weight, plain.dequantize(), h) < objective(weight, repaired.dequantize(), h)
         assert (outcome.method, outcome.fallback) == (

@@ -13,8 +13,9 @@ from quantkit.tasks.needles import is_ruler, lacking, needle_settings
 from quantkit.tasks.requirements import FILES, check_code
 from quantkit.tasks.suite import ALIASES, RULER
 from quantkit.tasks.tasks import Chosen, Options, Plan, evaluate_tasks, plan_tasks
+from tests.helpers.paths import ROOT
 
-MODEL = Path(__file__).parent.parent / "examples" / "tiny-hunyuan"
+MODEL = ROOT / "examples" / "tiny-hunyuan"
 MADE_HERE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 HARNESS = all(importlib.util.find_spec(name) for name in ("lm_eval", "wonderwords", "nltk"))
 needs_harness = pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is an extra: make tasks-test")
