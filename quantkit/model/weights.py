@@ -34,7 +34,7 @@ class Weights(ABC):
         return self.tensor(ref.weight)
 
     def absorbs(self, ref: Linear) -> bool:
-        """Whether few positions after many may be multiplied by parts of `matrix` instead of `linear`, where that is less."""
+        """Whether few positions after many may meet parts of `matrix` instead of `linear`, where that is less work."""
         return True
 
     def is_plain(self, ref: Linear) -> bool:
