@@ -29,7 +29,7 @@ def capability_of(device: torch.device) -> Capability | None:
     """The compute capability of an NVIDIA GPU, or None where torch sees none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return None
-    return torch.cuda.get_actual(device)
+    return torch.cuda.get_device_capability(device)
 
 
 def lacks(
