@@ -54,8 +54,8 @@ def _possible(scale: Tensor, exact: Tensor, method: str) -> Tensor:
         none = (scale == 1) & (smallest <= _TINY)  # a range of nothing is given the scale 1
         return none | ((scale >= smallest * (1 - _LAST_BIT)) & (scale <= largest * (1 + _LAST_BIT)))
     candidates = (exact, exact * (1 - _DIVISION), exact * (1 + _DIVISION))
-    given = [torch.where(value > _TINY, value, torch.ones_like(value)).bfloat16().float() for value in candidates]
-    return torch.stack([scale == value for value in given]).any(0)
+    scales = [torch.where(value > _TINY, value, torch.ones_like(value)).bfloat16().float() for value in candidates]
+    return torch.stack([scale == value for value in scales]).any(0)
 
 
 def misplaced_codes(weight: Tensor, q: QuantizedTensor, value: Tensor) -> Tensor:

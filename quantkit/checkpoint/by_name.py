@@ -80,12 +80,12 @@ def is_known(config: Mapping[str, Any]) -> bool:
 def spec_by_name(reader: CheckpointReader) -> NamedSpec:
     """A checkpoint, quantised or not, as its matrices and the rest. Raises ConfigError when it has no matrix."""
     entries = reader.entries
-    found, others = compressed_tensors.matrices({name: (e.dtype, e.shape) for name, e in entries.items()}, reader.tensor)
-    if not found:
+    shapes, others = compressed_tensors.matrices({name: (e.dtype, e.shape) for name, e in entries.items()}, reader.tensor)
+    if not shapes:
         raise ConfigError(f"{reader.folder} holds no matrix called '*.weight'", "give a model's checkpoint")
     refs: dict[str, list[Linear]] = {shard: [] for shard in reader.shards}
     rest: dict[str, list[tuple[str, Shape]]] = {shard: [] for shard in reader.shards}
-    for key, (out, inputs) in found.items():
+    for key, (out, inputs) in shapes.items():
         stored = entries.get(f"{key}.weight") or entries[f"{key}.weight_packed"]
         refs[stored.shard].append(Linear(key, out, inputs, Role.LINEAR))
     for name in others:

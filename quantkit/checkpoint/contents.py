@@ -30,5 +30,5 @@ def contents(folder: Path) -> Contents:
         hashes = dict(zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True))
     sums = stated(folder)
     changed = tuple(name for name in names if sums and sums.get(name) != hashes[name])
-    said = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
-    return Contents(f"sha256:{hashlib.sha256(said.encode()).hexdigest()}", changed)
+    listing = "".join(f"{digest}  {name}\n" for name, digest in sorted(hashes.items()))
+    return Contents(f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}", changed)

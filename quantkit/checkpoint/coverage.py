@@ -68,9 +68,9 @@ class Coverage:
 def bystanders(spec: ModelSpec | NamedSpec) -> tuple[list[str], list[str]]:
     """Linears that are never quantised (routers and head), and all other modules (norms, embedding), by name."""
     linears = {ref.weight for ref in spec.linears()}
-    kept = [*(moe.router.key for moe in spec.moes()), "lm_head"]
+    unquantised = [*(moe.router.key for moe in spec.moes()), "lm_head"]
     others = [name.removesuffix(".weight") for name in spec.tensors() if name not in linears]
-    return kept, [name for name in others if name not in kept]
+    return unquantised, [name for name in others if name not in unquantised]
 
 
 def account(entries: Mapping[str, Entry], spec: ModelSpec | NamedSpec, schemes: Mapping[str, Scheme | None]) -> Coverage:
@@ -100,25 +100,25 @@ def reconcile(coverage: Coverage, reader: CheckpointReader) -> dict[str, Any]:
     Files are measured too, so that bytes which no header names are found. Returns the account with the bytes on disk.
     Raises VerificationError that lists what differs.
     """
-    planned, found = coverage.output_bytes(), {name: entry.nbytes for name, entry in reader.entries.items()}
-    problems = [f"'{name}' was planned and is not there" for name in sorted(planned.keys() - found.keys())]
-    problems += [f"'{name}' is there and was not planned" for name in sorted(found.keys() - planned.keys())]
+    planned, on_disk = coverage.output_bytes(), {name: entry.nbytes for name, entry in reader.entries.items()}
+    problems = [f"'{name}' was planned and is not there" for name in sorted(planned.keys() - on_disk.keys())]
+    problems += [f"'{name}' is there and was not planned" for name in sorted(on_disk.keys() - planned.keys())]
     problems += [
-        f"'{name}' has {found[name]:,} bytes, planned {size:,}"
+        f"'{name}' has {on_disk[name]:,} bytes, planned {size:,}"
         for name, size in planned.items()
-        if name in found and found[name] != size
+        if name in on_disk and on_disk[name] != size
     ]
     problems += [
         f"{coverage.items[name].kind} '{name}' stayed {reader.entries[name].dtype}"
         for name in coverage.of(Fate.QUANTISED)
-        if name in found and reader.entries[name].dtype in FLOATS
+        if name in on_disk and reader.entries[name].dtype in FLOATS
     ]
-    problems += _file_sizes(reader, found.items())
+    problems += _file_sizes(reader, on_disk.items())
     if problems:
-        shown = "\n  ".join(problems[:10])
-        seen = f"{reader.folder}: {counted(len(problems), 'difference')} from the plan"
-        raise VerificationError(f"{seen}:\n  {shown}", "quantise again")
-    return {**coverage.as_dict(), "bytes_on_disk": sum(found.values()), "reconciled": True}
+        listing = "\n  ".join(problems[:10])
+        message = f"{reader.folder}: {counted(len(problems), 'difference')} from the plan"
+        raise VerificationError(f"{message}:\n  {listing}", "quantise again")
+    return {**coverage.as_dict(), "bytes_on_disk": sum(on_disk.values()), "reconciled": True}
 
 
 def _file_sizes(reader: CheckpointReader, sizes: Iterable[tuple[str, int]]) -> list[str]:

@@ -62,7 +62,8 @@ def file_differences(present: Mapping[str, str], source: Path, config: Mapping[s
 def settings_unknown(quantization: Mapping[str, Any]) -> list[str]:
     """What a quantization_config of compressed-tensors says beyond what quantkit writes: an engine may act on it."""
     return [
-        f"config.json: quantization_config says {shown(said, 80)}, which quantkit does not" for said in _extra(quantization)
+        f"config.json: quantization_config says {shown(setting, 80)}, which quantkit does not"
+        for setting in _extra(quantization)
     ]
 
 
@@ -71,28 +72,28 @@ def _extra(quantization: Mapping[str, Any]) -> Iterator[str]:
     for name, group in quantization.get("config_groups", {}).items():
         levels.append((f"{name}.", group, _GROUP))
         arguments = (group.get("weights"), group.get("input_activations"))
-        levels += [(f"{name}.", found, _ARGUMENTS) for found in arguments if isinstance(found, dict)]
-    for where, found, known in levels:
-        yield from (f"{where}{key} {_json(found[key])}" for key in found if key not in known and found[key])
+        levels += [(f"{name}.", values, _ARGUMENTS) for values in arguments if isinstance(values, dict)]
+    for where, values, allowed in levels:
+        yield from (f"{where}{key} {_json(values[key])}" for key in values if key not in allowed and values[key])
 
 
-def statement_problems(said: Mapping[str, Any], schemes: Mapping[str, Scheme | None]) -> list[str]:
+def statement_problems(statement: Mapping[str, Any], schemes: Mapping[str, Scheme | None]) -> list[str]:
     """Where quantkit.json names other linears or schemes than the checkpoint has. Empty where it knows of no linear."""
-    linears = said.get("linears")
+    linears = statement.get("linears")
     if not isinstance(linears, dict) or not all(isinstance(row, dict) for row in linears.values()):
         return [f"{STATEMENT} has no table of linears"]
-    made = {key: scheme.name for key, scheme in schemes.items() if scheme is not None}
+    scheme_names = {key: scheme.name for key, scheme in schemes.items() if scheme is not None}
     if not linears:
         return []
-    differing = linears.keys() ^ made.keys()
-    if not said.get("converted"):  # in another format a scheme may have another name
-        differing |= {key for key in linears.keys() & made.keys() if linears[key].get("scheme") != made[key]}
+    differing = linears.keys() ^ scheme_names.keys()
+    if not statement.get("converted"):  # in another format a scheme may have another name
+        differing |= {key for key in linears.keys() & scheme_names.keys() if linears[key].get("scheme") != scheme_names[key]}
     return [f"{STATEMENT} does not say of '{shown(key)}' what config.json says" for key in sorted(differing)]
 
 
-def is_source(said: Mapping[str, Any] | None, original: CheckpointReader) -> bool | None:
+def is_source(statement: Mapping[str, Any] | None, original: CheckpointReader) -> bool | None:
     """Whether quantkit.json was written for the weights of `original`, which are all read; None where it does not say."""
-    source = said.get("source") if said else None
+    source = statement.get("source") if statement else None
     digest = source.get("digest") if isinstance(source, dict) else None
     return None if digest is None else digest == content_digest(original.entries, _digests(original, original.entries))
 

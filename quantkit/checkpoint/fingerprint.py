@@ -49,8 +49,8 @@ def _shard(path: Path) -> str:
 def _spans(header: bytes) -> list[tuple[int, int]]:
     """Where each tensor lies, from the beginning of the data."""
     try:
-        found = [row["data_offsets"] for name, row in json.loads(header).items() if name != "__metadata__"]
-        return sorted((int(begin), int(end)) for begin, end in found)
+        offsets = [row["data_offsets"] for name, row in json.loads(header).items() if name != "__metadata__"]
+        return sorted((int(begin), int(end)) for begin, end in offsets)
     except (ValueError, TypeError, KeyError, AttributeError):
         return []  # a damaged header is another header, and the reader's to refuse
 
@@ -73,8 +73,8 @@ class Watch:
 
     def _stamps(self) -> list[tuple[int, ...]]:
         """What no write leaves as it was."""
-        found = [os.stat(self.folder / name) for name in ("config.json", *self._shards, *self._beside)]
-        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in found]
+        stats = [os.stat(self.folder / name) for name in ("config.json", *self._shards, *self._beside)]
+        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in stats]
 
     def check(self) -> None:
         """Raises CheckpointError when a file is no longer what it was, or gone. One that was copied or touched still is."""

@@ -89,16 +89,16 @@ def carried(source: Path, changed: Mapping[str, bytes | None]) -> list[Path]:
     """
     home = source.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    found = []
+    paths = []
     for path in sorted(source.iterdir()):
-        wanted = path.name not in changed and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
-        if wanted and path.is_symlink() and not path.exists():
+        matches = path.name not in changed and any(fnmatchcase(path.name, pattern) for pattern in CARRIED)
+        if matches and path.is_symlink() and not path.exists():
             raise ConfigError(f"{path} is a link to {os.readlink(path)}, which is not there", "fetch the model again")
-        if wanted and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
+        if matches and path.name.isprintable() and path.is_file():  # SHA256SUMS has a line for each name
             if path.is_symlink() and path.resolve().parent not in (home, blobs):
                 raise ConfigError(f"{path} is a link to {path.resolve()}, outside the model", "copy that file there instead")
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def watched(source: Path, changed: Mapping[str, bytes | None]) -> list[str]:
@@ -114,13 +114,13 @@ def complete(
     shards: Iterable[ShardPlan],
     hashes: Mapping[str, str],
     changed: Mapping[str, bytes | None],
-    made: Mapping[str, Any],
+    statement: Mapping[str, Any],
 ) -> None:
     """Write what goes beside the shards: the index, config.json, what is carried over from the source, quantkit.json and
     SHA256SUMS.
 
     hashes: sha256 of each shard, by name. changed: what stands for a file of the source; None: it is not carried over.
-    made: what quantkit.json says (see `origin`), but for the files of the source.
+    statement: what quantkit.json says (see `origin`), but for the files of the source.
     """
     tensors = [(tensor, shard.file) for shard in shards for tensor in shard.tensors]
     total, places = sum(tensor.nbytes for tensor, _ in tensors), {tensor.name: file for tensor, file in tensors}
@@ -133,8 +133,8 @@ def complete(
     for name, content in changed.items():
         if content is not None:
             write_bytes(partial / name, content)
-    origin = {"config_sha256": sha256(source / "config.json"), **made["source"], "files": files}
-    write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **made, "source": origin})
+    origin = {"config_sha256": sha256(source / "config.json"), **statement["source"], "files": files}
+    write_json(partial / STATEMENT, {"quantkit": quantkit.__version__, **statement, "source": origin})
     sums = dict(hashes)
     for path in partial.iterdir():
         if path.is_file() and path.name not in (RECORD, SUMS, *hashes):

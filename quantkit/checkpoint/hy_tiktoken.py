@@ -35,8 +35,8 @@ def special_tokens(config: Mapping[str, Any]) -> list[str]:
 
 def settings(stated: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json with what Hunyuan-Large's own tokenizer class takes where it states nothing."""
-    taken = {} if _a13b(config) else {"bos_token": START, "eos_token": END, "pad_token": PAD}
-    return {**taken, **stated}
+    defaults = {} if _a13b(config) else {"bos_token": START, "eos_token": END, "pad_token": PAD}
+    return {**defaults, **stated}
 
 
 def _a13b(config: Mapping[str, Any]) -> bool:

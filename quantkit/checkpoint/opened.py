@@ -58,8 +58,8 @@ def misfits(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict
         entry = reader.entries.get(key)
         one = entry is not None and {entry.shape, shape} == {(), (1,)}  # a single scale has either shape
         if entry and (not (entry.shape == shape or one) or entry.dtype not in dtypes):
-            seen = f"{entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}"
-            problems.append(f"{seen}, expected {' or '.join(dtypes)} {shape}")
+            actual = f"{entry.shard}: tensor '{key}' is {entry.dtype} {entry.shape}"
+            problems.append(f"{actual}, expected {' or '.join(dtypes)} {shape}")
     if isinstance(spec, ModelSpec) and not problems and (differing := head_problem(reader, spec)):
         problems.append(f"{differing}; {HEAD_FIX}")
     return problems

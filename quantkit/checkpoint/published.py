@@ -24,8 +24,10 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 def native(config: Mapping[str, Any]) -> bool:
     """Whether engines run this model without code of its own. config: config.json."""
-    known, classes = ARCHITECTURES.get(str(config.get("model_type"))), config.get("architectures")
-    return known is not None and (not isinstance(classes, list) or all(name in known.native for name in classes))
+    architecture, classes = ARCHITECTURES.get(str(config.get("model_type"))), config.get("architectures")
+    return architecture is not None and (
+        not isinstance(classes, list) or all(name in architecture.native for name in classes)
+    )
 
 
 def published_config(source: Mapping[str, Any], quantization: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -51,10 +53,10 @@ def published_files(folder: Path, config: Mapping[str, Any]) -> dict[str, bytes 
             files[TOKENIZER_CONFIG] = _written({**stated, "auto_map": {"AutoTokenizer": own}})
         return files
     settings = {key: value for key, value in stated.items() if key != "auto_map"}
-    if made := _is_made(folder):
+    if converted := _is_made(folder):
         files[TOKENIZER] = hy_tiktoken.load(folder / hy_tiktoken.FILE).to_str().encode()
         settings = hy_tiktoken.settings(settings, config)
-    if made or own:
+    if converted or own:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # it reads tokenizer.json, whatever the model
     if settings != stated:
         files[TOKENIZER_CONFIG] = _written(settings)

@@ -87,8 +87,8 @@ class CheckpointReader:
                 )
         for shard, key in {shard: key for key, shard in reversed(weight_map.items())}.items():
             if not os.path.isfile(self.folder / shard):
-                seen = f"shard {self.folder / shard} does not exist; '{shown(key)}' should be in it"
-                raise CheckpointError(seen, "fetch it")
+                problem = f"shard {self.folder / shard} does not exist; '{shown(key)}' should be in it"
+                raise CheckpointError(problem, "fetch it")
         return weight_map
 
     def _read_header(self, shard: str) -> None:

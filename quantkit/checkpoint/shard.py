@@ -81,8 +81,8 @@ class OpenShard:
         except OSError as error:
             raise unreadable(self.path, error) from error
         if got != length:
-            seen = f"{self.path}: {what} cannot be read: the file ends at byte {start + got:,}, before {start + length:,}"
-            raise CheckpointError(seen, "it was truncated; fetch that shard again")
+            problem = f"{self.path}: {what} cannot be read: the file ends at byte {start + got:,}, before {start + length:,}"
+            raise CheckpointError(problem, "it was truncated; fetch that shard again")
 
 
 def tensor_of(file: OpenShard, key: str, entry: Entry) -> Tensor:

@@ -27,17 +27,17 @@ def share(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: Mappin
         if name not in names and name in reader.entries and reader.entries[name].dtype in FLOATS
     }
     inside = sum(size for name, size in plain.items() if is_inside(reader, spec, name))
-    kept = sum(plain.values())
+    plain_bytes = sum(plain.values())
     return {
-        "of_all": kept / max(kept + quantised, 1),
+        "of_all": plain_bytes / max(plain_bytes + quantised, 1),
         "of_matrices_in_layers": inside / max(inside + quantised, 1),
     }
 
 
-def share_line(found: Mapping[str, float]) -> str:
+def share_line(shares: Mapping[str, float]) -> str:
     return (
-        f"in BF16 stayed {found['of_all']:.1%} of the source's bytes, and {found['of_matrices_in_layers']:.1%} of those of "
-        "the matrices inside the layers"
+        f"in BF16 stayed {shares['of_all']:.1%} of the source's bytes, and {shares['of_matrices_in_layers']:.1%} of those "
+        "of the matrices inside the layers"
     )
 
 

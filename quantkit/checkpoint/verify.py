@@ -81,28 +81,28 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
     files = check_hashes(folder, problems)
     intact = not problems
     reader = CheckpointReader(folder)
-    spec, said = spec_of(reader), read_statement(folder)
+    spec, statement = spec_of(reader), read_statement(folder)
     schemes = schemes_of(reader)
     original = CheckpointReader(source) if source else None
     if original and isinstance(spec, ModelSpec) and intact:  # the config that the spec is from is as it was written
         _check_source(original, spec, folder)
     problems += misfits(reader, spec, schemes)
-    problems += _said(reader, spec, schemes, said)
+    problems += _said(reader, spec, schemes, statement)
     if original:
         problems += _beside(reader, original, spec, schemes)
     linears, whole = Found(), not problems
     if whole:
-        rows = said["linears"] if said else {}
+        rows = statement["linears"] if statement else {}
         linears = check_linears(reader, original, spec, schemes, rows)
         problems += linears.problems
         _check_kept(reader, original, _kept(reader, spec, schemes), problems, linears.unread)
     if original and intact and problems:
-        _blame_source(folder, original, said, problems)
-    if found := problems + linears.unread:
-        listed = f"{folder}: {counted(len(found), 'problem')}:\n  " + "\n  ".join(found[:10])
+        _blame_source(folder, original, statement, problems)
+    if all_problems := problems + linears.unread:
+        listed = f"{folder}: {counted(len(all_problems), 'problem')}:\n  " + "\n  ".join(all_problems[:10])
         raise (VerificationError if problems else CheckpointError)(listed, "quantise again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in linears.errors.items()}
-    unchecked = tuple(_not_checked(original, said, linears))
+    unchecked = tuple(_not_checked(original, statement, linears))
     return VerifyReport(files, len(reader.entries), len(schemes), summary, share(reader, spec, schemes), unchecked)
 
 
@@ -110,15 +110,15 @@ def _said(
     reader: CheckpointReader,
     spec: ModelSpec | NamedSpec,
     schemes: dict[str, Scheme | None],
-    said: dict[str, Any] | None,
+    statement: dict[str, Any] | None,
 ) -> list[str]:
     """What config.json and quantkit.json say of the linears that is not so."""
     problems: list[str] = []
     quantization = reader.config.get("quantization_config")
     if quantization and format_of(reader) is compressed_tensors.FORMAT:  # other formats name no linears
         problems += compressed_tensors.inexact(quantization, _stored(reader, spec, schemes), *bystanders(spec))
-        problems += settings_unknown(quantization) if said else []
-    return problems + (statement_problems(said, schemes) if said else [])
+        problems += settings_unknown(quantization) if statement else []
+    return problems + (statement_problems(statement, schemes) if statement else [])
 
 
 def _beside(
@@ -141,12 +141,12 @@ def _kept(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[s
     return reader.entries.keys() - {tensor.name for tensors in planned for tensor in tensors}
 
 
-def _not_checked(original: CheckpointReader | None, said: dict[str, Any] | None, linears: Found) -> list[str]:
+def _not_checked(original: CheckpointReader | None, statement: dict[str, Any] | None, linears: Found) -> list[str]:
     if original is None:
         return ["config.json, files and weights against the model that it was made from: give --source"]
     missing = []
     if linears.unstated:
-        why = f"has no {STATEMENT}" if said is None else f"{STATEMENT} does not say how they were made"
+        why = f"has no {STATEMENT}" if statement is None else f"{STATEMENT} does not say how they were made"
         missing.append(f"{counted(linears.unstated, 'linear')} by more than a general bound: it {why}")
     if linears.unscaled:
         missing.append(f"{counted(linears.unscaled, 'input scale')}, which came from calibration text")
@@ -207,9 +207,9 @@ def _check_source(original: CheckpointReader, spec: ModelSpec, folder: Path) -> 
         )
 
 
-def _blame_source(folder: Path, original: CheckpointReader, said: dict[str, Any] | None, problems: list[str]) -> None:
+def _blame_source(folder: Path, original: CheckpointReader, statement: dict[str, Any] | None, problems: list[str]) -> None:
     """Raise VerificationError where something differs and OUT, whose files are as they were written, is of other weights."""
-    if is_source(said, original) is not False:
+    if is_source(statement, original) is not False:
         return
     record = load_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     made_from = f"; run.json records {record['model']}" if "model" in record else ""
@@ -226,8 +226,8 @@ def _check_kept(
     """Tensors that were carried over: finite, and equal to the source's, bit by bit."""
     for key in sorted(keys):
         try:
-            kept = reader.tensor(key)
-            same = original is None or _identical(kept, original.tensor(key))
+            tensor = reader.tensor(key)
+            same = original is None or _identical(tensor, original.tensor(key))
         except CheckpointError as broken:
             unread.append(broken.problem)
             continue

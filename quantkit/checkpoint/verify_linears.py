@@ -49,7 +49,7 @@ def check_linears(
     stated: Mapping[str, Any],
 ) -> Found:
     """Decode each quantised linear once. stated: rows of quantkit.json by linear; few matter without an original."""
-    found, layout = Found(), format_of(reader)
+    findings, layout = Found(), format_of(reader)
     for layer in spec.layers:
         for group in layer.same_input():
             shared = _shared_range(original, group, schemes[group[0].key]) if original else None
@@ -57,19 +57,19 @@ def check_linears(
                 if (scheme := schemes[ref.key]) is None:
                     continue
                 row = stated.get(ref.key)
-                found.unstated += row is None
-                found.unscaled += scheme.static and (row is None or "input_scale" not in row)
+                findings.unstated += row is None
+                findings.unscaled += scheme.static and (row is None or "input_scale" not in row)
                 try:
                     q = layout.decode(ref, scheme, reader.tensors())
                     _check_values(reader, ref, q, row or {})
                     if original is not None:
                         error = _check_against(original.tensor(ref.weight).float(), ref, scheme, q, row, shared)
-                        found.errors.setdefault(ref.role.value, []).append(error)
+                        findings.errors.setdefault(ref.role.value, []).append(error)
                 except CheckpointError as broken:
-                    found.unread.append(broken.problem)
+                    findings.unread.append(broken.problem)
                 except QuantkitError as broken:
-                    found.problems.append(broken.problem)
-    return found
+                    findings.problems.append(broken.problem)
+    return findings
 
 
 def _shared_range(original: CheckpointReader, group: tuple[Linear, ...], scheme: Scheme | None) -> Range | None:
@@ -93,8 +93,8 @@ def _check_values(reader: CheckpointReader, ref: Linear, q: QuantizedTensor, row
     if q.input_scale is not None and not (q.input_scale.float() > 0).all():
         raise VerificationError(f"'{ref.key}' has an input scale that is not positive")
     if q.input_scale is not None and row.get("input_scale", float(q.input_scale)) != float(q.input_scale):
-        seen = f"'{ref.key}' has the input scale {float(q.input_scale):.6g}"
-        raise VerificationError(f"{seen}, and {STATEMENT} states {shown(row['input_scale'])}")
+        problem = f"'{ref.key}' has the input scale {float(q.input_scale):.6g}"
+        raise VerificationError(f"{problem}, and {STATEMENT} states {shown(row['input_scale'])}")
     stored = reader.entries.get(f"{ref.key}.weight_shape")
     if stored and reader.tensor(f"{ref.key}.weight_shape").tolist() != [ref.out_features, ref.in_features]:
         raise VerificationError(f"'{ref.key}.weight_shape' is not {[ref.out_features, ref.in_features]}")
@@ -119,8 +119,8 @@ def _check_against(
     if method == "rtn" and (wrong := misplaced_codes(weight, q, value)).any():
         raise VerificationError(f"'{ref.key}': {_first(wrong, 'code')} more than half a step from its source")
     if not isinstance(stated, float) or not math.isclose(error, stated, rel_tol=_LAST_DIGITS):
-        seen = f"'{ref.key}' differs from its source by {error!r}"
-        raise VerificationError(f"{seen}, and {STATEMENT} states {shown(stated)}")
+        problem = f"'{ref.key}' differs from its source by {error!r}"
+        raise VerificationError(f"{problem}, and {STATEMENT} states {shown(stated)}")
     return error
 
 

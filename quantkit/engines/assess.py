@@ -30,7 +30,7 @@ class Assessment:
 
     @property
     def verdict(self) -> Verdict:
-        return worst(Verdict(found["verdict"]) for found in [*self.model, *self.rows])
+        return worst(Verdict(finding["verdict"]) for finding in [*self.model, *self.rows])
 
     def as_dict(self) -> dict[str, Any]:
         """`loads` is True for that verdict alone."""
@@ -75,11 +75,11 @@ def assess(
     for rule, hit in hits:
         by_weight.setdefault(id(hit.held), []).append(_finding(rule, hit))
     rows: dict[tuple[object, ...], dict[str, Any]] = {}
-    for held in view.weights:
-        found = by_weight.get(id(held), [])
-        key = (held.role, held.name, held.scheme, tuple(finding["rule"] + finding["why"] for finding in found))
-        row = rows.setdefault(key, _row(held, found, view))
-        row["layers"].append(held.layer)
+    for weight in view.weights:
+        findings = by_weight.get(id(weight), [])
+        key = (weight.role, weight.name, weight.scheme, tuple(finding["rule"] + finding["why"] for finding in findings))
+        row = rows.setdefault(key, _row(weight, findings, view))
+        row["layers"].append(weight.layer)
     for row in rows.values():
         if row["verdict"] != Verdict.LOADS.value and view.format == compressed_tensors.FORMAT.name:
             row["instead"] = list(_instead(engine, view, Role(row["role"])))
@@ -88,27 +88,27 @@ def assess(
 
 def _hits(engine: Engine, view: View) -> list[tuple[Rule, Hit]]:
     raw = view.format != compressed_tensors.FORMAT.name
-    asked = [rule for rule in engine.rules if rule.raw or not raw]
-    return [(rule, hit) for rule in asked if rule.check for hit in rule.check(view)]
+    rules = [rule for rule in engine.rules if rule.raw or not raw]
+    return [(rule, hit) for rule in rules if rule.check for hit in rule.check(view)]
 
 
 def _finding(rule: Rule, hit: Hit) -> dict[str, str]:
     return {"rule": rule.id, "verdict": rule.verdict.value, "why": hit.why, "says": rule.says, "fix": rule.fix}
 
 
-def _row(held: Held, found: list[dict[str, str]], view: View) -> dict[str, Any]:
-    scheme = held.scheme.name if held.scheme else "BF16"
+def _row(weight: Held, findings: list[dict[str, str]], view: View) -> dict[str, Any]:
+    scheme = weight.scheme.name if weight.scheme else "BF16"
     return {
-        "role": held.role.value,
-        "weight": held.name,
-        "linears": [ref.key.rpartition(".")[2] for ref in held.linears],
+        "role": weight.role.value,
+        "weight": weight.name,
+        "linears": [ref.key.rpartition(".")[2] for ref in weight.linears],
         "scheme": scheme if view.format else "unknown",
-        "on_device": {"rows": list(held.parts), "columns": held.inputs},
+        "on_device": {"rows": list(weight.parts), "columns": weight.inputs},
         "verdict": worst(
-            [Verdict(finding["verdict"]) for finding in found] + ([] if view.format else [Verdict.UNKNOWN])
+            [Verdict(finding["verdict"]) for finding in findings] + ([] if view.format else [Verdict.UNKNOWN])
         ).value,
         "layers": [],
-        "findings": found,
+        "findings": findings,
         "instead": [],
     }
 

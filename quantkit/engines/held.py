@@ -99,7 +99,7 @@ def hold(
     spec: ModelSpec, config: Mapping[str, Any], schemes: Mapping[str, Scheme | None], deployment: Deployment
 ) -> tuple[Held, ...]:
     """Every weight that an engine makes of the model's linears. config: config.json, for the head counts."""
-    return tuple(held for layer in spec.layers for held in _layer(layer, config, schemes, deployment))
+    return tuple(weight for layer in spec.layers for weight in _layer(layer, config, schemes, deployment))
 
 
 def _layer(

@@ -47,8 +47,8 @@ def lookup(
     by_class = next((key for key, targets in groups.items() if "Linear" in targets), None)
     by_part = [_group(part, groups) for part in parts] if fused else [None]
     by_parts = by_part[0] if all(by_part) else None
-    found = (_group(name, groups), *((by_class, by_parts) if class_first else (by_parts, by_class)))
-    return next((key for key in found if key is not None), UNMATCHED)
+    candidates = (_group(name, groups), *((by_class, by_parts) if class_first else (by_parts, by_class)))
+    return next((key for key in candidates if key is not None), UNMATCHED)
 
 
 def _group(name: str, groups: Mapping[str, list[str]]) -> str | None:

@@ -31,9 +31,9 @@ def random_experts(view: View, reader: CheckpointReader) -> Iterator[str]:
     """Mixtral experts under names that transformers does not read."""
     if view.model_type == "mixtral":
         pattern = re.compile(r".*\.block_sparse_moe\.experts\.\d+\.(gate|up|down)_proj\.")
-        found = [name for name in reader.entries if pattern.match(name)]
-        if found:
-            yield f"{len(found)} tensors such as '{found[0]}' are not read: those experts stay random"
+        names = [name for name in reader.entries if pattern.match(name)]
+        if names:
+            yield f"{len(names)} tensors such as '{names[0]}' are not read: those experts stay random"
 
 
 def scalars(reader: CheckpointReader, names: Iterable[str]) -> dict[str, float]:

@@ -19,13 +19,13 @@ def engine_named(text: str) -> Engine:
 
     Raises ConfigError for any other.
     """
-    name, given, version = text.partition("==")
+    name, separator, version = text.partition("==")
     if name not in ENGINES:
         raise ConfigError(f"unknown engine '{name}'", f"there are rules for {', '.join(ENGINES)}")
-    if not given:
+    if not separator:
         return ENGINES[name]
     for engine in VERSIONS[name]:
         if version == engine.version or version.startswith(f"{engine.version}."):
             return engine
-    known = ", ".join(f"{name}=={engine.version}" for engine in VERSIONS[name])
-    raise ConfigError(f"there are no rules for {text}", f"there are for {known}")
+    versions = ", ".join(f"{name}=={engine.version}" for engine in VERSIONS[name])
+    raise ConfigError(f"there are no rules for {text}", f"there are for {versions}")

@@ -75,8 +75,8 @@ def _report(folder: Path, assessed: Assessment, problems: list[dict[str, str]]) 
     for problem in problems:
         counts[problem["kind"]] = counts.get(problem["kind"], 0) + 1
     verdict = worst([assessed.verdict, *(Verdict(problem["verdict"]) for problem in problems)])
-    found = {**assessed.as_dict(), "verdict": verdict.value, "loads": verdict is Verdict.LOADS}
-    return {"path": str(folder), **found, "counts": counts, "problems": problems[:_SHOWN]}
+    summary = {**assessed.as_dict(), "verdict": verdict.value, "loads": verdict is Verdict.LOADS}
+    return {"path": str(folder), **summary, "counts": counts, "problems": problems[:_SHOWN]}
 
 
 def _schemes(
@@ -119,28 +119,28 @@ def _mapped(
 
     Scales are copied into the dtype of the parameter, so any float does; codes and zero points must be what they are.
     """
-    wanted = {parameter(name, aliases): tensor for name, tensor in expected.items()}
+    parameters = {parameter(name, aliases): tensor for name, tensor in expected.items()}
     linears, (never, _) = {ref.key: ref for ref in spec.linears()}, bystanders(spec)
     filled: set[tuple[str, str]] = set()
     for name, entry in reader.entries.items():
         place = parameter(name, aliases)
-        if place in wanted:
+        if place in parameters:
             filled.add(place)
-            tensor = wanted[place]
+            tensor = parameters[place]
             if entry.dtype not in tensor.dtypes or entry.shape != tensor.shape:
                 kind = "shape" if entry.shape != tensor.shape else "dtype"
                 yield kind, name, _misfit(name, entry, tensor)
         elif not _harmless(name, spec, quantization):
             yield "unmatched", name, _why_unmatched(name, linears, schemes, never)
-    for place, tensor in wanted.items():
+    for place, tensor in parameters.items():
         if place not in filled and not tensor.optional:
             where = f"of {place[0]}" + (f", part {place[1]}" if place[1] else "")
             yield "missing", tensor.name, f"'{tensor.name}' is missing: {where}, stays unfilled"
 
 
-def _misfit(name: str, entry: Entry, wanted: TensorPlan) -> str:
-    said = f"{' or '.join(wanted.dtypes)} {wanted.shape}"
-    return f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {said}"
+def _misfit(name: str, entry: Entry, tensor: TensorPlan) -> str:
+    expected = f"{' or '.join(tensor.dtypes)} {tensor.shape}"
+    return f"'{name}' is {entry.dtype} {entry.shape}, the engine wants {expected}"
 
 
 def _harmless(name: str, spec: ModelSpec, quantization: Mapping[str, Any]) -> bool:
@@ -170,5 +170,5 @@ def _why_unmatched(
 def _on_file(engine: Engine, view: View, reader: CheckpointReader) -> Iterator[dict[str, str]]:
     for rule in engine.rules:
         if rule.on_file:
-            for seen in rule.on_file(view, reader):
-                yield {**_problem("rule", f"{seen} ({rule.id}: {rule.says})", rule.verdict), "rule": rule.id}
+            for problem in rule.on_file(view, reader):
+                yield {**_problem("rule", f"{problem} ({rule.id}: {rule.says})", rule.verdict), "rule": rule.id}

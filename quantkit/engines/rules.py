@@ -45,8 +45,8 @@ class Verdict(str, Enum):
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
     """The first that counts; LOADS if there is none."""
-    found = {*verdicts, Verdict.LOADS}
-    return next(verdict for verdict in Verdict if verdict in found)
+    present = {*verdicts, Verdict.LOADS}
+    return next(verdict for verdict in Verdict if verdict in present)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class View:
     @property
     def model_type(self) -> str:
         """Of the architecture: a Hunyuan-A13B may call itself "hunyuan", as Hunyuan-Large does."""
-        said = str(self.config.get("model_type"))
-        return "hunyuan_v1_moe" if said == "hunyuan" and is_a13b(dict(self.config)) else said
+        model_type = str(self.config.get("model_type"))
+        return "hunyuan_v1_moe" if model_type == "hunyuan" and is_a13b(dict(self.config)) else model_type
 
 
 def view_of(

@@ -44,8 +44,8 @@ def _too_many_devices(view: View) -> list[Hit]:
 
 
 def _spelling(view: View) -> list[Hit]:
-    said = str(view.config.get("model_type"))
-    return [Hit(None, f"model_type '{said}'")] if said != view.model_type else []
+    model_type = str(view.config.get("model_type"))
+    return [Hit(None, f"model_type '{model_type}'")] if model_type != view.model_type else []
 
 
 def _groups(view: View, experts: bool, triton: bool) -> list[Hit]:
@@ -54,8 +54,8 @@ def _groups(view: View, experts: bool, triton: bool) -> list[Hit]:
     return [hit for hit in hits if not experts or _triton(view, hit.held) is triton]
 
 
-def _triton(view: View, held: Held | None) -> bool:
-    symmetric = held is not None and held.scheme is not None and held.scheme.name == "W4A16"
+def _triton(view: View, weight: Held | None) -> bool:
+    symmetric = weight is not None and weight.scheme is not None and weight.scheme.name == "W4A16"
     named = view.deployment.hardware.startswith("sm")
     return symmetric and named and view.deployment.capability >= 100
 
@@ -73,7 +73,7 @@ def _mixed(view: View) -> list[Hit]:
     packed = ("W4A16", "W4A16_ASYM", "W4AFP8", "W8A16")
     experts = [h for h in view.weights if h.role is Role.EXPERTS and h.scheme and h.scheme.name in packed]
     overall = view.quantization.get("format")
-    return [Hit(held, f"the config's format is {overall}") for held in experts if overall != "pack-quantized"]
+    return [Hit(weight, f"the config's format is {overall}") for weight in experts if overall != "pack-quantized"]
 
 
 RULES = (

@@ -52,21 +52,21 @@ def _experts_scheme(view: View) -> tuple[str, Scheme] | None:
 
 
 def _experts_group(view: View) -> list[Hit]:
-    experts = [held for held in view.weights if held.role is Role.EXPERTS and held.scheme]
-    found = _experts_scheme(view) if experts else None
-    return [Hit(h, f"it takes {found[1].name} of {found[0]}") for h in experts if found and h.scheme != found[1]]
+    experts = [weight for weight in view.weights if weight.role is Role.EXPERTS and weight.scheme]
+    group = _experts_scheme(view) if experts else None
+    return [Hit(h, f"it takes {group[1].name} of {group[0]}") for h in experts if group and h.scheme != group[1]]
 
 
 def _experts_kept(view: View) -> list[Hit]:
-    experts = [held for held in view.weights if held.role is Role.EXPERTS and not held.scheme]
-    found = _experts_scheme(view) if experts else None
-    if found is None or found[1].weight.kind is Kind.FLOAT:
+    experts = [weight for weight in view.weights if weight.role is Role.EXPERTS and not weight.scheme]
+    group = _experts_scheme(view) if experts else None
+    if group is None or group[1].weight.kind is Kind.FLOAT:
         return []
-    return [Hit(held, f"it takes {found[1].name} of {found[0]}") for held in experts]
+    return [Hit(weight, f"it takes {group[1].name} of {group[0]}") for weight in experts]
 
 
 def _unscaled_fp4(view: View) -> list[Hit]:
-    has_experts = any(held.role is Role.EXPERTS for held in view.weights)
+    has_experts = any(weight.role is Role.EXPERTS for weight in view.weights)
     for name, group in (view.quantization.get("config_groups") or {}).items():
         weights = group.get("weights") or {}
         if has_experts and weights.get("num_bits") == 4 and weights.get("strategy") == "tensor_group":
@@ -90,7 +90,7 @@ def _devices(view: View) -> list[Hit]:
 
 
 def _mixed(view: View) -> list[Hit]:
-    names = {held.scheme.name for held in view.weights if held.scheme and held.role is not Role.EXPERTS}
+    names = {weight.scheme.name for weight in view.weights if weight.scheme and weight.role is not Role.EXPERTS}
     return [Hit(None, f"{', '.join(sorted(names))} outside the experts")] if len(names) > 1 else []
 
 

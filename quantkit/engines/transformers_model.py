@@ -35,9 +35,11 @@ def _one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | No
 
 def _refuse(others: dict[str, Any]) -> None:
     """Raise TypeError for what the model does not compute: a state that came under a name it does not know would be lost."""
-    asked = [name for name, value in others.items() if value is not None and value is not False and name != "return_dict"]
-    if asked:
-        raise TypeError(f"Hunyuan-Large takes no {', '.join(sorted(asked))}")
+    unsupported = [
+        name for name, value in others.items() if value is not None and value is not False and name != "return_dict"
+    ]
+    if unsupported:
+        raise TypeError(f"Hunyuan-Large takes no {', '.join(sorted(unsupported))}")
 
 
 def _linear(ref: Linear) -> nn.Linear:
@@ -174,20 +176,20 @@ class HunyuanModel(HunyuanPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Raises TypeError for what it does not compute. past_key_values and cache: names of one thing."""
         _refuse(others)
-        held = _one_cache(past_key_values, cache)
+        kv_cache = _one_cache(past_key_values, cache)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if held is None and use_cache:
-            held = DynamicCache(config=self.config)
+        if kv_cache is None and use_cache:
+            kv_cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = held.get_seq_length() if held is not None else 0
-            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: held}
-        mask = create_causal_mask(config=self.config, inputs_embeds=x, **given)
+            past = kv_cache.get_seq_length() if kv_cache is not None else 0
+            position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
+        mask_inputs = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: kv_cache}
+        mask = create_causal_mask(config=self.config, inputs_embeds=x, **mask_inputs)
         cos, sin = rope_tables(self.spec.rope, position_ids)
         shared: KV | None = None
         for layer in self.layers:
-            x, shared = layer(x, (cos[:, None], sin[:, None]), mask, held, shared)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: held})
+            x, shared = layer(x, (cos[:, None], sin[:, None]), mask, kv_cache, shared)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: kv_cache})
 
 
 class HunYuanForCausalLM(HunyuanPreTrainedModel, GenerationMixin):
@@ -214,8 +216,8 @@ class HunYuanForCausalLM(HunyuanPreTrainedModel, GenerationMixin):
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """logits_to_keep: only of the last so many positions; 0 for all. Otherwise as HunyuanModel's."""
-        given = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache
-        outputs = self.model(*given, **others)
+        inputs = input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, cache
+        outputs = self.model(*inputs, **others)
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, **{CACHE: getattr(outputs, CACHE)})
 

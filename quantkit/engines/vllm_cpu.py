@@ -28,8 +28,8 @@ def _rotary(view: View) -> list[Hit]:
 
 
 def _fp8_cache(view: View) -> bool:
-    asked = view.deployment.kv_cache == "fp8" or bool(view.quantization.get("kv_cache_scheme"))
-    return asked and not view.deployment.on_gpu
+    fp8 = view.deployment.kv_cache == "fp8" or bool(view.quantization.get("kv_cache_scheme"))
+    return fp8 and not view.deployment.on_gpu
 
 
 def _truncated(view: View) -> list[Hit]:
@@ -50,22 +50,22 @@ def _cache_latent(view: View, *hardware: str) -> list[Hit]:
 
 def _parallel_experts(view: View) -> list[Hit]:
     split = view.deployment.ep and view.deployment.tp > 1 and not view.deployment.on_gpu
-    kept = [held for held in view.weights if held.role is Role.EXPERTS and held.scheme is None]
-    return [Hit(held, f"BF16 experts, --tp {view.deployment.tp} --ep") for held in kept if split]
+    experts = [weight for weight in view.weights if weight.role is Role.EXPERTS and weight.scheme is None]
+    return [Hit(weight, f"BF16 experts, --tp {view.deployment.tp} --ep") for weight in experts if split]
 
 
 def _zen_ep(view: View) -> list[Hit]:
-    experts = any(held.scheme and held.role is Role.EXPERTS for held in view.weights)
+    experts = any(weight.scheme and weight.role is Role.EXPERTS for weight in view.weights)
     return [Hit(None, "--ep on zen")] if view.deployment.ep and view.deployment.hardware == "zen" and experts else []
 
 
 def _odd_sizes(view: View) -> list[Hit]:
     hits = []
-    for held in view.weights:
-        packed = held.scheme is not None and held.scheme.name in ("W4A16", "W4A16_ASYM")
-        if view.deployment.hardware in ("cpu", "amx") and packed and held.role is not Role.EXPERTS:
-            out, inputs = sum(part or 0 for part in held.parts), held.inputs or 0
-            hits += [Hit(held, f"[{out}, {inputs}] on a device")] if out % 32 or inputs % 32 else []
+    for weight in view.weights:
+        packed = weight.scheme is not None and weight.scheme.name in ("W4A16", "W4A16_ASYM")
+        if view.deployment.hardware in ("cpu", "amx") and packed and weight.role is not Role.EXPERTS:
+            out, inputs = sum(part or 0 for part in weight.parts), weight.inputs or 0
+            hits += [Hit(weight, f"[{out}, {inputs}] on a device")] if out % 32 or inputs % 32 else []
     return hits
 
 

@@ -49,8 +49,8 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries:
     scheme = integer_scheme(config.bits, False, config.group_size)
     schemes: Schemes = {}
     for key in keys:
-        kept = f"{key}.weight" in entries and f"{key}.qweight" not in entries
-        schemes[key] = None if kept else scheme.stored(scale_dtype(entries, f"{key}.scales", "F16"))
+        plain = f"{key}.weight" in entries and f"{key}.qweight" not in entries
+        schemes[key] = None if plain else scheme.stored(scale_dtype(entries, f"{key}.scales", "F16"))
     return schemes
 
 
@@ -106,14 +106,14 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor
 
 def _config(schemes: Schemes, routers: Iterable[str]) -> dict[str, Any]:
     grid = one_scheme(schemes, "AWQ").weight
-    kept = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
+    unquantised = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
     return {
         "quant_method": "awq",
         "bits": 4,
         "group_size": grid.group_size or -1,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": kept,
+        "modules_to_not_convert": unquantised,
     }
 
 

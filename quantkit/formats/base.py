@@ -83,13 +83,13 @@ def checked(model: type[Config], quantization_config: Mapping[str, Any]) -> Conf
 
 def one_scheme(schemes: Schemes, name: str) -> Scheme:
     """The only scheme of a format that has but one. Raises ConfigError when there are several."""
-    found = {scheme for scheme in schemes.values() if scheme is not None}
-    if len(found) > 1:
+    distinct = {scheme for scheme in schemes.values() if scheme is not None}
+    if len(distinct) > 1:
         raise ConfigError(
-            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(labels(found).values())}",
+            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(labels(distinct).values())}",
             ELSEWHERE,
         )
-    return next(iter(found))
+    return next(iter(distinct))
 
 
 def exactly(name: str, values: Tensor, dtype: str) -> Tensor:

@@ -87,16 +87,16 @@ def matrices(
 
     entries: dtype and shape of each tensor. read: a tensor by name, for the shapes of packed ones.
     """
-    found: dict[str, tuple[int, int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, (dtype, shape) in entries.items():
         key, _, last = name.rpartition(".")
         if last == "weight_packed" and f"{key}.weight_shape" in entries:
             out, inputs = read(f"{key}.weight_shape").tolist()
-            found[key] = (out, inputs)
+            shapes[key] = (out, inputs)
         elif last == "weight" and len(shape) == 2 and (dtype in FLOATS or f"{key}.weight_scale" in entries):
-            found[key] = (shape[0], shape[1])
+            shapes[key] = (shape[0], shape[1])
     parts = (name.rpartition(".") for name in entries)
-    return found, [f"{key}{dot}{last}" for key, dot, last in parts if key not in found or last not in _TENSORS]
+    return shapes, [f"{key}{dot}{last}" for key, dot, last in parts if key not in shapes or last not in _TENSORS]
 
 
 def _template(key: str) -> str:
@@ -106,17 +106,17 @@ def _template(key: str) -> str:
 
 def _targets(keys: Iterable[str], everything: Mapping[str, Scheme | None], scheme: Scheme | None) -> list[str]:
     """Patterns for a group of linears and none of the others, by sets of layers and experts; one alone by its name."""
-    wanted = set(keys)
+    group = set(keys)
     families: dict[str, list[str]] = {}
     for key in everything:
         families.setdefault(_NUMBER.sub("0", key), []).append(key)
-    found: list[str] = []
+    patterns: list[str] = []
     for members in families.values():
         numbers = {key: tuple(_NUMBER.findall(key)) for key in members}
-        chosen = {numbers[key] for key in members if key in wanted}
+        chosen = {numbers[key] for key in members if key in group}
         for pieces in _cover(chosen, set(numbers.values())) if chosen else ():
-            found.append(_pattern(members[0], pieces))
-    return sorted(found)
+            patterns.append(_pattern(members[0], pieces))
+    return sorted(patterns)
 
 
 def _cover(chosen: set[tuple[str, ...]], every: set[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
@@ -126,19 +126,19 @@ def _cover(chosen: set[tuple[str, ...]], every: set[tuple[str, ...]]) -> tuple[t
         return ((_ANY,) * len(next(iter(every))),)
     tails: dict[str, tuple[set[tuple[str, ...]], set[tuple[str, ...]]]] = {}
     for first, *tail in every:
-        taken, known = tails.setdefault(first, (set(), set()))
-        known.add(tuple(tail))
+        chosen_tails, all_tails = tails.setdefault(first, (set(), set()))
+        all_tails.add(tuple(tail))
         if (first, *tail) in chosen:
-            taken.add(tuple(tail))
+            chosen_tails.add(tuple(tail))
     alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}
-    for first, (taken, known) in tails.items():
-        if taken:
-            alike.setdefault(_cover(taken, known), []).append(first)
-    found: list[tuple[str, ...]] = []
+    for first, (chosen_tails, all_tails) in tails.items():
+        if chosen_tails:
+            alike.setdefault(_cover(chosen_tails, all_tails), []).append(first)
+    expressions: list[tuple[str, ...]] = []
     for covers, firsts in alike.items():
         numbers = _ANY if len(firsts) == len(tails) else "|".join(sorted(firsts, key=lambda n: (len(n), n)))
-        found += [(numbers, *rest) for rest in covers]
-    return tuple(sorted(found))
+        expressions += [(numbers, *rest) for rest in covers]
+    return tuple(sorted(expressions))
 
 
 def _pattern(key: str, pieces: tuple[str, ...]) -> str:
@@ -169,8 +169,8 @@ def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> di
     # Of the groups with "experts" in a name, shared ones included, transformers takes the first for all routed experts.
     routed = {scheme for key, scheme in assigned.items() if _ROUTED.search(key)}
     schemes.sort(key=lambda scheme: scheme not in routed)
-    kept = [key for key, scheme in assigned.items() if scheme is None]
-    uniform = len(schemes) == 1 and not kept
+    unquantised = [key for key, scheme in assigned.items() if scheme is None]
+    uniform = len(schemes) == 1 and not unquantised
     groups = {
         f"group_{i}": {
             "targets": ["Linear"]
@@ -183,7 +183,7 @@ def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> di
     }
     formats = {scheme.packing.value for scheme in schemes}
     head = [] if assigned.get("lm_head") else ["lm_head"]
-    ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(kept, assigned, None)]
+    ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(unquantised, assigned, None)]
     return {
         "quant_method": "compressed-tensors",
         "config_groups": groups,
@@ -217,11 +217,11 @@ def _arguments(scheme: Scheme) -> dict[str, Any]:
     return {"weights": weights, "input_activations": inputs}
 
 
-def _agrees(found: dict[str, Any] | None, wanted: dict[str, Any] | None) -> bool:
-    """Whether a config's arguments are the wanted ones; a missing key, None and False mean the same there."""
-    if found is None or wanted is None:
-        return found is wanted
-    return all((found.get(key) or None) == (value or None) for key, value in wanted.items())
+def _agrees(arguments: dict[str, Any] | None, expected: dict[str, Any] | None) -> bool:
+    """Whether a config's arguments are the expected ones; a missing key, None and False mean the same there."""
+    if arguments is None or expected is None:
+        return arguments is expected
+    return all((arguments.get(key) or None) == (value or None) for key, value in expected.items())
 
 
 def _filled(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -258,8 +258,8 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     if block and not (len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
         raise ConfigError(f"quantization_config group '{shown(name)}' has block_structure {block!r}", "requantise the model")
     for scheme in _candidates(size, block):
-        wanted = _arguments(scheme)
-        if _agrees(weights, wanted["weights"]) and _agrees(inputs and _filled(inputs), wanted["input_activations"]):
+        expected = _arguments(scheme)
+        if _agrees(weights, expected["weights"]) and _agrees(inputs and _filled(inputs), expected["input_activations"]):
             return scheme
     raise ConfigError(
         f"quantization_config group '{shown(name)}' is none of the schemes {[*PRESETS]}", "requantise the model"
@@ -269,24 +269,26 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
 def groups(quantization_config: Mapping[str, Any]) -> dict[str, Scheme]:
     """The scheme of each config group, by its name. Raises ConfigError for one that is none of the presets, or lies on disk
     otherwise than its numbers do in any format that engines read."""
-    found = {}
+    schemes = {}
     for name, group in quantization_config.get("config_groups", {}).items():
         scheme = _scheme_of_group(name, group)
         usual, overall = scheme.packing.value, quantization_config.get("format")
-        said = group.get("format") or (None if overall == "mixed-precision" else overall)
-        if said not in (None, usual, *(() if scheme.packing is Packing.WORDS else ("naive-quantized",))):
-            raise ConfigError(f"quantization_config: '{name}' has format {said!r}, and its numbers are of {usual}", _AGAIN)
-        found[name] = scheme
-    return found
+        packing = group.get("format") or (None if overall == "mixed-precision" else overall)
+        if packing not in (None, usual, *(() if scheme.packing is Packing.WORDS else ("naive-quantized",))):
+            raise ConfigError(
+                f"quantization_config: '{name}' has format {packing!r}, and its numbers are of {usual}", _AGAIN
+            )
+        schemes[name] = scheme
+    return schemes
 
 
 class _Names:
     """Targets or ignored names, as engines match them: a name as a whole, an expression from a name's start."""
 
-    def __init__(self, said: Iterable[str]) -> None:
-        said = list(said)
-        self.names = frozenset(name for name in said if not name.startswith("re:"))
-        self.patterns = [re.compile(name[3:]) for name in said if name.startswith("re:")]
+    def __init__(self, names: Iterable[str]) -> None:
+        names = list(names)
+        self.names = frozenset(name for name in names if not name.startswith("re:"))
+        self.patterns = [re.compile(name[3:]) for name in names if name.startswith("re:")]
 
     def catch(self, key: str) -> bool:
         return key in self.names or any(pattern.match(key) for pattern in self.patterns)
@@ -295,29 +297,29 @@ class _Names:
 def inexact(
     quantization_config: Mapping[str, Any],
     assigned: Mapping[str, Scheme | None],
-    kept: Iterable[str],
+    unquantised: Iterable[str],
     modules: Iterable[str],
 ) -> list[str]:
     """Where the config's names, read as engines read them, do not say exactly what is meant.
 
-    assigned: what is meant, by linear. kept: linears that are never quantised (routers, head). modules: names of anything
-    else, which no entry may match. What scales are stored in the config does not say. Raises ConfigError for one that cannot
-    be read.
+    assigned: what is meant, by linear. unquantised: linears that are never quantised (routers, head). modules: names of
+    anything else, which no entry may match. What scales are stored in the config does not say. Raises ConfigError for one
+    that cannot be read.
     """
-    kept, modules = list(kept), list(modules)
-    read = parse(quantization_config, [*assigned, *kept])
+    unquantised, modules = list(unquantised), list(modules)
+    read = parse(quantization_config, [*assigned, *unquantised])
     stored = {key: scheme and scheme.stored(scheme.weight.codes.scale_dtype) for key, scheme in assigned.items()}
-    meant = {**dict.fromkeys(kept), **stored}
+    meant = {**dict.fromkeys(unquantised), **stored}
     problems = [
         f"'{key}' is {_label(meant[key])} but config.json says {_label(read[key])}"
         for key in meant
         if read[key] != meant[key]
     ]
     by_name, raw = groups(quantization_config), quantization_config.get("config_groups", {})
-    said: list[tuple[str, Scheme | None]] = [(target, None) for target in quantization_config.get("ignore") or []]
-    said += [(t, by_name[n]) for n, g in raw.items() for t in g["targets"] if t != "Linear"]
+    entries: list[tuple[str, Scheme | None]] = [(target, None) for target in quantization_config.get("ignore") or []]
+    entries += [(t, by_name[n]) for n, g in raw.items() for t in g["targets"] if t != "Linear"]
     everything = dict.fromkeys([*meant, *modules])
-    for entry, scheme in said:
+    for entry, scheme in entries:
         one = _Names([entry])
         hits = [key for key in (everything if one.patterns else one.names & everything.keys()) if one.catch(key)]
         wrong = [key for key in hits if key not in meant or meant[key] != scheme]
@@ -354,9 +356,9 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str]) -> Schem
             f"quantization_config has quant_method {quantization_config.get('quant_method')!r}", "it is another format"
         )
     for key in ("transform_config", "sparsity_config"):
-        if found := quantization_config.get(key):
+        if setting := quantization_config.get(key):
             raise ConfigError(
-                f"quantization_config has {key} {str(found)[:80]}, which quantkit does not compute", "use another"
+                f"quantization_config has {key} {str(setting)[:80]}, which quantkit does not compute", "use another"
             )
     raw = quantization_config.get("config_groups", {})
     by_name = [(scheme, _Names(raw[name]["targets"])) for name, scheme in groups(quantization_config).items()]

@@ -62,11 +62,11 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries:
     schemes: Schemes = {}
     for key in keys:
         weight = entries.get(f"{key}.weight")
-        kept = weight is not None and weight.dtype in FLOATS
-        if key in named and weight is not None and not kept:
+        plain = weight is not None and weight.dtype in FLOATS
+        if key in named and weight is not None and not plain:
             raise ConfigError(f"quantization_config keeps '{key}', but it is {weight.dtype}", "fetch config.json again")
         scales = (scale_dtype(entries, f"{key}.{name}", "F32") for name in (names.scale, names.input_scale))
-        schemes[key] = None if kept else scheme.stored(*scales)
+        schemes[key] = None if plain else scheme.stored(*scales)
     return schemes
 
 
@@ -91,8 +91,8 @@ def _decode(ref: Linear, scheme: Scheme, tensors: Tensors, names: _Names) -> Qua
 
 def _target(scheme: Scheme, name: str, block: bool) -> Scheme:
     """Raises ConfigError for what this spelling does not hold."""
-    wanted = Strategy.BLOCK if block else Strategy.TENSOR
-    if scheme.weight.kind is not Kind.FLOAT or scheme.weight.strategy is not wanted:
+    expected = Strategy.BLOCK if block else Strategy.TENSOR
+    if scheme.weight.kind is not Kind.FLOAT or scheme.weight.strategy is not expected:
         what = "a scale per block" if block else "one scale for a weight"
         raise ConfigError(f"{scheme.name} cannot be {name}: it holds FP8 with {what}", ELSEWHERE)
     return scheme.stored("F32")
@@ -114,7 +114,7 @@ def _config(schemes: Schemes, routers: Iterable[str]) -> dict[str, Any]:
         "fmt": "e4m3",
         "activation_scheme": "static" if scheme.static else "dynamic",
         "weight_block_size": list(scheme.weight.block) if scheme.weight.block else None,
-        "ignored_layers": ["lm_head", *sorted({*routers, *(key for key, kept in schemes.items() if kept is None)})],
+        "ignored_layers": ["lm_head", *sorted({*routers, *(key for key, assigned in schemes.items() if assigned is None)})],
     }
 
 

@@ -59,8 +59,8 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries:
     scheme = integer_scheme(config.bits, config.sym, config.group_size)
     schemes: Schemes = {}
     for key in keys:
-        kept = f"{key}.weight" in entries and f"{key}.qweight" not in entries
-        schemes[key] = None if kept else scheme.stored(scale_dtype(entries, f"{key}.scales", "F16"))
+        plain = f"{key}.weight" in entries and f"{key}.qweight" not in entries
+        schemes[key] = None if plain else scheme.stored(scale_dtype(entries, f"{key}.scales", "F16"))
     return schemes
 
 
@@ -148,7 +148,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor, offset: int) -> dic
 
 def _config(schemes: Schemes, routers: Iterable[str], checkpoint_format: str) -> dict[str, Any]:
     grid = one_scheme(schemes, "GPTQ").weight
-    kept = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
+    unquantised = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
     return {
         "quant_method": "gptq",
         "bits": grid.bits,
@@ -159,7 +159,7 @@ def _config(schemes: Schemes, routers: Iterable[str], checkpoint_format: str) ->
         "true_sequential": True,
         "checkpoint_format": checkpoint_format,
         "lm_head": False,
-        "dynamic": {f"-:^{re.escape(key)}$": {} for key in kept},
+        "dynamic": {f"-:^{re.escape(key)}$": {} for key in unquantised},
     }
 
 

@@ -40,8 +40,8 @@ def run(command: Sequence[str]) -> str:
         raise BuildError(f"{command[0]} failed: {error}") from error
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it says nothing"]
-        said = next((line for line in lines if "error" in line), lines[0])
-        raise BuildError(f"{command[0]} failed with code {done.returncode}: {said}")
+        message = next((line for line in lines if "error" in line), lines[0])
+        raise BuildError(f"{command[0]} failed with code {done.returncode}: {message}")
     return done.stdout
 
 

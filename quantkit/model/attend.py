@@ -33,8 +33,8 @@ def attend(q: Tensor, k: Kept, v: Kept, scale: float | None = None, padding: Ten
     """
     b, heads, t, d = q.shape
     if continues(t, k.shape[2]):
-        found = scores(q.unflatten(1, (k.shape[1], -1)), k)
-        p = probabilities(found, d**-0.5 if scale is None else scale, padding)
+        products = scores(q.unflatten(1, (k.shape[1], -1)), k)
+        p = probabilities(products, d**-0.5 if scale is None else scale, padding)
         out = mix(p, v).flatten(1, 2).to(q.dtype)
     else:
         out = _many(q, k.decode(q.dtype), v.decode(q.dtype), scale, padding)
@@ -44,20 +44,20 @@ def attend(q: Tensor, k: Kept, v: Kept, scale: float | None = None, padding: Ten
 def scores(q: Tensor, k: Kept) -> Tensor:
     """q [b, kv_heads, group, t, d] times the keys [b, kv_heads, s, d]: float32 [b, kv_heads, group, t, s]."""
     rows = q.flatten(2, 3).float()
-    found = torch.cat([rows @ part.transpose(-1, -2) for part in k.blocks()], dim=-1)
+    products = torch.cat([rows @ part.transpose(-1, -2) for part in k.blocks()], dim=-1)
     if k.scale is not None:
-        found = found * k.scale.float().transpose(-1, -2)
-    by_head: Tensor = found.unflatten(2, q.shape[2:4])
+        products = products * k.scale.float().transpose(-1, -2)
+    by_head: Tensor = products.unflatten(2, q.shape[2:4])
     return by_head
 
 
-def probabilities(found: Tensor, scale: float, padding: Tensor | None) -> Tensor:
+def probabilities(products: Tensor, scale: float, padding: Tensor | None) -> Tensor:
     """The softmax over what each of the last t positions sees, float32 like the scores [b, kv_heads, group, t, s]."""
-    t, s = found.shape[-2:]
+    t, s = products.shape[-2:]
     if t > 1 or padding is not None:
-        visible = _visible(s - t, s, s, padding, found.device)
-        found = found.masked_fill(~visible[:, :, None] if padding is not None else ~visible, -torch.inf)
-    return (found * scale).softmax(-1)
+        visible = _visible(s - t, s, s, padding, products.device)
+        products = products.masked_fill(~visible[:, :, None] if padding is not None else ~visible, -torch.inf)
+    return (products * scale).softmax(-1)
 
 
 def mix(p: Tensor, v: Kept) -> Tensor:
@@ -86,11 +86,11 @@ def _many(q: Tensor, k: Tensor, v: Tensor, scale: float | None, padding: Tensor 
         parts, step = [], max(_FEW, _MASK // (s if padding is None else s * b * kv_heads))
         for start in range(0, t, step):
             end = min(start + step, t)
-            seen = s - t + end
-            visible = _visible(s - t + start, seen, seen, padding, q.device)
+            reach = s - t + end
+            visible = _visible(s - t + start, reach, reach, padding, q.device)
             if padding is not None:
                 visible = visible.repeat_interleave(kv_heads, dim=0)
-            rows = q[:, :, start:end], k[:, :, :seen], v[:, :, :seen]
+            rows = q[:, :, start:end], k[:, :, :reach], v[:, :, :reach]
             parts.append(F.scaled_dot_product_attention(*rows, attn_mask=visible, scale=scale))
         out = torch.cat(parts, dim=2)
     return out[..., :dv].reshape(b, kv_heads * group, t, dv)

@@ -129,8 +129,8 @@ class DecoderConfig(BaseModel):
     @classmethod
     def unknown(cls, keys: Iterable[str]) -> list[str]:
         """Those of a config.json's keys that are neither used nor known to be harmless."""
-        known = {"rope_parameters", *cls.model_fields, *HARMLESS, *cls.harmless}
-        return [key for key in keys if key not in known]
+        expected = {"rope_parameters", *cls.model_fields, *HARMLESS, *cls.harmless}
+        return [key for key in keys if key not in expected]
 
     @field_validator("architectures")
     @classmethod

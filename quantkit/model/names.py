@@ -64,28 +64,28 @@ def _layers(config: Mapping[str, Any]) -> int | None:
 
 def specials(key: str, shape: Shape, config: Mapping[str, Any]) -> dict[str, Special]:
     """The parts of a matrix's name that say it is special, and what they say; empty for an ordinary linear."""
-    parts, found = key.split("."), dict[str, Special]()
+    parts, special_parts = key.split("."), dict[str, Special]()
     last = parts[-1]
     wide = shape[0] in set(_stated(config, "vocab_size", "padded_vocab_size"))
     outside = _IN_LAYER.search(key) is None  # within a layer a width may be the same number by chance
     if last in _HEADS or key == "output" or (last in _OUTSIDE_HEADS and (outside or wide)):
-        found[last] = Special.HEAD
+        special_parts[last] = Special.HEAD
     elif last in _EMBEDDINGS or "embed" in last or (wide and outside):
-        found[last] = Special.EMBEDDING
+        special_parts[last] = Special.EMBEDDING
     if router := next((part for part in reversed(parts) if part in _ROUTERS or "router" in part), None):
-        found[router] = Special.ROUTER
+        special_parts[router] = Special.ROUTER
     if 1 in shape:
-        found[last] = Special.GATE
+        special_parts[last] = Special.GATE
     if own := next((part for part in parts if part.startswith(("mtp", "nextn")) or part == "eh_proj"), None):
-        found[own] = Special.MTP
+        special_parts[own] = Special.MTP
     if (count := _layers(config)) and (match := _LAYER.match(key)) and int(match[1]) >= count:
-        found[match[1]] = Special.MTP
-    return found
+        special_parts[match[1]] = Special.MTP
+    return special_parts
 
 
-def is_outside(found: Mapping[str, Special]) -> bool:
+def is_outside(special_parts: Mapping[str, Special]) -> bool:
     """Whether a matrix lies outside the layers: an embedding or a head."""
-    return any(special in (Special.EMBEDDING, Special.HEAD) for special in found.values())
+    return any(special in (Special.EMBEDDING, Special.HEAD) for special in special_parts.values())
 
 
 def fused_with(key: str) -> tuple[str, ...]:

@@ -49,11 +49,11 @@ def build_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         value = "missing" if first["type"] == "missing" else repr(first["input"])  # whose input is the whole config
-        seen = f"'{field}' is {value}: " if field else ""  # no field: two that do not go together
+        prefix = f"'{field}' is {value}: " if field else ""  # no field: two that do not go together
         if first["type"] == "extra_forbidden":
             raise unknown_key(where, name, field, first["input"]) from error
         raise ConfigError(
-            f"{where}: {seen}{first['msg']}",
+            f"{where}: {prefix}{first['msg']}",
             "quantkit refuses what its reference model does not compute; check config.json",
         ) from error
 

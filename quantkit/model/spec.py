@@ -224,11 +224,11 @@ class Layer:
     def kept(self) -> dict[str, tuple[int, ...]]:
         """Tensors that are carried over unchanged, with their shapes."""
         hidden = self.attention.o.out_features
-        kept = {self.input_norm: (hidden,), self.post_attention_norm: (hidden,), **self.attention.norms()}
+        shapes = {self.input_norm: (hidden,), self.post_attention_norm: (hidden,), **self.attention.norms()}
         if isinstance(self.mlp, MoE):
             router = self.mlp.router
-            kept[router.weight] = (router.out_features, router.in_features)
-        return kept
+            shapes[router.weight] = (router.out_features, router.in_features)
+        return shapes
 
 
 @dataclass(frozen=True)

@@ -63,13 +63,13 @@ def random_weight(scheme: Scheme, rows: int, inputs: int, device: torch.device |
 
 def matrices_of(model: Model) -> list[Matrix]:
     """The different quantised matrices of a checkpoint, by role, name, shape and scheme."""
-    found: dict[Matrix, None] = {}
+    matrices: dict[Matrix, None] = {}
     for ref in model.spec.linears():
         scheme = model.weights.schemes[ref.key]
         if scheme is not None:
             name = f"{ref.role.value} {ref.key.rsplit('.', 1)[-1]}"
-            found[Matrix(name, ref.out_features, ref.in_features, scheme)] = None
-    return list(found)
+            matrices[Matrix(name, ref.out_features, ref.in_features, scheme)] = None
+    return list(matrices)
 
 
 def timed(
@@ -117,12 +117,12 @@ def selected(path: Path | None, shape: str | None, scheme: str | None) -> list[M
             )
         return matrices_of(Model(path, torch.device("cpu")))
     if shape not in SHAPES:
-        seen = "nothing to measure is given" if shape is None else f"unknown --shape '{shape}'"
-        raise ConfigError(seen, f"give a checkpoint, or --shape with one of {', '.join(SHAPES)}")
-    found = scheme_named(scheme or "W4A16")
-    if found is None:
+        problem = "nothing to measure is given" if shape is None else f"unknown --shape '{shape}'"
+        raise ConfigError(problem, f"give a checkpoint, or --shape with one of {', '.join(SHAPES)}")
+    preset = scheme_named(scheme or "W4A16")
+    if preset is None:
         raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
-    return [Matrix(name, out, inputs, found) for name, out, inputs in SHAPES[shape]]
+    return [Matrix(name, out, inputs, preset) for name, out, inputs in SHAPES[shape]]
 
 
 def bench(

@@ -81,8 +81,8 @@ class Model:
         finite no token is the likeliest.
         """
         if padding is not None and (padding.shape != input_ids.shape[:1] or bool((padding >= input_ids.shape[1]).any())):
-            seen = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
-            raise ConfigError(seen, "give a number for each row that leaves it at least one token")
+            problem = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
+            raise ConfigError(problem, "give a number for each row that leaves it at least one token")
         at = None if padding is None else padding.to(self.device)
         cache, generator = Cache(kv_format, at), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
@@ -112,24 +112,24 @@ class Model:
             (ref.role.value, self.weights.schemes[ref.key], (ref.out_features, ref.in_features))
             for ref in self.spec.linears()
         )
-        asked = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
-        return dispatch.explain(linears, self.device, asked)
+        backends = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
+        return dispatch.explain(linears, self.device, backends)
 
     def check_room(self, prompt: int, new_tokens: int) -> None:
         """Raises ConfigError where a prompt of that many tokens and the new ones are more than the config's positions."""
         limit = self.spec.positions
         if limit and prompt + new_tokens > limit:
-            seen = f"{prompt} tokens of prompt and {new_tokens} new ones are more than {self.folder} reads"
+            problem = f"{prompt} tokens of prompt and {new_tokens} new ones are more than {self.folder} reads"
             left = limit - prompt
             fix = f"ask for {left} new tokens or fewer" if left > 0 else f"give a prompt of fewer than {limit} tokens"
-            raise ConfigError(f"{seen}: its max_position_embeddings is {limit}", fix)
+            raise ConfigError(f"{problem}: its max_position_embeddings is {limit}", fix)
 
     def _check(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor):
             raise ConfigError(f"input_ids are a {type(input_ids).__name__}", "give a tensor, int64 [batch, time]")
         if input_ids.dtype is not torch.int64 or input_ids.ndim != 2 or 0 in input_ids.shape:
-            seen = f"{input_ids.dtype} {tuple(input_ids.shape)}"
-            raise ConfigError(f"input_ids are {seen}", "give int64 [batch, time] with at least one token")
+            actual = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ConfigError(f"input_ids are {actual}", "give int64 [batch, time] with at least one token")
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.spec.vocab:
             raise ConfigError(f"input_ids span {low}..{high}", f"the vocabulary is 0..{self.spec.vocab - 1}")

@@ -24,8 +24,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            seen = f"temperature {self.temperature}, top_p {self.top_p}"
-            raise ConfigError(seen, "give a temperature >= 0 and 0 < top_p <= 1")
+            problem = f"temperature {self.temperature}, top_p {self.top_p}"
+            raise ConfigError(problem, "give a temperature >= 0 and 0 < top_p <= 1")
 
 
 GREEDY = Sampling()

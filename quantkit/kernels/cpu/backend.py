@@ -47,8 +47,8 @@ def _experts(parts: Iterable[Expert], activation: Activation | None) -> _Experts
 def _lacks(scheme: Scheme, activation: Activation | None, device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"{AVX512.name} runs on the CPU, not on {device}"
-    found = build.kernels(format_of(scheme.weight, activation))
-    return found if isinstance(found, str) else None
+    result = build.kernels(format_of(scheme.weight, activation))
+    return result if isinstance(result, str) else None
 
 
 def rounding_of_w4a8(scheme: Scheme) -> Activation:

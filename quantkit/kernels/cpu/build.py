@@ -54,12 +54,12 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
     """
     if missing := missing_cpu_flags():
         return None, f"this processor lacks {', '.join(missing)}"
-    if not (found := shutil.which(compiler)):
+    if not (executable := shutil.which(compiler)):
         return None, f"no compiler: '{compiler}' is not on PATH"
     try:
         texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-        parts = (*texts, run([found, "--version"]).encode(), " ".join(FLAGS).encode())
-        return kept(cache, LIBRARY, parts, lambda target: run([found, *FLAGS, str(source), "-o", str(target)])), ""
+        parts = (*texts, run([executable, "--version"]).encode(), " ".join(FLAGS).encode())
+        return kept(cache, LIBRARY, parts, lambda target: run([executable, *FLAGS, str(source), "-o", str(target)])), ""
     except (BuildError, OSError) as error:
         return None, str(error)
 
@@ -94,5 +94,5 @@ def kernels(number: int) -> ctypes.CDLL | str:
     beside `load`'s library if that is not there yet (some seconds)."""
     with ThreadPoolExecutor(1) as pool:
         shared = pool.submit(load)
-        found = _library(SOURCE.with_name(f"{KERNELS[number]}.cpp"))
-    return reason if isinstance(reason := shared.result(), str) else found
+        library = _library(SOURCE.with_name(f"{KERNELS[number]}.cpp"))
+    return reason if isinstance(reason := shared.result(), str) else library

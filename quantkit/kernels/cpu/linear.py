@@ -99,9 +99,9 @@ class Packed:
         wide = int(first.scale.dtype is torch.float32)
         numbers = first.chunk, first.chunks_per_scale, first.span, first.format, first.rounding, wide
         names = ("chunk", "chunks_per_scale", "span", "format", "rounding", "wide")
-        made = _Matrix(**fields, rows=first.shape[0], inputs=first.shape[1], **dict(zip(names, numbers, strict=True)))
-        made.holds = columns
-        return made
+        matrix = _Matrix(**fields, rows=first.shape[0], inputs=first.shape[1], **dict(zip(names, numbers, strict=True)))
+        matrix.holds = columns
+        return matrix
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

@@ -54,9 +54,9 @@ class Library:
 
 def compiler() -> str | None:
     """nvcc on PATH, or in CUDA_HOME, or in /usr/local/cuda; None where there is none."""
-    found = shutil.which("nvcc")
+    nvcc = shutil.which("nvcc")
     places = [Path(root) / "bin" / "nvcc" for root in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if root]
-    return found or next((str(path) for path in places if path.is_file()), None)
+    return nvcc or next((str(path) for path in places if path.is_file()), None)
 
 
 def missing() -> str | None:
@@ -101,8 +101,8 @@ def load() -> Library:
 def library() -> Library | str:
     """The kernels, built once a process if need be, or the reason why there are none that run here."""
     try:
-        found = load()
+        kernels = load()
     except (RuntimeError, OSError) as error:
         return str(error)
-    problem = found.problem()
-    return f"what nvcc built does not run here: {problem}" if problem else found
+    problem = kernels.problem()
+    return f"what nvcc built does not run here: {problem}" if problem else kernels

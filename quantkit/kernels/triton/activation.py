@@ -40,7 +40,7 @@ def quantise_kernel(
     x: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
-    given: tl.tensor,
+    input_scales: tl.tensor,
     LENGTH: tl.tensor,
     TOPK: tl.tensor,
     REACH: tl.constexpr,
@@ -49,13 +49,13 @@ def quantise_kernel(
     BK: tl.constexpr,
     SIM: tl.constexpr,
 ) -> None:
-    """One program a row of codes [rows, LENGTH]: the largest magnitude of row / TOPK of x (STATIC: given [rows]), then its
-    codes."""
+    """One program a row of codes [rows, LENGTH]: the largest magnitude of row / TOPK of x (STATIC: input_scales [rows]),
+    then its codes."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BK)
     x += row // TOPK * LENGTH
     if STATIC:
-        scale = tl.load(given + row)
+        scale = tl.load(input_scales + row)
     else:
         top = tl.zeros((BK,), tl.float32)
         for k in range(0, LENGTH, BK):
@@ -69,26 +69,26 @@ def quantise_kernel(
         tl.store(codes + row * LENGTH + k + at, to_code(v, scale, REACH, FLOAT, SIM), mask=k + at < LENGTH)
 
 
-def quantise(x: Tensor, activation: Activation, given: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, activation: Activation, input_scales: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """x bfloat16 or float32 [tokens, in] -> codes [rows, in] and float32 scales [rows, 1 or in / group_size].
 
     Codes are float8_e4m3fn or int8. Dynamic: a row for each token, a scale for it or for each group of its features.
-    Static: rows = tokens * top_k, each rounded with its own scale in given, float32 [rows]. Raises ValueError.
+    Static: rows = tokens * top_k, each rounded with its own scale in input_scales, float32 [rows]. Raises ValueError.
     """
     check(x.ndim == 2, f"x is {tuple(x.shape)}, not [tokens, in]")
     check(x.dtype in (torch.bfloat16, torch.float32), f"x is {x.dtype}, not bfloat16 or float32")
     rows = x.shape[0] * top_k
     if activation.dynamic:
-        check(given is None and top_k == 1, "a dynamic activation has one scale of its own for each token")
+        check(input_scales is None and top_k == 1, "a dynamic activation has one scale of its own for each token")
     else:
-        right = given is not None and given.shape == (rows,) and given.dtype is torch.float32
+        right = input_scales is not None and input_scales.shape == (rows,) and input_scales.dtype is torch.float32
         check(right, f"a static activation needs a float32 input scale for each of {rows} rows")
     floats = activation.kind is Kind.FLOAT
     length = activation.group_size if activation.strategy is Strategy.GROUP else x.shape[1]
     check(bool(length) and x.shape[1] % (length or 1) == 0, f"{x.shape[1]} features are not whole groups of {length}")
     assert length
     x = x.contiguous()
-    on_device(x, given)
+    on_device(x, input_scales)
     codes = torch.empty(rows, x.shape[1], dtype=torch.float8_e4m3fn if floats else torch.int8, device=x.device)
     scales = torch.empty(rows, x.shape[1] // length, dtype=torch.float32, device=x.device)
     if rows == 0:
@@ -96,7 +96,7 @@ def quantise(x: Tensor, activation: Activation, given: Tensor | None = None, top
     block = 128 if length <= 128 else 256 if simulated() else 1024
     with torch.cuda.device_of(x):
         quantise_kernel[(scales.numel(),)](
-            *(x, codes, scales, scales if given is None else given, length, top_k),
+            *(x, codes, scales, scales if input_scales is None else input_scales, length, top_k),
             REACH=REACH[activation.kind],
             FLOAT=floats,
             STATIC=not activation.dynamic,

@@ -48,14 +48,14 @@ def lacks(
         return f"triton runs on an NVIDIA GPU, not on {device}"
     if not installed():
         return "Triton is not installed: pip install 'quantkit[gpu]'"
-    seen = capability(device)
-    if seen is None:
+    actual = capability(device)
+    if actual is None:
         return f"torch {torch.__version__} sees no NVIDIA GPU"
     activation = scheme.activation
     needed = FLOAT8 if activation and activation.kind is Kind.FLOAT else BFLOAT16
-    if seen < needed:
+    if actual < needed:
         what = "FP8" if needed == FLOAT8 else "bfloat16"
-        return f"{device} has compute capability {seen[0]}.{seen[1]}, and {what} needs {needed[0]}.{needed[1]} or later"
+        return f"{device} has compute capability {actual[0]}.{actual[1]}, and {what} needs {needed[0]}.{needed[1]} or later"
     return None
 
 

@@ -18,7 +18,7 @@ __all__ = ["Case", "Loop", "Usage", "cases", "compile_case", "cuobjdump", "loops
 
 POINTERS = {
     "x": "*bf16", "words": "*i16", "scale": "*i32", "zero": "*i32", "out": "*bf16", "slots": "*i32", "owners": "*i32",
-    "places": "*i32", "router": "*fp32", "x_scale": "*fp32", "scales": "*fp32", "given": "*fp32", "codes": "*fp8e4nv",
+    "places": "*i32", "router": "*fp32", "x_scale": "*fp32", "scales": "*fp32", "input_scales": "*fp32", "codes": "*fp8e4nv",
     "ids": "*i64",
 }  # fmt: skip
 UNEVEN = (
@@ -188,24 +188,24 @@ def _dump(cubin: Path, what: str) -> str:
 def resources(cubin: Path) -> dict[str, dict[str, int]]:
     """Per function of a cubin: registers, local, stack and (static) shared. Raises FileNotFoundError without cuobjdump."""
     text = _dump(cubin, "-res-usage")
-    found = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    rows = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     return {
         name: {"registers": int(reg), "stack": int(stack), "shared": int(shared), "local": int(local)}
-        for name, reg, stack, shared, local in found
+        for name, reg, stack, shared, local in rows
     }
 
 
 def loops(cubin: Path) -> dict[str, Loop]:
     """Per function of a cubin its longest loop."""
-    found = {}
+    by_function = {}
     for part in _dump(cubin, "-sass").split("Function : ")[1:]:
         code = {int(at, 16): line.strip() for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", part)}
         jumps = [
             (int(to[1], 16), at) for at, line in code.items() if (to := re.search(r"\bBRA (?:`\()?0x([0-9a-f]+)", line))
         ]
         first, last = max(jumps, key=lambda jump: jump[1] - jump[0], default=(1, 0))
-        found[part.split()[0]] = Loop(tuple(line for at, line in code.items() if first <= at <= last))
-    return found
+        by_function[part.split()[0]] = Loop(tuple(line for at, line in code.items() if first <= at <= last))
+    return by_function
 
 
 def compile_case(case: Case, capability: int = 90) -> Usage:

@@ -58,10 +58,13 @@ def on_device(*tensors: Tensor | None) -> None:
     without Triton."""
     if not available():
         raise ImportError(MISSING)
-    given = [t for t in tensors if t is not None]
-    check(len({t.device for t in given}) == 1, f"tensors lie on {sorted({str(t.device) for t in given})}, not on one device")
-    check(all(t.is_contiguous() for t in given), "a tensor is not contiguous")
-    check(given[0].is_cuda or simulated(), f"kernels run on a GPU, and the tensors lie on {given[0].device}")
+    present = [t for t in tensors if t is not None]
+    check(
+        len({t.device for t in present}) == 1,
+        f"tensors lie on {sorted({str(t.device) for t in present})}, not on one device",
+    )
+    check(all(t.is_contiguous() for t in present), "a tensor is not contiguous")
+    check(present[0].is_cuda or simulated(), f"kernels run on a GPU, and the tensors lie on {present[0].device}")
 
 
 def machine(device: torch.device) -> tuple[int, int]:

@@ -166,8 +166,8 @@ def _misfit8(grid: Grid, activation: Activation) -> str | None:
         return None if grid.kind is Kind.FLOAT else "no kernel for integer weights with block scales"
     if grid.strategy not in (Strategy.TENSOR, Strategy.CHANNEL):
         return f"no kernel for 8-bit weights with {grid.strategy.value} scales and rounded activations"
-    wanted = Strategy.TOKEN if activation.dynamic else Strategy.TENSOR
-    if activation.strategy is not wanted:
+    expected = Strategy.TOKEN if activation.dynamic else Strategy.TENSOR
+    if activation.strategy is not expected:
         return f"no kernel for activations with {activation.strategy.value} scales, dynamic: {activation.dynamic}"
     return None
 
@@ -228,11 +228,11 @@ def pack_scales(
 
 
 def _pack8(weight: QuantizedTensor, activation: Activation) -> Packed8:
-    scale, given = weight.scale.float(), weight.input_scale
-    check(activation.dynamic or given is not None, "a static activation needs an input scale")
+    scale, input_scale = weight.scale.float(), weight.input_scale
+    check(activation.dynamic or input_scale is not None, "a static activation needs an input scale")
     if weight.grid.strategy is not Strategy.BLOCK:  # a tensor's scale is repeated for each row
         scale = scale.flatten().expand(weight.shape[0])
-    static = None if activation.dynamic or given is None else given.float().view(1)
+    static = None if activation.dynamic or input_scale is None else input_scale.float().view(1)
     return Packed8(weight.codes[None].contiguous(), scale[None].contiguous(), static, activation)
 
 

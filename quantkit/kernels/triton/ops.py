@@ -32,8 +32,8 @@ def _product(
     if weight.input_scale is None:
         codes, scales = quantise(x, weight.activation)
     else:  # each expert has its own, so a token has other codes for each of its experts
-        given = weight.input_scale.expand(rows.total) if owner is None else weight.input_scale[owner]
-        codes, scales = quantise(x, weight.activation, given.contiguous(), rows.top_k)
+        input_scales = weight.input_scale.expand(rows.total) if owner is None else weight.input_scale[owner]
+        codes, scales = quantise(x, weight.activation, input_scales.contiguous(), rows.top_k)
         rows = rows.each()
     return w8a8.multiply(codes, scales, weight, rows, tile, out_type, router, gated)
 

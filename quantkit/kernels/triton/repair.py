@@ -78,8 +78,8 @@ def repair(
     """
     rows, columns = weight.shape
     check(0 < stop - start <= MOST and stop <= columns, f"columns {start} to {stop} are no block of {columns}")
-    given = [t for t in (weight, factor, step, offset) if t is not None]
-    check(all(t.dtype is torch.float32 for t in given), f"inputs are {sorted({str(t.dtype) for t in given})}, not float32")
+    inputs = [t for t in (weight, factor, step, offset) if t is not None]
+    check(all(t.dtype is torch.float32 for t in inputs), f"inputs are {sorted({str(t.dtype) for t in inputs})}, not float32")
     check(factor.shape == (columns, columns), f"the factor is {tuple(factor.shape)}, not [{columns}, {columns}]")
     check(all(t.shape == (rows, columns) for t in (codes, step)), "codes or step do not fit the weight")
     on_device(weight, step, offset, codes)  # the factor comes transposed out of its factorisation

@@ -114,9 +114,9 @@ def multiply(
     grid = rows.blocks(tile.bm), cut(weight.outputs, tile.bn)
     per_part = steps if gated else cut(steps, splits(tile, grid[0] * grid[1], steps, processors))
     parts = cut(steps, per_part)
-    made = torch.float32 if sim or parts > 1 else out_type
-    out = torch.empty(parts, rows.total, features, dtype=made, device=codes.device)
-    slots, owners = (out if given is None else given for given in (rows.slots, rows.owners))
+    dtype = torch.float32 if sim or parts > 1 else out_type
+    out = torch.empty(parts, rows.total, features, dtype=dtype, device=codes.device)
+    slots, owners = (out if tensor is None else tensor for tensor in (rows.slots, rows.owners))
     with torch.cuda.device_of(codes):
         kernel[(*grid, parts)](
             *(codes, weight.codes, scales, weight.scale, slots, owners, slots, out if router is None else router, out),

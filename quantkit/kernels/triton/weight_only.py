@@ -209,11 +209,11 @@ def multiply(
     grid = rows.blocks(tile.bm), cut(weight.outputs, tile.bn)
     per_part = spans if gated else cut(spans, splits(tile, grid[0] * grid[1], spans, processors))
     parts = cut(spans, per_part)
-    made = torch.float32 if sim or parts > 1 else out_type
-    out = torch.empty(parts, rows.total, features, dtype=made, device=x.device)
+    dtype = torch.float32 if sim or parts > 1 else out_type
+    out = torch.empty(parts, rows.total, features, dtype=dtype, device=x.device)
     stages = that_fits(tile, step_bytes(tile, weight.run, weight.span // weight.run), memory)
     zero = weight.scale if weight.zero is None else weight.zero
-    slots, owners = (out if given is None else given for given in (rows.slots, rows.owners))
+    slots, owners = (out if tensor is None else tensor for tensor in (rows.slots, rows.owners))
     with torch.cuda.device_of(x):
         kernel[(*grid, parts)](
             *(x, weight.words, weight.scale, zero, slots, owners, slots, out if router is None else router, out),
