@@ -73,9 +73,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """What the system says of a file that it does not give."""
-    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return CheckpointError(
-        f"{shown(path)} cannot be read: {said}", "check the file, its disk, and this process's limits (ulimit -a)"
+        f"{shown(path)} cannot be read: {reason}", "check the file, its disk, and this process's limits (ulimit -a)"
     )
 
 

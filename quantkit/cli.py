@@ -133,15 +133,15 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     if chosen and recipe.linears:
         raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
     reader = CheckpointReader(find_model(model))
-    made = make_plan(reader, recipe)
-    data = summary(made)
+    planned = make_plan(reader, recipe)
+    data = summary(planned)
     if chosen:
         from quantkit.engines.assess import assess
 
-        found = assess(chosen, made.model, reader.config, made.schemes, made.written, devices)
-        data["engine"] = found.as_dict()
+        assessment = assess(chosen, planned.model, reader.config, planned.schemes, planned.written, devices)
+        data["engine"] = assessment.as_dict()
         show(data, plan_table, as_json)
-        sys.exit(found.verdict.exit_code)
+        sys.exit(assessment.verdict.exit_code)
     show(data, plan_table, as_json)
 
 
@@ -311,9 +311,9 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
 
         if source:
             raise ConfigError("--engine and --source check different things", "run verify once with each")
-        found = replay(out, engine_named(engine), deployment(options))
-        show(found, engine_table, as_json)
-        sys.exit(Verdict(found["verdict"]).exit_code)
+        assessment = replay(out, engine_named(engine), deployment(options))
+        show(assessment, engine_table, as_json)
+        sys.exit(Verdict(assessment["verdict"]).exit_code)
 
     from quantkit.checkpoint.share import share_line
     from quantkit.checkpoint.verify import verify as run
@@ -323,8 +323,8 @@ def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
         return
-    held = {"file": report.files, "tensor": report.tensors, "linear": report.linears}
-    counts = ", ".join(counted(number, thing) for thing, number in held.items())
+    totals = {"file": report.files, "tensor": report.tensors, "linear": report.linears}
+    counts = ", ".join(counted(number, thing) for thing, number in totals.items())
     errors = "".join(f"\n  {role}: error mean {e['mean']:.2%}, worst {e['max']:.2%}" for role, e in report.errors.items())
     unknown = "".join(f"\n  not checked: {words}" for words in report.not_checked)
     verdict = "nothing wrong was seen" if unknown else "sound"

@@ -70,9 +70,9 @@ def instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     except OSError:
         return ""
     first = dict(line.partition(":")[::2] for line in text.partition("\n\n")[0].splitlines())
-    said = {name.strip(): value.split() for name, value in first.items()}
-    flags = sorted(flag for flag in said.get("flags", said.get("Features", [])) if flag.startswith(_DECISIVE))
-    return " ".join([*said.get("vendor_id", []), *flags])
+    fields = {name.strip(): value.split() for name, value in first.items()}
+    flags = sorted(flag for flag in fields.get("flags", fields.get("Features", [])) if flag.startswith(_DECISIVE))
+    return " ".join([*fields.get("vendor_id", []), *flags])
 
 
 @contextmanager

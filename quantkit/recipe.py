@@ -36,11 +36,11 @@ class _EachKeyOnce(yaml.SafeLoader):
     """Of equal keys PyYAML takes the last, without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: list[object] = []
+        keys: list[object] = []
         for key, _ in node.value:
-            if key.value in seen:
+            if key.value in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
-            seen.append(key.value)
+            keys.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -82,8 +82,8 @@ class Rule(BaseModel):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.scheme is None and not self.how:
-            known = ", ".join(name for name in type(self).model_fields if name != "match")
-            raise ValueError(f"the rule says nothing of what it matches; give one of {known}")
+            fields = ", ".join(name for name in type(self).model_fields if name != "match")
+            raise ValueError(f"the rule says nothing of what it matches; give one of {fields}")
         return self
 
     @model_serializer(mode="wrap")
@@ -93,8 +93,8 @@ class Rule(BaseModel):
     @property
     def how(self) -> dict[str, Any]:
         """What it says beside the scheme."""
-        said = {name: getattr(self, name) for name in ("group_size", "method", *_PARAMETERS)}
-        return {name: value for name, value in said.items() if value is not None}
+        values = {name: getattr(self, name) for name in ("group_size", "method", *_PARAMETERS)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 _NOTHING = Rule.model_construct(match="*")  # what is as if there were no rule
@@ -154,8 +154,8 @@ class Recipe(BaseModel):
             first, where = error.errors()[0], (info.context or {}).get("where", "recipe")
             name = ".".join(str(part) for part in first["loc"])
             rule = first["loc"][:1] == ("rules",)
-            known = f"fields are {', '.join(Rule.model_fields if rule else [*cls.model_fields, 'keep'])}"
-            fix = known if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
+            allowed = f"fields are {', '.join(Rule.model_fields if rule else [*cls.model_fields, 'keep'])}"
+            fix = allowed if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
             raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
 
     def scheme_of(self, ref: Linear) -> Scheme | None:
@@ -180,8 +180,8 @@ class Recipe(BaseModel):
             return None
         rule = self.rule_of(ref.key) or _NOTHING
         name = rule.method or self.method or ("gptq" if scheme.weight.bits == 4 else "rtn")
-        said = {field: getattr(rule, field) or getattr(self, field) for field in PARAMETERS[name]}
-        return Method(name, **{field: value for field, value in said.items() if value is not None})
+        parameters = {field: getattr(rule, field) or getattr(self, field) for field in PARAMETERS[name]}
+        return Method(name, **{field: value for field, value in parameters.items() if value is not None})
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, object]) -> Recipe:

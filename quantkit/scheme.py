@@ -111,8 +111,8 @@ class Grid:
     def codes(self) -> Codes:
         """Raises ConfigError for a type of code that quantkit does not have."""
         if (self.kind, self.bits) not in CODES:
-            known = ", ".join(f"{bits}-bit {kind.value}" for kind, bits in CODES)
-            raise ConfigError(f"there are no {self.bits}-bit {self.kind.value} codes", f"quantkit has {known}")
+            supported = ", ".join(f"{bits}-bit {kind.value}" for kind, bits in CODES)
+            raise ConfigError(f"there are no {self.bits}-bit {self.kind.value} codes", f"quantkit has {supported}")
         return CODES[self.kind, self.bits]
 
     @property
@@ -250,12 +250,12 @@ def scheme_named(name: str, group_size: int | None = None) -> Scheme | None:
 
 def labels(schemes: Iterable[Scheme | None]) -> dict[Scheme | None, str]:
     """What to call each: its name, with the size of its groups where the same name stands for several."""
-    found = dict.fromkeys(schemes)
+    distinct = dict.fromkeys(schemes)
     sizes: dict[str, set[int | None]] = {}
-    for scheme in found:
+    for scheme in distinct:
         if scheme:
             sizes.setdefault(scheme.name, set()).add(scheme.weight.group_size)
-    return {s: BF16 if s is None else s.full_name if len(sizes[s.name]) > 1 else s.name for s in found}
+    return {s: BF16 if s is None else s.full_name if len(sizes[s.name]) > 1 else s.name for s in distinct}
 
 
 def weight_only(bits: int, symmetric: bool, group_size: int | None) -> Scheme:

@@ -83,17 +83,17 @@ class Chat:
 
     def template(self, where: str, tools: bool = False) -> str:
         """The template for a conversation with or without tools. Raises CalibrationError when the model has none."""
-        found = self.settings.template if self.settings else None
-        if isinstance(found, dict):
-            named = found.get("tool_use") if tools else None
-            if named is None and "default" not in found:
-                seen = f"{self.folder} has chat templates named {', '.join(sorted(found))}, and none of them 'default'"
-                raise CalibrationError(f"{where} is a conversation, but {seen}", "name one of them 'default'")
-            found = named or found["default"]
-        if not found:
+        template = self.settings.template if self.settings else None
+        if isinstance(template, dict):
+            named = template.get("tool_use") if tools else None
+            if named is None and "default" not in template:
+                problem = f"{self.folder} has chat templates named {', '.join(sorted(template))}, and none of them 'default'"
+                raise CalibrationError(f"{where} is a conversation, but {problem}", "name one of them 'default'")
+            template = named or template["default"]
+        if not template:
             fix = "give plain 'text' instead, or add the chat_template.jinja of the model's chat version to the folder"
             raise CalibrationError(f"{where} has messages, but {self.folder} has no chat template", fix)
-        return found
+        return template
 
     def render(self, conversation: Conversation, **how: bool) -> str:
         """The conversation as text. how: add_generation_prompt, continue_final_message. Raises CalibrationError where there
@@ -102,8 +102,8 @@ class Chat:
         need("chat", f"{conversation.where} has messages, and the chat template that writes them")
         read = {name for name in conversation.variables if re.search(rf"\b{re.escape(name)}\b", template)}
         if lost := [name for name in _INPUTS if conversation.variables.get(name) and name not in read]:
-            seen = f"{conversation.where} has '{lost[0]}', which the chat template of {self.folder} does not read"
-            raise CalibrationError(seen, f"take '{lost[0]}' out of the rows, or use a template that reads it")
+            problem = f"{conversation.where} has '{lost[0]}', which the chat template of {self.folder} does not read"
+            raise CalibrationError(problem, f"take '{lost[0]}' out of the rows, or use a template that reads it")
         assert self.settings is not None
         passed = {name: conversation.variables[name] for name in read - _TAKEN - self.settings.special.keys()}
         special: dict[str, Any] = dict(self.settings.special)
@@ -112,8 +112,8 @@ class Chat:
         request = {"messages": conversation.messages, "template": template, "special": special, "passed": passed, "how": how}
         answer = self._ask(request, conversation.where)
         if "text" not in answer:
-            seen = f"{conversation.where}: the chat template of {self.folder} {answer['error']}"
-            raise CalibrationError(seen, answer["fix"])
+            problem = f"{conversation.where}: the chat template of {self.folder} {answer['error']}"
+            raise CalibrationError(problem, answer["fix"])
         text = str(answer["text"])
         try:
             text.encode()
@@ -158,8 +158,8 @@ class Chat:
             return {"error": f"ran for more than {self.seconds:g} s", "fix": "repair the template"}
         assert self._said is not None
         self._said.seek(0)
-        said = self._said.read().decode(errors="replace").strip().splitlines()[-1:]
-        why = f"ended the process that ran it ({'signal' if code < 0 else 'code'} {abs(code)}) {' '.join(said)}"
+        message = self._said.read().decode(errors="replace").strip().splitlines()[-1:]
+        why = f"ended the process that ran it ({'signal' if code < 0 else 'code'} {abs(code)}) {' '.join(message)}"
         return {"error": why.strip(), "fix": "repair the template"}
 
 

@@ -57,8 +57,8 @@ class Skipped(Enum):
 class Documents(Sequence[Document]):
     """The documents of a text, in order. skipped: how many rows were empty or null, by that word."""
 
-    def __init__(self, found: Iterable[Document], skipped: dict[str, int] | None = None) -> None:
-        self._found, self.skipped = list(found), skipped or {}
+    def __init__(self, documents: Iterable[Document], skipped: dict[str, int] | None = None) -> None:
+        self._found, self.skipped = list(documents), skipped or {}
 
     def __len__(self) -> int:
         return len(self._found)
@@ -166,19 +166,19 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _documents(rows: Iterable[tuple[str, Any]], source: str) -> Documents:
-    found: list[Document] = []
+    documents: list[Document] = []
     skipped: Counter[str] = Counter()
     for where, row in rows:
         document = _of_row(row, where)
         if isinstance(document, Skipped):
             skipped[document.value] += 1
         else:
-            found.append(document)
-    if not found and skipped:
+            documents.append(document)
+    if not documents and skipped:
         raise CalibrationError(
             f"text '{source}' has {counted(sum(skipped.values()), 'row')}, all empty or null", "give more text"
         )
-    return Documents(found, dict(skipped))
+    return Documents(documents, dict(skipped))
 
 
 def _of_row(row: Any, where: str) -> Document | Skipped:
@@ -191,25 +191,25 @@ def _of_row(row: Any, where: str) -> Document | Skipped:
         raise CalibrationError(f"{where} is of type {type(row).__name__}, not an object", f"give rows with {LAYOUTS}")
     if not row:
         return Skipped.EMPTY
-    held = {str(key): value for key, value in row.items() if value is not None}
-    layout = next((key for key in _KEYS if held.get(key)), next((key for key in _KEYS if key in held), None))
+    fields = {str(key): value for key, value in row.items() if value is not None}
+    layout = next((key for key in _KEYS if fields.get(key)), next((key for key in _KEYS if key in fields), None))
     if layout is None and any(key in row for key in _KEYS):
         return Skipped.NULL
     if layout is None:
-        seen = ", ".join(f"'{key}'" for key in list(row)[:12])
-        raise CalibrationError(f"{where} has {seen}, none of them {', '.join(_KEYS)}", f"give rows with {LAYOUTS}")
-    wanted = list if layout in ("messages", "conversations") else str
-    value = held[layout]
-    if not isinstance(value, wanted):
-        seen = f"'{layout}' of type {type(value).__name__}"
-        raise CalibrationError(f"{where} has {seen}, not a {_KINDS[wanted]}", f"give rows with {LAYOUTS}")
+        actual = ", ".join(f"'{key}'" for key in list(row)[:12])
+        raise CalibrationError(f"{where} has {actual}, none of them {', '.join(_KEYS)}", f"give rows with {LAYOUTS}")
+    kind = list if layout in ("messages", "conversations") else str
+    value = fields[layout]
+    if not isinstance(value, kind):
+        actual = f"'{layout}' of type {type(value).__name__}"
+        raise CalibrationError(f"{where} has {actual}, not a {_KINDS[kind]}", f"give rows with {LAYOUTS}")
     if isinstance(value, str) and layout == "text":
         return _text(value, where)
-    messages = _alpaca(held, where) if layout == "instruction" else [_message(one, where) for one in value]
+    messages = _alpaca(fields, where) if layout == "instruction" else [_message(one, where) for one in value]
     if not messages:
         return Skipped.EMPTY
     own = (*_ALPACA, *_KEYS) if layout == "instruction" else _KEYS
-    return _conversation(messages, {key: value for key, value in held.items() if key not in own}, where)
+    return _conversation(messages, {key: value for key, value in fields.items() if key not in own}, where)
 
 
 def _text(text: str, where: str) -> str | Skipped:
@@ -232,23 +232,23 @@ def _conversation(messages: list[dict[str, Any]], rest: dict[str, Any], where: s
             rest["tools"] = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{where}: 'tools' is not JSON: {error}", "give a list of tools") from error
-    kept = {key: value for key, value in rest.items() if value is not None and not (key == "tools" and not value)}
-    return Conversation(messages, kept, where)
+    variables = {key: value for key, value in rest.items() if value is not None and not (key == "tools" and not value)}
+    return Conversation(messages, variables, where)
 
 
 def _alpaca(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
     for key in (*_ALPACA, "history"):
-        wanted = list if key == "history" else str
-        if key in row and not isinstance(row[key], wanted):
-            raise CalibrationError(f"{where} has '{key}' of type {type(row[key]).__name__}", f"give a {_KINDS[wanted]}")
+        kind = list if key == "history" else str
+        if key in row and not isinstance(row[key], kind):
+            raise CalibrationError(f"{where} has '{key}' of type {type(row[key]).__name__}", f"give a {_KINDS[kind]}")
     if "output" not in row:
-        seen = f"{where} has 'instruction' without 'output'; it has {', '.join(sorted(map(repr, row)))}"
-        raise CalibrationError(seen[:300], "call the answer 'output' and what it is about 'input', or give 'messages'")
+        problem = f"{where} has 'instruction' without 'output'; it has {', '.join(sorted(map(repr, row)))}"
+        raise CalibrationError(problem[:300], "call the answer 'output' and what it is about 'input', or give 'messages'")
     turns = [*row.pop("history", []), ["\n\n".join(filter(None, (row["instruction"], row.get("input")))), row.get("output")]]
     if any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
         raise CalibrationError(f"{where}: 'history' is not a list of [instruction, output]", "repair or drop it")
     pairs = (zip(("user", "assistant"), turn, strict=True) for turn in turns)
-    return [{"role": role, "content": said} for turn in pairs for role, said in turn if said]
+    return [{"role": role, "content": text} for turn in pairs for role, text in turn if text]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -258,15 +258,15 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if isinstance(message.get("role"), str):
         return message
     speaker, value = message.get("from"), message.get("value")
-    rest = {key: held for key, held in message.items() if key not in ("from", "value", "role")}
+    rest = {key: entry for key, entry in message.items() if key not in ("from", "value", "role")}
     if isinstance(speaker, str) and speaker.lower() in _ROLES and isinstance(value, str):
         return {**rest, "role": _ROLES[speaker.lower()], "content": value}
     if speaker in _CALLS and isinstance(value, str):
         return {**rest, "role": "assistant", "tool_calls": _calls(value, where)}
-    seen = f"a message with {', '.join(map(repr, message))}" if speaker is None else f"a message from {speaker!r}"
-    seen += "" if speaker is None or isinstance(value, str) else f" whose 'value' is of type {type(value).__name__}"
+    actual = f"a message with {', '.join(map(repr, message))}" if speaker is None else f"a message from {speaker!r}"
+    actual += "" if speaker is None or isinstance(value, str) else f" whose 'value' is of type {type(value).__name__}"
     fix = f"give 'role' and 'content', or 'value' and 'from' as one of {', '.join((*_ROLES, *_CALLS))}"
-    raise CalibrationError(f"{where} has {seen[:200]}", fix)
+    raise CalibrationError(f"{where} has {actual[:200]}", fix)
 
 
 def _calls(value: str, where: str) -> list[dict[str, Any]]:

@@ -36,8 +36,8 @@ def rows(source: str) -> Iterator[dict[str, Any]]:
         _ask(name)
         import datasets
 
-        found = datasets.load_dataset(name, config, split=split, streaming=True)
-        yield from islice(found, MAX_ROWS)
+        dataset = datasets.load_dataset(name, config, split=split, streaming=True)
+        yield from islice(dataset, MAX_ROWS)
     except Exception as error:  # both libraries let those of their HTTP client through, another in each version
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CalibrationError(

@@ -24,8 +24,8 @@ def answer(tokenizer: Any, request: dict[str, Any], size: int) -> dict[str, str]
     """{"text"}, or {"error", "fix"}. size: characters of the request."""
     passed = request["passed"]
     own = inspect.signature(tokenizer.apply_chat_template).parameters
-    if taken := [name for name in passed if name in own and name not in _ALLOWED]:
-        return {"error": f"reads '{taken[0]}', which cannot be passed to it", "fix": f"take '{taken[0]}' out of the rows"}
+    if fixed := [name for name in passed if name in own and name not in _ALLOWED]:
+        return {"error": f"reads '{fixed[0]}', which cannot be passed to it", "fix": f"take '{fixed[0]}' out of the rows"}
     how = {**request["special"], **passed, **request["how"]}
     try:
         text = tokenizer.apply_chat_template(request["messages"], chat_template=request["template"], tokenize=False, **how)
@@ -62,9 +62,9 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-        said = json.dumps(answer(tokenizer, request, len(line)))
+        reply = json.dumps(answer(tokenizer, request, len(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(said, file=out, flush=True)
+        print(reply, file=out, flush=True)
 
 
 if __name__ == "__main__":

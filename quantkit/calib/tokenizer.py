@@ -146,8 +146,8 @@ class TextTokenizer:
         return step
 
     def token(self, token_id: int) -> str:
-        found: str | None = self._tokenizer.id_to_token(token_id)
-        return f"[{token_id}]" if found is None else found
+        token: str | None = self._tokenizer.id_to_token(token_id)
+        return f"[{token_id}]" if token is None else token
 
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab())
@@ -186,22 +186,22 @@ def _assumed(folder: Path) -> dict[str, str]:
     return {name: token for name, token in hy_tiktoken.settings({}, config).items() if name not in stated}
 
 
-def _bos(folder: Path, tokenizer: Tokenizer, special: dict[str, str], wanted: bool | None) -> Bos:
+def _bos(folder: Path, tokenizer: Tokenizer, special: dict[str, str], add_bos: bool | None) -> Bos:
     token = special.get("bos_token")
     config = load_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if token is None and isinstance(known := config.get("bos_token_id"), int) and known >= 0:
-        token = tokenizer.id_to_token(known)
-    found = tokenizer.token_to_id(token) if token is not None else None
-    if wanted is not None:
-        if wanted and found is None:
-            seen = f"{folder} names no BOS token that its tokenizer has (bos_token is {token!r})"
-            raise ConfigError(f"--add-bos: {seen}", "leave --add-bos out")
-        return Bos(found, token, wanted, "--add-bos" if wanted else "--no-add-bos")
-    if found is None:
+    if token is None and isinstance(bos_id := config.get("bos_token_id"), int) and bos_id >= 0:
+        token = tokenizer.id_to_token(bos_id)
+    token_id = tokenizer.token_to_id(token) if token is not None else None
+    if add_bos is not None:
+        if add_bos and token_id is None:
+            problem = f"{folder} names no BOS token that its tokenizer has (bos_token is {token!r})"
+            raise ConfigError(f"--add-bos: {problem}", "leave --add-bos out")
+        return Bos(token_id, token, add_bos, "--add-bos" if add_bos else "--no-add-bos")
+    if token_id is None:
         return Bos()
-    bos = Bos(found, token)
+    bos = Bos(token_id, token)
     added, why = _rule(folder, "bos_token" in special, _written(tokenizer, bos, str(folder / "tokenizer.json")))
-    return Bos(found, token, added, why)
+    return Bos(token_id, token, added, why)
 
 
 def _rule(folder: Path, named: bool, written: bool) -> tuple[bool, str]:
@@ -217,8 +217,8 @@ def _rule(folder: Path, named: bool, written: bool) -> tuple[bool, str]:
     if flag is not None and not isinstance(flag, bool):
         raise CheckpointError(f"{path}: add_bos_token is {flag!r}, not true or false", "fetch the file again")
     if kind in _LLAMA and named:
-        said = f"add_bos_token is {str(flag).lower()}" if flag is not None else "add_bos_token is true where it is not said"
-        return flag is not False, f"{kind}: {said}"
+        why = f"add_bos_token is {str(flag).lower()}" if flag is not None else "add_bos_token is true where it is not said"
+        return flag is not False, f"{kind}: {why}"
     if written:
         return True, "the post-processor of tokenizer.json writes it"
     if flag and named:
@@ -230,11 +230,11 @@ def end_tokens(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     """Ids that end a text: `eos_token_id` of config.json (given) and of generation_config.json, each an id or a list of ids.
     Raises ConfigError for anything else there."""
     path = folder / "generation_config.json"
-    found: set[int] = set()
+    ends: set[int] = set()
     for name, data in (("config.json", config), (path.name, load_json(path) if path.is_file() else {})):
         value = data.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
             raise ConfigError(f"{folder / name}: eos_token_id is {value!r}", "give a token id, or a list of token ids")
-        found |= set(ids)
-    return frozenset(found)
+        ends |= set(ids)
+    return frozenset(ends)

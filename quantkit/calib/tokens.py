@@ -53,9 +53,9 @@ def calibration_windows(
     """
     generator = np.random.default_rng(seed)
     parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-    total, wanted = 0, 2 * samples * seq_len
+    total, needed = 0, 2 * samples * seq_len
     for index in generator.permutation(len(texts)):
-        if total >= wanted:
+        if total >= needed:
             break
         parts.append(np.array(tokenizer.encode_document(texts[index], each), dtype=np.int64))
         total += len(parts[-1])
@@ -110,14 +110,14 @@ def _in_turn(
 ) -> list[tuple[int, int, list[int]]]:
     """(document, window, ids) round-robin: every document gives its first window before any gives its second."""
     chosen: list[tuple[int, int, list[int]]] = []
-    live, known, index = list(range(len(texts))), dict[int, list[int]](), 0
+    live, encoded, index = list(range(len(texts))), dict[int, list[int]](), 0
     while live and len(chosen) < max_windows:
         longer = []
         for d in live:
             stop = (index + 1) * seq_len
-            if len(known.get(d, [])) < stop:  # twice as much as before: each document is encoded a few times at most
-                known[d] = tokenizer.encode_document(texts[d], stop if index == 0 else 2 * stop)
-            window = known[d][stop - seq_len : stop]
+            if len(encoded.get(d, [])) < stop:  # twice as much as before: each document is encoded a few times at most
+                encoded[d] = tokenizer.encode_document(texts[d], stop if index == 0 else 2 * stop)
+            window = encoded[d][stop - seq_len : stop]
             if len(window) >= 2:
                 chosen.append((d, index, window))
             if len(window) == seq_len:

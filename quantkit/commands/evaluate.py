@@ -49,8 +49,8 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
     """The gates asked for; None for the default ones."""
     from quantkit.report.gates import parse_gate, read_gates
 
-    found = [*(read_gates(file) if file else []), *map(parse_gate, gates)]
-    return found or None
+    selected = [*(read_gates(file) if file else []), *map(parse_gate, gates)]
+    return selected or None
 
 
 @click.command("eval")
@@ -107,30 +107,30 @@ def evaluate(
     from quantkit.measure.evaluate import Extent, figures
     from quantkit.report.gates import EXIT_CODES
 
-    wanted = chosen(gates, gates_file)
+    chosen_gates = chosen(gates, gates_file)
     kv = measured.pop("kv_cache")
     plan = read_tasks(measured, items, str(pick_device(device)), kv)
     extent = Extent(kv_cache=KVFormat(kv) if kv else None, **measured)
     if 0 < extent.context < 64:  # positions are compared in buckets, the first of which are shorter than that
         raise ConfigError(f"--context {extent.context} is no long window", "give 64 or more, or 0 for none")
-    found = evaluate_and_write(quantized, baseline, text, device, extent, save, wanted, junit, plan, items)
-    parts = {"verdict", "finite", *(("tasks", "task_run") if found.task_run else ())}
-    data = found.model_dump(include=parts, mode="json")
-    if found.divergence is not None:
-        show({**figures(found), **data}, with_tasks(eval_table), as_json)
+    report = evaluate_and_write(quantized, baseline, text, device, extent, save, chosen_gates, junit, plan, items)
+    parts = {"verdict", "finite", *(("tasks", "task_run") if report.task_run else ())}
+    data = report.model_dump(include=parts, mode="json")
+    if report.divergence is not None:
+        show({**figures(report), **data}, with_tasks(eval_table), as_json)
     elif as_json:  # nothing is finite: there are no figures, and no table of them
         click.echo(json.dumps(data, indent=2))
-    judged = wanted is not None or junit is not None
-    if judged or found.verdict.status != "pass":
-        say_verdict(found)
-    if judged or found.finite.tokens:
-        sys.exit(EXIT_CODES[found.verdict.status])
+    judged = chosen_gates is not None or junit is not None
+    if judged or report.verdict.status != "pass":
+        say_verdict(report)
+    if judged or report.finite.tokens:
+        sys.exit(EXIT_CODES[report.verdict.status])
 
 
-def say_verdict(found: Report) -> None:
+def say_verdict(report: Report) -> None:
     from quantkit.commands.tables import console
 
-    status = found.verdict
+    status = report.verdict
     console(stderr=True).print(f"{status.status.upper()}: " + "\n".join(status.reasons), soft_wrap=True)
 
 
@@ -194,7 +194,7 @@ def evaluate_and_write(
         _make_room(folder, extent.cache, items, junit)
     screen = console(stderr=True)
     with screen.status("preparing") as status, _prepared(plan, baseline) as manager:
-        found = measure(
+        report = measure(
             quantized,
             baseline,
             text,
@@ -205,20 +205,20 @@ def evaluate_and_write(
             warn=lambda line: screen.print(f"warning: {line}", soft_wrap=True),
             ran=ran,
         )
-        if plan and found.divergence is not None:
+        if plan and report.divergence is not None:
             answers = items or folder / reports.ITEMS
-            found = _with_tasks(found, quantized, baseline, plan, manager, answers, status.update)
-    return _judged(found, str(quantized), gates, folder / reports.PAGE, junit)
+            report = _with_tasks(report, quantized, baseline, plan, manager, answers, status.update)
+    return _judged(report, str(quantized), gates, folder / reports.PAGE, junit)
 
 
 def _make_room(folder: Path, cache: Path | None, *files: Path | None) -> None:
     """A disk that cannot be written is said before the work, not after; and what an earlier evaluation left is put away."""
     from quantkit.report.report import make_folders, set_aside
 
-    wanted = [file for file in files if file]
-    make_folders(*([cache] if cache else []), *(file.parent for file in wanted))
+    outputs = [file for file in files if file]
+    make_folders(*([cache] if cache else []), *(file.parent for file in outputs))
     set_aside(folder)
-    for file in wanted:
+    for file in outputs:
         file.unlink(missing_ok=True)
 
 
@@ -230,7 +230,7 @@ def _prepared(plan: Plan | None, baseline: str | Path) -> AbstractContextManager
     return prepared(plan, baseline)
 
 
-def _judged(found: Report, name: str, gates: list[Gate] | None, page: Path, junit: Path | None) -> Report:
+def _judged(measured: Report, name: str, gates: list[Gate] | None, page: Path, junit: Path | None) -> Report:
     """Decide the gates and write everything. A gate that cannot be decided costs the verdict, not what was measured."""
     from quantkit.commands.tables import console
     from quantkit.errors import ConfigError
@@ -239,9 +239,9 @@ def _judged(found: Report, name: str, gates: list[Gate] | None, page: Path, juni
     from quantkit.report.schema import Run
 
     try:
-        report, refused = decide(found, gates), None
+        report, refused = decide(measured, gates), None
     except ConfigError as error:
-        report, refused = found, error
+        report, refused = measured, error
     runs = [Run(name=name, report=report)]
     reports.write(runs, page)
     if junit and refused is None:
@@ -253,7 +253,7 @@ def _judged(found: Report, name: str, gates: list[Gate] | None, page: Path, juni
 
 
 def _with_tasks(
-    found: Report,
+    report: Report,
     quantized: Path,
     baseline: str | Path,
     plan: Plan,
@@ -273,9 +273,9 @@ def _with_tasks(
     except NotFiniteError as error:
         if error.folder == find_model(str(baseline)):
             raise
-        return without_tasks(found, error.problem)
+        return without_tasks(report, error.problem)
     rows = [Task.model_validate(row) for row in result["tasks"]]
-    return found.model_copy(update={"tasks": rows, "task_run": TaskRun.model_validate(result["task_run"])})
+    return report.model_copy(update={"tasks": rows, "task_run": TaskRun.model_validate(result["task_run"])})
 
 
 def _command(quantized: Path, baseline: str | Path, text: str, extent: Extent, device: str, plan: Plan | None) -> str:
@@ -322,17 +322,18 @@ def report(
         reports.check_page(out)
         reports.refuse_foreign(*(out.with_suffix(suffix) for suffix in (".html", ".json", ".md")))
     reports.make_folders(*(file.parent for file in (out, junit) if file))
-    found = reports.assemble(runs, chosen(gates, gates_file), against)
-    for line in reports.incomparable(found):
+    judged = reports.assemble(runs, chosen(gates, gates_file), against)
+    for line in reports.incomparable(judged):
         click.echo(f"warning: {shown(line, 1000)}", err=True)
     if out:
-        reports.write(found, out)
+        reports.write(judged, out)
     if junit:
-        reports.write_junit(found, junit)
+        reports.write_junit(judged, junit)
     data = {
         "runs": [
-            {"run": run.name, **run.report.model_dump(include={"verdict", "gates", "changes"}, mode="json")} for run in found
+            {"run": run.name, **run.report.model_dump(include={"verdict", "gates", "changes"}, mode="json")}
+            for run in judged
         ]
     }
     show(data, verdict_tables, as_json)
-    sys.exit(reports.exit_code(found))
+    sys.exit(reports.exit_code(judged))

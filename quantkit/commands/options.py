@@ -70,8 +70,8 @@ def read_recipe(recipe_file: Path | None, options: dict[str, Any]) -> Recipe:
     """The recipe of those options. Raises ConfigError."""
     from quantkit.recipe import Recipe
 
-    given = {key: value for key, value in options.items() if value not in (None, ())}
-    return Recipe.read(recipe_file, given) if recipe_file else Recipe.of(given, "options")
+    fields = {key: value for key, value in options.items() if value not in (None, ())}
+    return Recipe.read(recipe_file, fields) if recipe_file else Recipe.of(fields, "options")
 
 
 def engine_options(function: F) -> F:
@@ -94,10 +94,10 @@ def deployment(options: dict[str, Any], needed_by: str | None = None) -> Deploym
     """Take `engine_options` but the engine out of a command's options. needed_by: what none may be given without."""
     from quantkit.engines.held import Deployment
 
-    found = Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware", "eager", "kv_cache")})
-    if needed_by and found != Deployment():
-        raise ConfigError(f"--tp, --hardware and their like say how an engine would run: {found}", f"give {needed_by} too")
-    return found
+    devices = Deployment(**{name: options.pop(name) for name in ("tp", "ep", "pp", "hardware", "eager", "kv_cache")})
+    if needed_by and devices != Deployment():
+        raise ConfigError(f"--tp, --hardware and their like say how an engine would run: {devices}", f"give {needed_by} too")
+    return devices
 
 
 def task_options(function: F) -> F:
@@ -137,9 +137,9 @@ def read_tasks(options: dict[str, Any], items: Path | None, device: str, kv_cach
     where an option says how to run tasks and none is."""
     tasks, suite, kernels = options.pop("tasks"), options.pop("suite"), options.pop("task_kernels")
     same = ("data_dir", "limit", "shots", "unsafe_code", "chat_template", "max_new_tokens", "ruler_length", "batch_size")
-    given = {key: options.pop(key) for key in same}
-    if tasks is None and suite is None and given["data_dir"] is None:
-        how = {**given, "items": items, "task_kernels": kernels if kernels != "auto" else None}
+    settings = {key: options.pop(key) for key in same}
+    if tasks is None and suite is None and settings["data_dir"] is None:
+        how = {**settings, "items": items, "task_kernels": kernels if kernels != "auto" else None}
         if idle := [f"--{key.replace('_', '-')}" for key, value in how.items() if value is not None and value is not False]:
             raise ConfigError(
                 f"{', '.join(idle)} without tasks to run", "add --tasks NAME,... or --suite NAME, or leave out"
@@ -148,5 +148,5 @@ def read_tasks(options: dict[str, Any], items: Path | None, device: str, kv_cach
     from quantkit.tasks.tasks import Options, plan_tasks
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    run = Options(**given, kernels=kernels, kv_cache=kv_cache or "bf16", device=device, add_bos=options.get("add_bos"))
+    run = Options(**settings, kernels=kernels, kv_cache=kv_cache or "bf16", device=device, add_bos=options.get("add_bos"))
     return plan_tasks(names, suite, run)

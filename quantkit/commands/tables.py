@@ -77,41 +77,41 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
     return Group(table, engine_table(plan["engine"])) if "engine" in plan else table
 
 
-def engine_table(found: dict[str, Any]) -> Group:
+def engine_table(assessment: dict[str, Any]) -> Group:
     """What an engine would do with each kind of weight; then why not and what would work, a line each."""
-    table = Table(title=_served(found), box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=_served(assessment), box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("role", "weight", "scheme", "layers", "on a device", "verdict"):
         table.add_column(name, no_wrap=name in ("layers", "on a device"))
-    for row in found["weights"]:
+    for row in assessment["weights"]:
         rows, columns = row["on_device"]["rows"], row["on_device"]["columns"]
         shape = f"{'+'.join(str(r) for r in rows)} x {columns}".replace("None", "?")
         table.add_row(row["role"], row["weight"], row["scheme"], _ranges(row["layers"]), shape, row["verdict"])
-    lines = [*_findings(found)]
-    instead = {row["role"]: row["instead"] for row in found["weights"] if row["instead"]}
+    lines = [*_findings(assessment)]
+    instead = {row["role"]: row["instead"] for row in assessment["weights"] if row["instead"]}
     lines += [f"{role} would load with {', or '.join(words)}" for role, words in instead.items()]
-    lines += [f"{problem['verdict']} [{problem['kind']}] {problem['problem']}" for problem in found.get("problems", [])]
-    more = sum(found.get("counts", {}).values()) - len(found.get("problems", []))
+    lines += [f"{problem['verdict']} [{problem['kind']}] {problem['problem']}" for problem in assessment.get("problems", [])]
+    more = sum(assessment.get("counts", {}).values()) - len(assessment.get("problems", []))
     lines += [f"and {counted(more, 'more problem')}"] if more > 0 else []
-    return Group(table, *lines, f"{found['name']} {found['version']}: {found['verdict']}")
+    return Group(table, *lines, f"{assessment['name']} {assessment['version']}: {assessment['verdict']}")
 
 
-def _findings(found: dict[str, Any]) -> list[str]:
+def _findings(assessment: dict[str, Any]) -> list[str]:
     """A paragraph for each rule that has something to say: verdict, what the engine does, and where that was seen."""
-    seen: dict[tuple[str, str], dict[str, None]] = {}
-    places = [("", finding) for finding in found["model"]]
-    places += [(f"{row['role']} {row['weight']}: ", finding) for row in found["weights"] for finding in row["findings"]]
+    paragraphs: dict[tuple[str, str], dict[str, None]] = {}
+    places = [("", finding) for finding in assessment["model"]]
+    places += [(f"{row['role']} {row['weight']}: ", finding) for row in assessment["weights"] for finding in row["findings"]]
     for place, finding in places:
         head = f"{finding['verdict']} [{finding['rule']}] {finding['says']}"
         fix = f" Fix: {finding['fix']}." if finding["fix"] else ""
-        seen.setdefault((head, fix), {})[place + finding["why"]] = None
-    return [f"{head} Here: {'; '.join(where)}.{fix}" for (head, fix), where in seen.items()]
+        paragraphs.setdefault((head, fix), {})[place + finding["why"]] = None
+    return [f"{head} Here: {'; '.join(where)}.{fix}" for (head, fix), where in paragraphs.items()]
 
 
-def _served(found: dict[str, Any]) -> str:
-    parallel = "".join(f", {name} {found[name]}" for name in ("tp", "pp") if found[name] > 1) + (
-        ", ep" if found["ep"] else ""
+def _served(assessment: dict[str, Any]) -> str:
+    parallel = "".join(f", {name} {assessment[name]}" for name in ("tp", "pp") if assessment[name] > 1) + (
+        ", ep" if assessment["ep"] else ""
     )
-    return f"{found['name']} {found['version']} on {found['hardware']}{parallel}"
+    return f"{assessment['name']} {assessment['version']} on {assessment['hardware']}{parallel}"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -128,36 +128,36 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
 
 
-def inspect_table(found: dict[str, Any]) -> Table:
-    held = f"{counted(found['layers'], 'layer')}, {counted(found['shards'], 'shard')}"
-    table = Table(title=f"{found['path']}: {found['architecture']}, {held}")
+def inspect_table(summary: dict[str, Any]) -> Table:
+    counts = f"{counted(summary['layers'], 'layer')}, {counted(summary['shards'], 'shard')}"
+    table = Table(title=f"{summary['path']}: {summary['architecture']}, {counts}")
     for name in ("role", "scheme", "tensors", "weights", "bytes", "bits/weight"):
         table.add_column(name, justify="left" if name in ("role", "scheme") else "right")
-    for role, row in [*found["roles"].items(), ("total", found["total"])]:
+    for role, row in [*summary["roles"].items(), ("total", summary["total"])]:
         scheme = ", ".join(row.get("schemes", []))
         cells = [f"{row['tensors']:,}", f"{row['weights']:,}", size(row["bytes"]), f"{row['bits_per_weight']:.3f}"]
         table.add_row(role, scheme, *cells, style="bold" if role == "total" else None)
-    table.caption = "\n".join([share_line(found["bf16_share"]), *found["notes"]])
+    table.caption = "\n".join([share_line(summary["bf16_share"]), *summary["notes"]])
     return table
 
 
-def kernel_table(found: dict[str, Any]) -> Table:
+def kernel_table(choices: dict[str, Any]) -> Table:
     names = ("role", "scheme", "linears", "kernel", "why", "elsewhere")
-    table = Table(title=f"{found['path']} on this machine")
+    table = Table(title=f"{choices['path']} on this machine")
     for name in names:
         table.add_column(name, justify="right" if name == "linears" else "left")
-    for row in found["kernels"]:
+    for row in choices["kernels"]:
         table.add_row(*(str(row[name]) for name in names))
     return table
 
 
-def bench_table(found: dict[str, Any]) -> Table:
+def bench_table(benchmark: dict[str, Any]) -> Table:
     """One section for each matrix; the kernels that served them stand below."""
-    table = Table(title=found["title"], box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=benchmark["title"], box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("matrix", "shape", "tokens", "us (p20..p80)", "GB/s", "TFLOP/s", "roofline", "BF16"):
         table.add_column(name, justify="left" if name == "matrix" else "right")
     last = ("", "")
-    for row in found["rows"]:
+    for row in benchmark["rows"]:
         time, (out, inputs) = row["microseconds"], row["shape"]
         name, shape = row["matrix"], f"{out}x{inputs}"
         if any(last) and (name, shape) != last:
@@ -170,7 +170,7 @@ def bench_table(found: dict[str, Any]) -> Table:
         cells += [f"{row['tflop_per_s']:.2f}", f"{row['of_roofline']:.0%}", f"{row['of_bf16']:.2f}x"]
         table.add_row(*((name, shape) if (name, shape) != last else ("", "")), *cells)
         last = name, shape
-    kernels = sorted({f"{row['scheme']} by {row['kernel']}" for row in found["rows"]})
+    kernels = sorted({f"{row['scheme']} by {row['kernel']}" for row in benchmark["rows"]})
     table.caption = f"{', '.join(kernels)}; share of the roofline measured here, speed-up over BF16"
     return table
 
@@ -226,13 +226,13 @@ _FOLDED = 8  # columns that a text column keeps on a narrow terminal
 _UNBOUNDED = 10_000
 
 
-def print_tables(shown: RenderableType, screen: Console) -> None:
+def print_tables(renderable: RenderableType, screen: Console) -> None:
     """Print tables, alone or in groups, so that no number is cut: what is aligned right, or not wrapped, stays whole.
 
     Text is folded where a terminal is narrow; a file or a pipe has no width, and gets each row on one line.
     """
     texts = []
-    for table in _tables_in(shown):
+    for table in _tables_in(renderable):
         table.title_justify = table.caption_justify = "left"
         for column in table.columns:
             column.width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
@@ -240,19 +240,19 @@ def print_tables(shown: RenderableType, screen: Console) -> None:
                 column.overflow, column.width = "fold", min(column.width, _FOLDED)
                 texts.append(column)
     unbounded = screen.options.update(max_width=_UNBOUNDED)
-    least = Measurement.get(screen, unbounded, shown).minimum
+    least = Measurement.get(screen, unbounded, renderable).minimum
     for column in texts:
         column.width = None
-    natural = Measurement.get(screen, unbounded, shown).maximum
+    natural = Measurement.get(screen, unbounded, renderable).maximum
     screen.width = max(screen.width, least) if screen.is_terminal else natural
-    screen.print(shown)
+    screen.print(renderable)
 
 
-def _tables_in(shown: RenderableType) -> Iterator[Table]:
-    if isinstance(shown, Table):
-        yield shown
-    elif isinstance(shown, Group):
-        for part in shown.renderables:
+def _tables_in(renderable: RenderableType) -> Iterator[Table]:
+    if isinstance(renderable, Table):
+        yield renderable
+    elif isinstance(renderable, Group):
+        for part in renderable.renderables:
             yield from _tables_in(part)
 
 

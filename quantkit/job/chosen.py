@@ -43,7 +43,7 @@ def choose(reader: CheckpointReader, spec: NamedSpec, recipe: Recipe) -> Chosen:
     matrices = {ref.key: specials(ref.key, (ref.out_features, ref.in_features), reader.config) for ref in spec.linears()}
     linears = {ref.weight for ref in spec.linears()}
     others = {target(name): entry for name, entry in reader.entries.items() if name not in linears}
-    taken: set[str] = set()
+    selected: set[str] = set()
     left: dict[str, dict[str, Special]] = {}
     for pattern in recipe.linears:
         hits = [key for key in matrices if fnmatchcase(key, pattern)]
@@ -51,15 +51,17 @@ def choose(reader: CheckpointReader, spec: NamedSpec, recipe: Recipe) -> Chosen:
         free = [key for key in hits if _spelled(pattern, matrices[key])]
         if not free:
             _refuse_empty(reader, pattern, hits, matrices)
-        taken.update(free)
+        selected.update(free)
         left.update({key: matrices[key] for key in hits})
-    notes = _left_notes({key: found for key, found in left.items() if key not in taken and not is_kept_by_rule(recipe, key)})
-    return Chosen(frozenset(taken), notes)
+    notes = _left_notes(
+        {key: parts for key, parts in left.items() if key not in selected and not is_kept_by_rule(recipe, key)}
+    )
+    return Chosen(frozenset(selected), notes)
 
 
-def _spelled(pattern: str, found: Mapping[str, Special]) -> bool:
+def _spelled(pattern: str, parts: Mapping[str, Special]) -> bool:
     """Whether a pattern names, without a wildcard, every part that makes a matrix special."""
-    return found.keys() <= set(pattern.split("."))
+    return parts.keys() <= set(pattern.split("."))
 
 
 def _refuse_others(
@@ -73,12 +75,12 @@ def _refuse_others(
         if pattern == EVERYTHING and not wide:
             continue
         why = "the format holds one matrix a tensor" if len(entry.shape) > 2 else "it is no matrix called '*.weight'"
-        seen = f"'{name}', {entry.dtype} {list(entry.shape)}, cannot be quantised: {why}"
+        problem = f"'{name}', {entry.dtype} {list(entry.shape)}, cannot be quantised: {why}"
         if not matches:
             fix = "name linears as in 'model.layers.*.mlp.*_proj', without '.weight'"
-            raise ConfigError(f"pattern '{pattern}' matches no matrix of {reader.folder}; {seen}", fix)
+            raise ConfigError(f"pattern '{pattern}' matches no matrix of {reader.folder}; {problem}", fix)
         raise ConfigError(
-            f"pattern '{pattern}' also matches what is no linear of {reader.folder}: {seen}",
+            f"pattern '{pattern}' also matches what is no linear of {reader.folder}: {problem}",
             f"narrow the pattern, as in '*_proj', or say that it stays: --keep '{name}'",
         )
 
@@ -102,8 +104,8 @@ def _refuse_empty(
 def _left_notes(left: Mapping[str, Mapping[str, Special]]) -> tuple[str, ...]:
     """One line for each kind that was matched by a wildcard and stays."""
     kinds: dict[Special, list[str]] = {}
-    for key, found in left.items():
-        kinds.setdefault(next(iter(found.values())), []).append(key)
+    for key, parts in left.items():
+        kinds.setdefault(next(iter(parts.values())), []).append(key)
     return tuple(
         f"wildcards leave {counted(len(keys), 'tensor')} in BF16 ({special.value}), such as '{keys[0]}': spell the name to "
         "take it"

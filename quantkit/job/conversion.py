@@ -124,8 +124,8 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     except VerificationError as error:
         if damage := set_aside_damaged(target, {unit["shard"]: unit["sha256"] for unit in journal.units.values()}):
             raise VerificationError("\n  ".join([error.problem, *damage]), "repeat the command; check the disk") from error
-        kept = keep_failed(partial, target)
-        raise VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", error.fix) from error
+        failed = keep_failed(partial, target)
+        raise VerificationError(f"{error.problem}\nWhat was written is kept as {failed}", error.fix) from error
     finally:
         journal.close()
     return record
@@ -159,7 +159,7 @@ def _pieces(
 ) -> list[_Piece]:
     """In the order of the model; tensors around its layers and KV scales come last."""
     pieces = []
-    taken = set()
+    converted = set()
     for ref in spec.linears():
         if before[ref.key] is None:
             continue
@@ -167,10 +167,10 @@ def _pieces(
         plain = TensorPlan(ref.weight, "BF16", (ref.out_features, ref.in_features))
         tensors = target.planned(ref, scheme) if target and scheme else [plain]
         pieces.append(_Piece(ref.key, ref, scheme, tuple(tensors)))
-        taken.add(ref.weight)
-    wanted = {*spec.tensors(), HEAD} - taken
-    kept = [key for key in reader.entries if key in wanted or KV_SCALE.match(key)]
-    for key in kept:
+        converted.add(ref.weight)
+    rest = {*spec.tensors(), HEAD} - converted
+    copied = [key for key in reader.entries if key in rest or KV_SCALE.match(key)]
+    for key in copied:
         entry = reader.entries[key]
         pieces.append(_Piece(key, None, None, (TensorPlan(key, entry.dtype, entry.shape),)))
     return pieces
@@ -214,33 +214,33 @@ def _write_shards(plan: _Plan, target: Path, journal: Journal, watch: Watch, pro
         journal.commit(index, {"shard": shard.file, "sha256": digest, "rounded": rounded, "source": source})
         progress(index + 1, len(plan.shards))
     hashes = {unit["shard"]: unit["sha256"] for unit in journal.units.values()}
-    made, shards = _made(plan, journal), (shard for shard, _ in plan.shards)
-    complete(partial, plan.reader.folder, plan.config, shards, hashes, plan.changed, made)
+    statement, shards = _made(plan, journal), (shard for shard, _ in plan.shards)
+    complete(partial, plan.reader.folder, plan.config, shards, hashes, plan.changed, statement)
     return sum(unit["rounded"] for unit in journal.units.values())
 
 
 def _digests(plan: _Plan, pieces: tuple[_Piece, ...]) -> dict[str, str]:
     """The digests of the tensors of the source that the pieces were made from."""
-    known, names = plan.reader.digests, set[str]()
+    digests, names = plan.reader.digests, set[str]()
     for piece in pieces:
         scheme = plan.before[piece.key] if piece.ref else None
         planned = [t.name for t in plan.source.planned(piece.ref, scheme)] if piece.ref and scheme else [piece.key]
-        names |= known.keys() & planned
-    return {name: known[name] for name in sorted(names)}
+        names |= digests.keys() & planned
+    return {name: digests[name] for name in sorted(names)}
 
 
 def _made(plan: _Plan, journal: Journal) -> dict[str, Any]:
     """What quantkit.json says: what it says in the source, since the weights are the same, or what is known without that.
     A weight in BF16 may have been rounded once more, and has no record."""
-    said = read_statement(plan.reader.folder)
-    if said is None:
+    statement = read_statement(plan.reader.folder)
+    if statement is None:
         digests = {name: digest for unit in journal.units.values() for name, digest in unit["source"].items()}
         for name in plan.reader.entries.keys() - digests.keys():  # which no value depends on
             digests[name] = tensor_digest(plan.reader.tensor(name))
-        said = {"source": {"digest": content_digest(plan.reader.entries, digests)}, "recipe": None, "linears": {}}
-    linears = said["linears"] if plan.target else {}
+        statement = {"source": {"digest": content_digest(plan.reader.entries, digests)}, "recipe": None, "linears": {}}
+    linears = statement["linears"] if plan.target else {}
     converted = {"from": plan.source.name, "to": plan.target.name if plan.target else BF16}
-    return {"source": said["source"], "recipe": said["recipe"], "linears": linears, "converted": converted}
+    return {"source": statement["source"], "recipe": statement["recipe"], "linears": linears, "converted": converted}
 
 
 def _write(plan: _Plan, partial: Path, shard: ShardPlan, pieces: tuple[_Piece, ...]) -> int:

@@ -56,8 +56,8 @@ class Journal:
             ) from None
         data, lines = self._replay()
         if not lines and b"\n" in data:
-            seen = f"{self.path} holds no sound line: it is damaged, or of another version of quantkit"
-            raise OutputError(seen, f"finish it with that version, or remove {self.folder.parent}")
+            problem = f"{self.path} holds no sound line: it is damaged, or of another version of quantkit"
+            raise OutputError(problem, f"finish it with that version, or remove {self.folder.parent}")
         mine = [line for line in lines if line["job"] == self._job]
         if lines and not mine:
             raise self._another(key, lines)
@@ -77,9 +77,9 @@ class Journal:
     def _another(self, key: dict[str, str], lines: list[dict[str, Any]]) -> OutputError:
         there: dict[str, str] = next((line["key"] for line in lines if "key" in line), {})
         differing = [name for name in sorted(key.keys() | there.keys()) if key.get(name) != there.get(name)]
-        said = "\n  ".join(f"{name}: {there.get(name)} there, {key.get(name)} here" for name in differing)
+        differences = "\n  ".join(f"{name}: {there.get(name)} there, {key.get(name)} here" for name in differing)
         return OutputError(
-            f"{self.folder.parent} belongs to another job; these differ:\n  {said}",
+            f"{self.folder.parent} belongs to another job; these differ:\n  {differences}",
             f"repeat the other command to finish it, or remove {self.folder.parent}",
         )
 

@@ -41,12 +41,12 @@ def check_meant(
     if left <= MOST * total:
         return
     largest = sorted(untold.items(), key=lambda item: -item[1])
-    shown = "; ".join(f"'{name}' with {size / total:.1%}" for (name, _), size in largest[:3])
-    wanted = " ".join([*dict.fromkeys(option for (_, option), _ in largest)][:8])
+    examples = "; ".join(f"'{name}' with {size / total:.1%}" for (name, _), size in largest[:3])
+    options = " ".join([*dict.fromkeys(option for (_, option), _ in largest)][:8])
     raise ConfigError(
         f"{left / total:.1%} of the bytes of the matrices inside the layers would stay in BF16, and nothing says that they "
-        f"should: {shown}",
-        f"quantise them, or say that it is meant: {wanted}",
+        f"should: {examples}",
+        f"quantise them, or say that it is meant: {options}",
     )
 
 
@@ -58,8 +58,8 @@ def _is_told(reader: CheckpointReader, recipe: Recipe, name: str, ref: Linear | 
         return bool(getattr(recipe, ref.role.value) == BF16)
     if ref is not None and ref.role is not Role.LINEAR:
         return False
-    found = specials(target(name), reader.entries[name].shape, reader.config)
-    return bool(found) and all(special in _ALWAYS for special in found.values())
+    parts = specials(target(name), reader.entries[name].shape, reader.config)
+    return bool(parts) and all(special in _ALWAYS for special in parts.values())
 
 
 def _option(spec: ModelSpec | NamedSpec, name: str, ref: Linear | None) -> str:

@@ -22,8 +22,8 @@ def methods_of(spec: ModelSpec | NamedSpec, recipe: Recipe, schemes: dict[str, S
 
     Raises ConfigError where those would differ in method, or a rule says what changes nothing.
     """
-    said = {ref.key: recipe.method_of(ref) for ref in spec.linears() if schemes[ref.key]}
-    methods = {key: method for key, method in said.items() if method}
+    assigned = {ref.key: recipe.method_of(ref) for ref in spec.linears() if schemes[ref.key]}
+    methods = {key: method for key, method in assigned.items() if method}
     for layer in spec.layers:
         for first, *others in layer.same_input():
             for ref in others:

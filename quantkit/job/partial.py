@@ -59,8 +59,8 @@ def finished(target: Path, key: Mapping[str, str]) -> dict[str, Any] | None:
     problems: list[str] = []
     check_hashes(target, problems)
     if problems:
-        seen = f"{target} exists: this command has made it, and since then {problems[0]}"
-        raise OutputError(seen, "remove it, or choose another OUT")
+        problem = f"{target} exists: this command has made it, and since then {problems[0]}"
+        raise OutputError(problem, "remove it, or choose another OUT")
     _clean(target)
     return load_json(target / RECORD)
 
@@ -81,12 +81,12 @@ def shortage(target: Path, needed: int) -> str | None:
     return f"{folder} has {free:,} bytes free, and {missing:,} are needed" if free < missing else None
 
 
-def drop_orphans(partial: Path, kept: Collection[str]) -> None:
-    """Remove what a killed run left behind in OUT.partial and no journal line vouches for. kept: names of files for which
-    one does."""
+def drop_orphans(partial: Path, committed: Collection[str]) -> None:
+    """Remove what a killed run left behind in OUT.partial and no journal line vouches for. committed: names of files for
+    which one does."""
     work = partial / WORK
     for path in [*partial.iterdir(), *work.iterdir()]:
-        if path == work or path.name in (JOURNAL, LOCK, *kept):
+        if path == work or path.name in (JOURNAL, LOCK, *committed):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -96,14 +96,14 @@ def drop_orphans(partial: Path, kept: Collection[str]) -> None:
 
 def set_aside_damaged(target: Path, hashes: Mapping[str, str]) -> list[str]:
     """Which of OUT.partial's files are not what was written (sha256 by name), in words; what is there of them is kept."""
-    said = []
+    problems = []
     for name, digest in hashes.items():
         path = partial_of(target) / name
         if not os.path.lexists(path):
-            said.append(f"{path} is gone")
+            problems.append(f"{path} is gone")
         elif path.is_symlink() or not path.is_file() or sha256(path) != digest:
-            said.append(f"{path} is no longer what was written, and is kept as {keep_failed(path, target)}")
-    return said
+            problems.append(f"{path} is no longer what was written, and is kept as {keep_failed(path, target)}")
+    return problems
 
 
 def keep_failed(path: Path, target: Path) -> Path:

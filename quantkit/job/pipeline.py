@@ -207,7 +207,7 @@ class _Job:
         """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""
         for index, unit in sorted(self.journal.units.items()):
             if damage := set_aside_damaged(self.target, unit["shards"]):
-                self.recovered += [f"{said}: unit {index} was quantised again" for said in damage]
+                self.recovered += [f"{problem}: unit {index} was quantised again" for problem in damage]
                 del self.journal.units[index]
         for index, unit in self.journal.units.items():
             if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
@@ -247,8 +247,8 @@ class _Job:
             following = Tape.create(*self._tape(number + 1))
             UnitRun(self.place, self.plan.units[number], lambda *_: None).again(self.tapes.get(number), following)
             if following.sync() != self.journal.units[number]["tape"]:
-                seen = f"{self.partial}: the hidden states after unit {number} cannot be computed again as they were"
-                raise OutputError(seen, f"remove {self.partial} and repeat the command")
+                problem = f"{self.partial}: the hidden states after unit {number} cannot be computed again as they were"
+                raise OutputError(problem, f"remove {self.partial} and repeat the command")
             if number in self.tapes:
                 self.tapes.pop(number).remove()
             self.tapes[number + 1] = following
@@ -297,19 +297,21 @@ class _Job:
         if damage := set_aside_damaged(self.target, hashes):
             fix = "repeat the command: it quantises again only what lay in there; check the disk"
             return VerificationError("\n  ".join([error.problem, *damage]), fix)
-        kept = keep_failed(self.partial, self.target)
-        back = f"; or, if the source was wrong, put it right, move {kept} back to {self.partial}, and repeat the command"
-        return VerificationError(f"{error.problem}\nWhat was written is kept as {kept}", f"{error.fix}{back}")
+        failed = keep_failed(self.partial, self.target)
+        back = f"; or, if the source was wrong, put it right, move {failed} back to {self.partial}, and repeat the command"
+        return VerificationError(f"{error.problem}\nWhat was written is kept as {failed}", f"{error.fix}{back}")
 
     def _made(self) -> dict[str, Any]:
         """What quantkit.json says."""
         digests = {name: digest for unit in self.journal.units.values() for name, digest in unit["source"].items()}
         linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
-        said = ("scheme", "method", "weight_error", "input_scale")
+        fields = ("scheme", "method", "weight_error", "input_scale")
         return {
             "source": {"digest": content_digest(self.reader.entries, digests)},
             "recipe": self.plan.resolved,
-            "linears": {key: {name: linears[key][name] for name in said if name in linears[key]} for key in sorted(linears)},
+            "linears": {
+                key: {name: linears[key][name] for name in fields if name in linears[key]} for key in sorted(linears)
+            },
         }
 
     def _record(self, coverage: dict[str, Any]) -> RunRecord:

@@ -47,15 +47,15 @@ def place(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[s
     if around:
         drafts.append(((), tuple(around), [plain(key) for key in around]))
     for layers in spec.groups():
-        kept: list[str] = []
+        plain_keys: list[str] = []
         tensors: list[TensorPlan] = []
         for layer in layers:
-            kept += layer.kept()
+            plain_keys += layer.kept()
             tensors += [plain(key) for key in layer.kept()]
             for ref in layer.linears():
                 scheme = schemes[ref.key]
                 tensors += compressed_tensors.planned(ref, scheme) if scheme else [plain(ref.weight)]
-        drafts.append((layers, tuple(kept), tensors))
+        drafts.append((layers, tuple(plain_keys), tensors))
     split = [in_shards(tensors, lambda tensor: tensor.nbytes) for _, _, tensors in drafts]
     total, number, units = sum(map(len, split)), 0, []
     for (layers, kept_keys, _), parts in zip(drafts, split, strict=True):

@@ -83,14 +83,14 @@ class Plan:
     @property
     def resolved(self) -> dict[str, Any]:
         """The recipe with each role's scheme, and without what decides nothing here; a file of text by its name alone."""
-        said = self.recipe.model_dump(mode="json")
-        said |= {role.value: said[role.value] or self.recipe.scheme for role in OPTION_ROLES}
+        fields = self.recipe.model_dump(mode="json")
+        fields |= {role.value: fields[role.value] or self.recipe.scheme for role in OPTION_ROLES}
         # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
         usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0])}
-        said = {name: value for name, value in said.items() if value not in usual.get(name, ())}
+        fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
-            return {name: value for name, value in said.items() if name not in _TEXT}
-        return {**said, "calibration": Path(self.recipe.calibration).name}
+            return {name: value for name, value in fields.items() if name not in _TEXT}
+        return {**fields, "calibration": Path(self.recipe.calibration).name}
 
     @property
     def tape_bytes(self) -> int:
@@ -156,8 +156,8 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     if isinstance(spec, NamedSpec):
         _check_by_name(plan)
     elif plan.calibrated and spec.positions and recipe.seq_len > spec.positions:
-        seen = f"seq_len {recipe.seq_len} is longer than the model reads: max_position_embeddings in {where}"
-        raise ConfigError(f"{seen} is {spec.positions}", f"give --seq-len {spec.positions} or less")
+        problem = f"seq_len {recipe.seq_len} is longer than the model reads: max_position_embeddings in {where}"
+        raise ConfigError(f"{problem} is {spec.positions}", f"give --seq-len {spec.positions} or less")
     if problems := compressed_tensors.inexact(plan.written, schemes, *bystanders(spec)):
         raise ConfigError(
             f"the config for engines would not be exact: {problems[0]}", "choose patterns that keep them apart"
@@ -221,9 +221,9 @@ def _check_by_name(plan: Plan) -> None:
                 f"'{key}' in {scheme.name} needs calibration, and so an architecture that quantkit knows",
                 "add --method rtn, or choose FP8_DYNAMIC, FP8_BLOCK, W8A8 or W8A16",
             )
-    seen = compressed_tensors.parse(plan.written, plan.schemes)
+    parsed = compressed_tensors.parse(plan.written, plan.schemes)
     for key, scheme in plan.schemes.items():
-        if seen[key] != scheme:
+        if parsed[key] != scheme:
             raise ConfigError(
                 f"the name '{key}' ends as another linear's does that is treated differently; engines would mix them up",
                 "choose patterns that treat both alike",

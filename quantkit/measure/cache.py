@@ -44,8 +44,8 @@ class BaselineCache:
     code, the machine's arithmetic and its threads."""
 
     def __init__(self, folder: Path, model: str, windows: str, batch: int, device: torch.device) -> None:
-        said = [model, windows, batch, METRICS_VERSION, code_digest(DECISIVE), arithmetic(device), torch.get_num_threads()]
-        self.folder, self.device = folder / hashlib.sha256(json.dumps(said).encode()).hexdigest()[:24], device
+        key = [model, windows, batch, METRICS_VERSION, code_digest(DECISIVE), arithmetic(device), torch.get_num_threads()]
+        self.folder, self.device = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24], device
         self._manifest = self.folder / "manifest.json"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ class BaselineCache:
         data = save({"hidden": run.hidden.cpu().contiguous(), **tensors})
         write_bytes(self.folder / self._name(start), data)
         # Another evaluation that writes here too may overwrite this entry with one like it; a lost one is computed again.
-        known = {**self._known(), self._name(start): hashlib.sha256(data).hexdigest()}
-        write_bytes(self._manifest, json.dumps(known, indent=1).encode() + b"\n")
+        hashes = {**self._known(), self._name(start): hashlib.sha256(data).hexdigest()}
+        write_bytes(self._manifest, json.dumps(hashes, indent=1).encode() + b"\n")
 
     def nbytes(self) -> int:
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))

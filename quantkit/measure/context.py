@@ -38,12 +38,12 @@ def buckets(scores: TokenScores) -> list[ContextBucket]:
     top, edges = int(scores.position.max()) + 1, [0, 32]
     while edges[-1] < top:
         edges.append(2 * edges[-1])
-    found = []
+    rows = []
     for start, stop in zip(edges, edges[1:], strict=False):
         part = scores.where((scores.position >= start) & (scores.position < stop))
         if len(part):
             base, quant = (float(np.exp(min(x.mean(), 700))) for x in (part.nll_baseline, part.nll_quantized))
-            found.append(
+            rows.append(
                 ContextBucket(
                     start=start,
                     stop=min(stop, top),
@@ -53,7 +53,7 @@ def buckets(scores: TokenScores) -> list[ContextBucket]:
                     kl=float(part.kl.mean()),
                 )
             )
-    return found
+    return rows
 
 
 class LongContext(Observer):
@@ -109,10 +109,10 @@ class LongContext(Observer):
     def _recalled(self) -> list[tuple[Needle, int, int]]:
         """Each depth's needle; of how many windows both models, and the baseline, recall all three tokens."""
         base, quant = self.models
-        windows, wanted = len(self.ids), torch.cat([needle.wanted for needle in self._needles])
-        right, hits = _recall(base, self.tracks[2], 0, wanted)
-        without, _ = _recall(base, self.tracks[2], len(wanted), wanted)
-        quant_right, quant_hits = _recall(quant, self.tracks[3], 0, wanted)
+        windows, expected = len(self.ids), torch.cat([needle.expected for needle in self._needles])
+        right, hits = _recall(base, self.tracks[2], 0, expected)
+        without, _ = _recall(base, self.tracks[2], len(expected), expected)
+        quant_right, quant_hits = _recall(quant, self.tracks[3], 0, expected)
         if np.isnan(right).any() or np.isnan(without).any():
             raise _baseline_broken(base, self.ids.shape[1])
         rows = []
@@ -135,9 +135,9 @@ class LongContext(Observer):
 
 def long_context(models: Sequence[Model], ids: Tensor, kv: KVFormat) -> Context:
     """`LongContext` in a pass of its own."""
-    found = LongContext(models, ids, kv)
-    side_by_side(models, [found])
-    return found.context
+    measurement = LongContext(models, ids, kv)
+    side_by_side(models, [measurement])
+    return measurement.context
 
 
 def _last_ratio(far: TokenScores) -> Figure:
@@ -149,13 +149,13 @@ def _last_ratio(far: TokenScores) -> Figure:
 def _kept(both: Sequence[int], baseline: Sequence[int]) -> Figure | None:
     """Of the needles that the baseline recalls, the share that the quantised model recalls too; None where there are none.
     Wilson's interval, which does not shrink to a point where all are."""
-    found = sum(baseline)
-    return figure(sum(both) / found, wilson(sum(both), found)) if found else None
+    recalled = sum(baseline)
+    return figure(sum(both) / recalled, wilson(sum(both), recalled)) if recalled else None
 
 
 def _baseline_broken(model: Model, length: int) -> CheckpointError:
-    seen = f"{model.folder}: logits of the baseline are not finite in windows of {length} tokens"
-    return CheckpointError(seen, "check that checkpoint, or lower --context")
+    problem = f"{model.folder}: logits of the baseline are not finite in windows of {length} tokens"
+    return CheckpointError(problem, "check that checkpoint, or lower --context")
 
 
 def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
@@ -169,11 +169,11 @@ def _rare(ids: Tensor, vocab: int, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Planted:
-    """planted, bare: int64 [windows, length], with and without the run of rare tokens; wanted [windows, 3]."""
+    """planted, bare: int64 [windows, length], with and without the run of rare tokens; expected [windows, 3]."""
 
     planted: Tensor
     bare: Tensor
-    wanted: Tensor
+    expected: Tensor
 
 
 def _plant(ids: Tensor, vocab: int, depth: float) -> _Planted:
@@ -187,11 +187,11 @@ def _plant(ids: Tensor, vocab: int, depth: float) -> _Planted:
     return _Planted(planted, bare, needles[:, 1:])
 
 
-def _recall(model: Model, track: Track, first: int, wanted: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Probability of `wanted` [n, k] after the last k positions of a track's windows from `first` on, and whether it is the
-    likeliest; [n, k] each. Where logits are not finite, the probability is NaN and nothing is the likeliest."""
+def _recall(model: Model, track: Track, first: int, expected: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Probability of `expected` [n, k] after the last k positions of a track's windows from `first` on, and whether it is
+    the likeliest; [n, k] each. Where logits are not finite, the probability is NaN and nothing is the likeliest."""
     chance, likeliest = [], []
-    for window, targets in enumerate(wanted, first):
+    for window, targets in enumerate(expected, first):
         logits = model.head(track.hidden(slice(window, window + 1))[0, -len(targets) :])
         finite = torch.isfinite(logits).all(-1)
         p = logits.double().softmax(-1).gather(-1, targets.to(logits.device)[:, None])[:, 0]

@@ -119,16 +119,16 @@ def bootstrap(scores: TokenScores, resamples: int = 2000, seed: int = 0) -> dict
     told = {name: q for name, q in QUANTILES.items() if len(scores) >= tail_needs(q)}
     quantiles = sample.quantiles(scores.kl, list(told.values()))
     kl = {"kl.mean": sample.means(scores.kl), **{f"kl.{name}": x for name, x in zip(told, quantiles, strict=True)}}
-    found: dict[str, Interval | None] = {}
+    intervals: dict[str, Interval | None] = {}
     for name, values in logs.items():
         interval = sample.interval(values)
-        found[name] = (_exp(interval[0]), _exp(interval[1])) if interval else None
+        intervals[name] = (_exp(interval[0]), _exp(interval[1])) if interval else None
     for name, values in shares.items():
-        found[name] = at_least_wilson(sample.interval(sample.means(values)), values)
+        intervals[name] = at_least_wilson(sample.interval(sample.means(values)), values)
     for name, values in kl.items():
         interval = sample.interval(values)
-        found[name] = (max(0.0, interval[0]), interval[1]) if interval else None
-    return {name: interval for name, interval in found.items() if interval}
+        intervals[name] = (max(0.0, interval[0]), interval[1]) if interval else None
+    return {name: interval for name, interval in intervals.items() if interval}
 
 
 def log_ratio_error(scores: TokenScores) -> float | None:

@@ -86,20 +86,20 @@ def measure(
     run, far = ran, None
     if run is None or not run.ran or run.data.digest() != data.digest():
         step, long_ids = _step(data), job.read.long_ids
-        store = BaselineCache(extent.cache, job.held[0].digest, data.digest(), step, job.place) if extent.cache else None
+        store = BaselineCache(extent.cache, job.on_disk[0].digest, data.digest(), step, job.place) if extent.cache else None
         run = Evaluation(models[0].spec, data, step, models[0].folder, store, kv)
         far = None if long_ids is None else LongContext(models, long_ids, kv or KVFormat.FLOAT32)
         side_by_side(models, [run, far] if far else [run], progress)
     linears = linear_rows(models, record, run.weight_errors)
     scored = len(run.scores) + run.broken
-    said = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command, job.read.began)
+    request = Said(str(baseline), str(quantized), text, extent.seq_len, kv.value if kv else None, command, job.read.began)
     samples, notes, unwritten = _generate(models, data, job.read.tokenizer, extent, run.broken > 0)
     context = far.context if far else None
     finite, where = _finite(run, context, scored, unwritten)
     return Report(
         verdict=Verdict(status="undecided", reasons=["no gate has been applied"]),
         gates=[],
-        provenance=provenance(models, job.held, record, data, job.overlap, said, scored),
+        provenance=provenance(models, job.on_disk, record, data, job.overlap, request, scored),
         finite=finite,
         divergence=divergence(run) if len(run.scores) else None,
         probe=probe(run),
@@ -133,7 +133,7 @@ class _Job:
 
     models: list[Model]
     read: HeldOut
-    held: list[Contents]
+    on_disk: list[Contents]
     record: dict[str, Any]
     overlap: Overlap
     place: torch.device
@@ -145,19 +145,21 @@ class _Job:
     def notes(self) -> list[str]:
         """That a folder holds two sets of weights, that files are not what they were written as (the figures are of what is
         there now), that the baseline has lost something itself, and that the text is not unseen."""
-        pairs = zip(self.models, self.held, strict=True)
+        pairs = zip(self.models, self.on_disk, strict=True)
         changed = [
-            f"{m.folder}: {name} does not have the hash that {SUMS} states" for m, held in pairs for name in held.changed
+            f"{m.folder}: {name} does not have the hash that {SUMS} states" for m, files in pairs for name in files.changed
         ]
         base = self.models[0]
         schemes = sorted({scheme.name for scheme in base.weights.schemes.values() if scheme})
-        said = f"the baseline {base.folder} is itself quantised ({', '.join(schemes)}): what it lost is in no figure here"
+        base_note = (
+            f"the baseline {base.folder} is itself quantised ({', '.join(schemes)}): what it lost is in no figure here"
+        )
         share = self.overlap.share or 0.0
-        seen = (
+        overlap_note = (
             f"{share:.1%} of the evaluation text stands in the calibration text: the figures are better than on other text"
         )
         sets = [note for model in self.models for note in weight_sets(model.folder)]
-        doubtful = [*([said] if schemes else []), *([seen] if share >= _SEEN else [])]
+        doubtful = [*([base_note] if schemes else []), *([overlap_note] if share >= _SEEN else [])]
         return [*sets, *changed, *self.read.notes, *doubtful]
 
 
@@ -167,12 +169,12 @@ def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Ext
     read = read_text(models[0].folder, models[0].config, text, extent)
     _check_pair(models, read.tokenizer)
     if int(read.data.ids.max()) >= models[0].spec.vocab:
-        seen = f"the tokenizer in {models[0].folder} gives id {int(read.data.ids.max())}, the vocabulary ends before"
-        raise ConfigError(seen, "use the tokenizer that belongs to this model")
+        problem = f"the tokenizer in {models[0].folder} gives id {int(read.data.ids.max())}, the vocabulary ends before"
+        raise ConfigError(problem, "use the tokenizer that belongs to this model")
     record = run_record(models[1].folder)
-    known = overlap(record, models[0].folder, read.data)
-    held = [contents(model.folder) for model in models]
-    return _Job(models, read, held, record, known, place)
+    shared = overlap(record, models[0].folder, read.data)
+    on_disk = [contents(model.folder) for model in models]
+    return _Job(models, read, on_disk, record, shared, place)
 
 
 @dataclass(frozen=True)
@@ -195,8 +197,8 @@ def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -
     limit = config.get("max_position_embeddings")
     for option, length in (("--seq-len", data.ids.shape[1]), ("--context", extent.context)):
         if isinstance(limit, int) and length > limit:
-            seen = f"windows of {length} tokens are longer than {folder} reads: its max_position_embeddings is {limit}"
-            raise ConfigError(f"{option}: {seen}", f"give {option} {limit} or less")
+            problem = f"windows of {length} tokens are longer than {folder} reads: its max_position_embeddings is {limit}"
+            raise ConfigError(f"{option}: {problem}", f"give {option} {limit} or less")
     long_ids = None
     if extent.context:
         each = 2 * _CONTEXT_WINDOWS * extent.context
@@ -231,9 +233,9 @@ def _finite(run: Evaluation, context: Context | None, scored: int, unwritten: in
 
 def without_tasks(report: Report, problem: str) -> Report:
     """The report of a model that could not answer a benchmark item: what was measured, and a token that is not finite."""
-    known = report.finite
-    places = {**known.elsewhere, "benchmark tasks": 1}
-    finite = known.model_copy(update={"tokens": known.tokens + 1, "of": known.of + 1, "elsewhere": places})
+    before = report.finite
+    places = {**before.elsewhere, "benchmark tasks": 1}
+    finite = before.model_copy(update={"tokens": before.tokens + 1, "of": before.of + 1, "elsewhere": places})
     return report.model_copy(update={"finite": finite, "notes": [*report.notes, f"no benchmark was finished: {problem}"]})
 
 
@@ -259,22 +261,22 @@ def evaluate(
 def figures(report: Report) -> dict[str, Any]:
     """The main figures under the keys that `quantkit eval --json` documents. Raises CheckpointError where no token of the
     quantised model has finite logits."""
-    found, origin = report.divergence, report.provenance
-    if found is None:
-        seen = f"no logits of {origin.quantized} are finite, from layer {report.finite.layer} on"
-        raise CheckpointError(seen, "see its report; quantise again")
+    measured, origin = report.divergence, report.provenance
+    if measured is None:
+        problem = f"no logits of {origin.quantized} are finite, from layer {report.finite.layer} on"
+        raise CheckpointError(problem, "see its report; quantise again")
     named = {
-        **{f"perplexity.{key}": figure for key, figure in found.perplexity.items()},
-        **{f"kl.{key}": figure for key, figure in found.kl.items()},
-        "top1_agreement": found.top1_agreement,
-        **({"router_agreement": found.router_agreement} if found.router_agreement else {}),
+        **{f"perplexity.{key}": figure for key, figure in measured.perplexity.items()},
+        **{f"kl.{key}": figure for key, figure in measured.kl.items()},
+        "top1_agreement": measured.top1_agreement,
+        **({"router_agreement": measured.router_agreement} if measured.router_agreement else {}),
     }
-    router = found.router_agreement.value if found.router_agreement else 1.0
+    router = measured.router_agreement.value if measured.router_agreement else 1.0
     keys = ("layer", "hidden_error", "router_agreement")
     return {
-        "perplexity": {key: figure.value for key, figure in found.perplexity.items()},
-        "kl": {key: figure.value for key, figure in found.kl.items()},
-        "top1_agreement": found.top1_agreement.value,
+        "perplexity": {key: figure.value for key, figure in measured.perplexity.items()},
+        "kl": {key: figure.value for key, figure in measured.kl.items()},
+        "top1_agreement": measured.top1_agreement.value,
         "router_agreement": router,
         "noise_floor": report.probe.floor.value if report.probe else None,
         "ci95": {name: [f.low, f.high] for name, f in named.items() if f.low is not None},
@@ -312,13 +314,13 @@ def _generate(
     """Samples; a note where there are none although they were asked for; and how many tokens had no finite logits."""
     if not extent.samples or broken:
         return [], ["no text was generated: logits are not finite"] if broken and extent.samples else [], 0
-    held = sum(entry.nbytes for model in models for entry in model.weights.reader.entries.values())
-    if held > _KEEP_BYTES:
-        return [], [f"no text was generated: it would keep {held:,} bytes of weights in memory"], 0
-    kept = [Model(model.folder, model.device) for model in models]
+    nbytes = sum(entry.nbytes for model in models for entry in model.weights.reader.entries.values())
+    if nbytes > _KEEP_BYTES:
+        return [], [f"no text was generated: it would keep {nbytes:,} bytes of weights in memory"], 0
+    loaded = [Model(model.folder, model.device) for model in models]
     try:
         ends = end_tokens(models[0].folder, models[0].config)
-        return generations(kept, data, tokenizer, extent.samples, extent.kv_cache, ends), [], 0
+        return generations(loaded, data, tokenizer, extent.samples, extent.kv_cache, ends), [], 0
     except NotFiniteError as error:
         if error.folder == models[0].folder:
             raise

@@ -49,8 +49,8 @@ def _processor() -> str:
 
 
 def _hardware(device: torch.device) -> dict[str, str]:
-    found = {"processor": _processor(), "threads": str(torch.get_num_threads()), "system": platform.platform(terse=True)}
-    return found | ({"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu"})
+    hardware = {"processor": _processor(), "threads": str(torch.get_num_threads()), "system": platform.platform(terse=True)}
+    return hardware | ({"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {"device": "cpu"})
 
 
 @dataclass(frozen=True)
@@ -68,40 +68,40 @@ class Said:
 
 def provenance(
     models: list[Model],
-    held: Sequence[Contents],
+    on_disk: Sequence[Contents],
     record: dict[str, Any],
     data: EvalSet,
-    seen: Overlap,
-    said: Said,
+    shared: Overlap,
+    request: Said,
     scored: int,
 ) -> Provenance:
-    """models, held: of baseline and quantised model. record: `run_record`. scored: tokens."""
+    """models, on_disk: of baseline and quantised model. record: `run_record`. scored: tokens."""
     base = models[0]
     versions = {"quantkit": quantkit.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if record:
         versions["quantized by quantkit"] = f"{record['quantkit']} (code {record['job'].get('quantkit', '')[:12]})"
     return Provenance(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=said.command,
-        baseline=said.baseline,
-        baseline_digest=held[0].digest,
-        quantized=said.quantized,
-        quantized_digest=held[1].digest,
+        command=request.command,
+        baseline=request.baseline,
+        baseline_digest=on_disk[0].digest,
+        quantized=request.quantized,
+        quantized_digest=on_disk[1].digest,
         architecture=base.spec.architecture,
         parameters=base.spec.parameters,
         recipe=record.get("recipe"),
         calibration_tokens=record.get("calibration_tokens"),
         calibration_digest=record["job"].get("tokens") or None if record else None,
-        text=said.text,
+        text=request.text,
         text_digest=data.digest(),
-        text_tokens=said.text_tokens,
-        seq_len=said.seq_len,
+        text_tokens=request.text_tokens,
+        seq_len=request.seq_len,
         windows=len(data.ids),
         tokens=scored,
         unit=data.unit_name,
         units=len(data.unit.unique()),
-        kv_cache=said.kv_cache,
-        overlap=seen,
+        kv_cache=request.kv_cache,
+        overlap=shared,
         versions=versions,
         hardware=_hardware(base.device),
     )
@@ -121,16 +121,16 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
     recipe = Recipe.of(record["recipe"], RECORD)
     try:
         texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
-        seen = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
+        windows = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
     except (CalibrationError, ConfigError) as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
-    if tokens.digest(seen) != record["job"].get("tokens"):
+    if tokens.digest(windows) != record["job"].get("tokens"):
         return unknown(f"calibration text '{recipe.calibration}' is not what it was when the model was quantised")
-    known = np.unique(np.concatenate([_ngrams(row) for row in seen]))
+    ngrams = np.unique(np.concatenate([_ngrams(row) for row in windows]))
     grams = np.concatenate([_ngrams(row[:length]) for row, length in zip(data.ids, data.lengths.tolist(), strict=True)])
     if not len(grams):
         return unknown(f"no window has {_NGRAM} tokens")
-    share = float(np.isin(grams, known).mean())
+    share = float(np.isin(grams, ngrams).mean())
     return Overlap(ngram=_NGRAM, share=share, note=f"of {len(grams):,} runs of {_NGRAM} tokens")
 
 
@@ -151,7 +151,7 @@ def linear_rows(models: list[Model], record: dict[str, Any], errors: Mapping[str
     rows = []
     for layer in base.spec.layers:
         for ref in layer.linears():
-            scheme, found = quant.weights.schemes[ref.key], record.get("linears", {}).get(ref.key, {})
+            scheme, outcome = quant.weights.schemes[ref.key], record.get("linears", {}).get(ref.key, {})
             rows.append(
                 LinearRow(
                     key=ref.key,
@@ -159,11 +159,11 @@ def linear_rows(models: list[Model], record: dict[str, Any], errors: Mapping[str
                     role=ref.role.value,
                     scheme=scheme.name if scheme else None,
                     weight_error=errors.get(ref.key),
-                    method=found.get("method"),
-                    fallback=found.get("fallback"),
-                    output_error=found.get("error"),
-                    coverage=found.get("coverage"),
-                    lent=found.get("lent"),
+                    method=outcome.get("method"),
+                    fallback=outcome.get("fallback"),
+                    output_error=outcome.get("error"),
+                    coverage=outcome.get("coverage"),
+                    lent=outcome.get("lent"),
                 )
             )
     return rows

@@ -232,7 +232,7 @@ class Evaluation(Observer):
             if (windows & self.probe).any():
                 self._probe(windows, base.hidden, scores, probed)
         self.scores = TokenScores.join(parts)
-        self.probes = {name: TokenScores.join(found) for name, found in probed.items()}
+        self.probes = {name: TokenScores.join(pieces) for name, pieces in probed.items()}
         self.ran = True
 
     def _baseline(self, start: int, windows: Tensor) -> BaselineRun:

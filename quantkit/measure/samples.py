@@ -32,20 +32,20 @@ class Worst:
     """The `keep` tokens with the largest KL so far, and the likeliest tokens of both models there."""
 
     keep: int = 20
-    seen: list[_Seen] = field(default_factory=list)
+    tokens: list[_Seen] = field(default_factory=list)
 
     def see(self, baseline: Tensor, quantized: Tensor, kl: Tensor, at: Tensor) -> None:
         """Logits [n, vocab], KL [n] and (window, position) [n, 2] of some tokens. One that is not finite is left out."""
-        least = self.seen[-1].kl if len(self.seen) == self.keep else 0.0
-        known = kl.nan_to_num(nan=0.0, posinf=0.0)
-        values, rows = known.topk(min(self.keep, len(kl)))
+        least = self.tokens[-1].kl if len(self.tokens) == self.keep else 0.0
+        finite = kl.nan_to_num(nan=0.0, posinf=0.0)
+        values, rows = finite.topk(min(self.keep, len(kl)))
         rows = rows[values > least]
         top = [x[rows].softmax(-1).topk(min(_TOP, x.shape[-1])) for x in (baseline, quantized)]
         for i, row in enumerate(rows.tolist()):
             pairs = [list(zip(t.indices[i].tolist(), t.values[i].tolist(), strict=True)) for t in top]
             window, position = at[row].tolist()
-            self.seen.append(_Seen(float(known[row]), window, position, pairs))
-        self.seen = sorted(self.seen, key=lambda s: (-s.kl, s.window, s.position))[: self.keep]
+            self.tokens.append(_Seen(float(finite[row]), window, position, pairs))
+        self.tokens = sorted(self.tokens, key=lambda s: (-s.kl, s.window, s.position))[: self.keep]
 
 
 def _text(tokenizer: TextTokenizer, ids: list[int]) -> str:
@@ -54,11 +54,11 @@ def _text(tokenizer: TextTokenizer, ids: list[int]) -> str:
 
 def worst_tokens(worst: Worst, data: EvalSet, tokenizer: TextTokenizer) -> list[WorstToken]:
     """In context, as text. A token that is part of a character shows as the replacement character."""
-    found = []
-    for s in worst.seen:
+    rows = []
+    for s in worst.tokens:
         row = data.ids[s.window].tolist()
         base, quant = ([(_text(tokenizer, [token]), p) for token, p in side] for side in s.top)
-        found.append(
+        rows.append(
             WorstToken(
                 window=s.window,
                 position=s.position + 1,
@@ -69,7 +69,7 @@ def worst_tokens(worst: Worst, data: EvalSet, tokenizer: TextTokenizer) -> list[
                 quantized=quant,
             )
         )
-    return found
+    return rows
 
 
 def generations(

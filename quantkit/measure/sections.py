@@ -32,21 +32,21 @@ _EDGES = np.linspace(-7, 1.5, 35)  # of log10(KL)
 
 def divergence(run: Evaluation) -> Divergence:
     scores = run.scores
-    found, intervals = summary(scores), bootstrap(scores)
-    known = {f"{group}.{key}": value for group in ("kl", "perplexity") for key, value in found[group].items()}
+    values, intervals = summary(scores), bootstrap(scores)
+    flat = {f"{group}.{key}": value for group in ("kl", "perplexity") for key, value in values[group].items()}
 
     def named(name: str, value: float) -> Figure:
         return figure(value, intervals.get(name))
 
     right, wrong = scores.right_baseline * (1 - scores.right_quantized), scores.right_quantized * (1 - scores.right_baseline)
     top = np.sort(scores.kl)[-max(1, len(scores) // 100) :].sum()
-    router = named("router_agreement", found["router_agreement"]) if run.spec.moes() else None
+    router = named("router_agreement", values["router_agreement"]) if run.spec.moes() else None
     return Divergence(
-        kl={key: named(f"kl.{key}", known[f"kl.{key}"]) for key in found["kl"]},
+        kl={key: named(f"kl.{key}", flat[f"kl.{key}"]) for key in values["kl"]},
         histogram=_histogram(scores.kl),
-        perplexity={key: named(f"perplexity.{key}", known[f"perplexity.{key}"]) for key in found["perplexity"]},
+        perplexity={key: named(f"perplexity.{key}", flat[f"perplexity.{key}"]) for key in values["perplexity"]},
         log_ratio_standard_error=log_ratio_error(scores),
-        top1_agreement=named("top1_agreement", found["top1_agreement"]),
+        top1_agreement=named("top1_agreement", values["top1_agreement"]),
         router_agreement=router,
         right_to_wrong=named("flips.right_to_wrong", float(right.mean())),
         wrong_to_right=named("flips.wrong_to_right", float(wrong.mean())),
@@ -114,8 +114,8 @@ def kv_cache(run: Evaluation) -> KVCache | None:
         return None
     free, sample = run.probes["free"], Resampler(plain.unit)
     values = {"kl_with": free.kl, "kl_without": plain.kl, "added": free.kl - plain.kl}
-    found = {name: figure(float(x.mean()), sample.interval(sample.means(x))) for name, x in values.items()}
-    return KVCache(format=run.kv.value, **found)
+    figures = {name: figure(float(x.mean()), sample.interval(sample.means(x))) for name, x in values.items()}
+    return KVCache(format=run.kv.value, **figures)
 
 
 def layer_rows(run: Evaluation, linears: Sequence[LinearRow]) -> list[LayerRow]:
@@ -137,22 +137,22 @@ def layer_rows(run: Evaluation, linears: Sequence[LinearRow]) -> list[LayerRow]:
 
 
 def moe(run: Evaluation, linears: Sequence[LinearRow]) -> Moe:
-    found, broken = run.errors.figures(), run.errors.not_finite()
+    errors, broken = run.errors.figures(), run.errors.not_finite()
     coverage = {row.key: row.coverage for row in linears if row.coverage is not None}
     layers, dense, not_finite = [], {}, []
     for layer in run.spec.layers:
         not_finite += [name for name, mlp in _mlps(layer) if mlp.gate.key in broken]
         if not isinstance(layer.mlp, MoE):
-            if layer.mlp.gate.key in found:
-                dense[layer.index] = found[layer.mlp.gate.key]
+            if layer.mlp.gate.key in errors:
+                dense[layer.index] = errors[layer.mlp.gate.key]
             continue
         keys = [expert.gate.key for expert in layer.mlp.experts]
         layers.append(
             MoeLayer(
                 layer=layer.index,
                 evaluated_tokens=run.layers.sent[layer.index][: len(keys)].tolist(),
-                output_error=[found.get(key) for key in keys],
-                shared_output_error=found.get(layer.mlp.shared.gate.key) if layer.mlp.shared else None,
+                output_error=[errors.get(key) for key in keys],
+                shared_output_error=errors.get(layer.mlp.shared.gate.key) if layer.mlp.shared else None,
                 coverage=[_least(coverage, expert) for expert in layer.mlp.experts],
             )
         )

@@ -70,20 +70,20 @@ class OutputErrors:
         MLP had tokens, if they are at least `Resampler.LEAST_UNITS`."""
         draw = np.random.default_rng(seed).multinomial
         drawn = draw(self.blocks, np.full(self.blocks, 1 / self.blocks), size=resamples).astype(np.float64)
-        found, broken = {}, self.not_finite()
+        errors, broken = {}, self.not_finite()
         for key, (lost, total, tokens) in self._sums.items():
             if key in broken or total.sum() == 0:
                 continue
-            value, held = float(lost.sum() / total.sum()), int((tokens > 0).sum())
-            found[key] = Figure(value=value)
-            if held >= Resampler.LEAST_UNITS:
+            value, units = float(lost.sum() / total.sum()), int((tokens > 0).sum())
+            errors[key] = Figure(value=value)
+            if units >= Resampler.LEAST_UNITS:
                 rest = np.concatenate((drawn, (1 - np.eye(self.blocks))[tokens > 0]))  # without each of its blocks too
                 below = rest @ total
                 ratios = np.divide(rest @ lost, below, out=np.full(len(rest), np.nan), where=below > 0)
                 resampled, left_out = (part[np.isfinite(part)] for part in (ratios[:resamples], ratios[resamples:]))
-                low, high = bca_interval(value, resampled, left_out, held)
-                found[key] = Figure(value=value, low=max(0.0, low), high=high)
-        return found
+                low, high = bca_interval(value, resampled, left_out, units)
+                errors[key] = Figure(value=value, low=max(0.0, low), high=high)
+        return errors
 
     def not_finite(self) -> set[str]:
         """MLPs whose output is not finite on some token, or has an error where the baseline gives nothing but zeros."""

@@ -34,8 +34,8 @@ def differences(report: Report, other: Report) -> list[tuple[str, str, str]]:
         ),
         ("KV cache (--kv-cache)", ours.kv_cache or "not rounded", theirs.kv_cache or "not rounded"),
     ]
-    found = [check for check in checks if check[1] != check[2]]
-    return found or _baselines(report, other)
+    differing = [check for check in checks if check[1] != check[2]]
+    return differing or _baselines(report, other)
 
 
 def _texts(*origins: Provenance) -> tuple[str, str]:
@@ -67,9 +67,9 @@ def against(report: Report, previous: Report, name: str) -> Report:
     """`report` with its changes since `previous`, paired over the documents that both scored. Raises ConfigError when the
     two cannot be compared: see `differences`."""
     for what, current, before in differences(report, previous):
-        seen = f"{name} cannot be compared: its {what} is {before}, this report's is {current}"
+        problem = f"{name} cannot be compared: its {what} is {before}, this report's is {current}"
         raise ConfigError(
-            seen, "evaluate both with the same baseline, --text, --seq-len, --windows, --kv-cache and quantkit"
+            problem, "evaluate both with the same baseline, --text, --seq-len, --windows, --kv-cache and quantkit"
         )
     notes = [*report.notes]
     if report.provenance.hardware != previous.provenance.hardware:
@@ -95,7 +95,7 @@ def _paired(report: Report, previous: Report) -> list[Change] | None:
     sample = Resampler(np.arange(len(units)))
     drawn = sample.drawn
     below = drawn @ sizes
-    found = []
+    changes = []
     for metric, sign in _PAIRED.items():
         if metric == "router_agreement" and not (new.router_agreement and old.router_agreement):
             continue
@@ -104,8 +104,8 @@ def _paired(report: Report, previous: Report) -> list[Change] | None:
         if metric == "perplexity.ratio":
             means, resampled = [float(np.exp(m)) for m in means], [np.exp(np.minimum(r, 700)) for r in resampled]
         current, before = (figure(float(m), sample.interval(r)) for m, r in zip(means, resampled, strict=True))
-        found.append(_change(metric, sign, before, current, sample.interval(resampled[0] - resampled[1])))
-    return found
+        changes.append(_change(metric, sign, before, current, sample.interval(resampled[0] - resampled[1])))
+    return changes
 
 
 def _sum(metric: str, row: UnitSums) -> float:
@@ -129,7 +129,7 @@ def _unpaired(report: Report, previous: Report) -> tuple[list[Change], list[str]
     new, old = metrics(report), metrics(previous)
     unlike = _unlike(report, previous)
     tasks = dict.fromkeys((name for task in report.tasks if (name := of_task(task.name)) in new), -1)
-    found = []
+    changes = []
     for name, worse in {**_UNPAIRED, **tasks}.items():
         if name not in new or name not in old or any(name.startswith(f"{group}.") for group in unlike):
             continue
@@ -141,33 +141,33 @@ def _unpaired(report: Report, previous: Report) -> tuple[list[Change], list[str]
             same = math.isclose(low.value, high.value, rel_tol=_EXACT)
             bad = new[name].exact and low.value > high.value and not same
         difference = _apart(before, current)
-        found.append(Change(metric=name, previous=before, current=current, difference=difference, regression=bad))
-    return found, [f"{group}: {why}" for group, why in unlike.items()]
+        changes.append(Change(metric=name, previous=before, current=current, difference=difference, regression=bad))
+    return changes, [f"{group}: {why}" for group, why in unlike.items()]
 
 
 def _unlike(report: Report, previous: Report) -> dict[str, str]:
     """Of tasks and long windows, by the beginning of their metrics' names: what was measured in another way."""
-    seen = [_how(r) for r in (report, previous)]
-    found = {}
-    for group in seen[0].keys() & seen[1].keys():
-        ours, theirs = (side[group] for side in seen)
+    setups = [_how(r) for r in (report, previous)]
+    reasons = {}
+    for group in setups[0].keys() & setups[1].keys():
+        ours, theirs = (side[group] for side in setups)
         if differing := [f"{key} {theirs.get(key)}, now {ours[key]}" for key in ours if ours[key] != theirs.get(key)]:
-            found[group] = "; ".join(differing)
-    return dict(sorted(found.items()))
+            reasons[group] = "; ".join(differing)
+    return dict(sorted(reasons.items()))
 
 
 def _how(report: Report) -> dict[str, dict[str, object]]:
-    found: dict[str, dict[str, object]] = {}
+    setups: dict[str, dict[str, object]] = {}
     if report.context:
-        found["context"] = {"length": report.context.length, "windows": report.context.windows}
+        setups["context"] = {"length": report.context.length, "windows": report.context.windows}
     sources = {row.name: row for row in report.task_run.benchmarks} if report.task_run else {}
     for task in report.tasks:
         how: dict[str, object] = {"metric": task.metric, "n": task.n}
         if report.task_run and (source := sources.get(task.name)):
             how |= {"task": source.task, "shots": source.shots, "filter": source.filter, "limit": report.task_run.limit}
             how |= {"chat template": report.task_run.chat_template, "max new tokens": report.task_run.max_new_tokens}
-        found[f"tasks.{task.name}"] = how
-    return found
+        setups[f"tasks.{task.name}"] = how
+    return setups
 
 
 def _apart(before: Figure, current: Figure) -> Figure:

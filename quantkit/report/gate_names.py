@@ -18,14 +18,16 @@ def expected(kv_cache: bool, context: bool, tasks: Sequence[str]) -> set[str]:
     return {*(name for name, row in METRICS.items() if row.needs in groups), *map(of_task, tasks)}
 
 
-def check(gates: Sequence[Gate], known: set[str]) -> None:
+def check(gates: Sequence[Gate], available: set[str]) -> None:
     """Raise ConfigError for a gate that no evaluation with these metrics can decide."""
     for gate in gates:
         group = gate.metric.partition(".")[0]
         if gate.metric == EXTREME:
             raise no_bound(gate)
-        if group in NEEDS and not any(name.startswith(f"{group}.") for name in known):
+        if group in NEEDS and not any(name.startswith(f"{group}.") for name in available):
             raise ConfigError(f"gate '{gate.text}': this run does not measure {gate.metric}", f"it needs {NEEDS[group]}")
-        if gate.metric not in known:
-            seen = f"gate '{gate.text}' names no metric that this run measures"
-            raise ConfigError(seen, f"{meant(gate.metric, known)}it measures {', '.join(sorted(known - {EXTREME}))}")
+        if gate.metric not in available:
+            problem = f"gate '{gate.text}' names no metric that this run measures"
+            raise ConfigError(
+                problem, f"{meant(gate.metric, available)}it measures {', '.join(sorted(available - {EXTREME}))}"
+            )

@@ -96,13 +96,15 @@ def read_gates(path: Path) -> list[Gate]:
 def decide(report: Report, gates: Sequence[Gate] | None = None) -> Report:
     """The report with these gates (None: the default ones, of which those that its model has no metric for are shown as not
     measured) and the verdict. Raises ConfigError for a gate whose metric is unknown, was not measured or has no interval."""
-    known = metrics(report)
+    available = metrics(report)
     absent: list[GateResult] = []
     if gates is None:
         defaults = [parse_gate(text) for text in DEFAULT_GATES]
-        gates = [gate for gate in defaults if gate.metric in known or _not_finite(gate, report, known.get(gate.metric))]
+        gates = [
+            gate for gate in defaults if gate.metric in available or _not_finite(gate, report, available.get(gate.metric))
+        ]
         absent = [_result(gate, None, "not measured", _absent(gate)) for gate in defaults if gate not in gates]
-    results = [*(_decide(gate, known, report) for gate in [parse_gate(_ALWAYS), *gates]), *absent]
+    results = [*(_decide(gate, available, report) for gate in [parse_gate(_ALWAYS), *gates]), *absent]
     failed, open_ = ([r for r in results if r.status == status] for status in ("fail", "undecided"))
     passed = len(results) - len(absent)
     reasons = [f"{r.gate}: {r.reason}" for r in (*failed, *open_)] or [
@@ -137,12 +139,12 @@ def _not_finite(gate: Gate, report: Report, metric: Metric | None) -> tuple[str,
     return None
 
 
-def _decide(gate: Gate, known: dict[str, Metric], report: Report) -> GateResult:
-    metric = known.get(gate.metric)
+def _decide(gate: Gate, available: dict[str, Metric], report: Report) -> GateResult:
+    metric = available.get(gate.metric)
     if broken := _not_finite(gate, report, metric):
         return _result(gate, metric, "fail", *broken)
     if metric is None:
-        raise _unknown(gate, known, report)
+        raise _unknown(gate, available, report)
     if gate.metric == EXTREME:
         raise no_bound(gate)
     figure, where, sample = metric.figure, metric.where, metric.sample
@@ -191,9 +193,9 @@ def _advice(sample: Sample, figure: Figure, needed: int | None) -> str:
     if needed is None:
         return f"no number of {sample.unit}s would decide"
     about, end = ("", "give one") if figure.low is None else ("about ", "would decide if the value stays")
-    said = f"{about}{needed:,} {sample.unit}s instead of {sample.count:,} {end}"
+    advice = f"{about}{needed:,} {sample.unit}s instead of {sample.count:,} {end}"
     reached = sample.most is None or needed <= sample.most
-    return f"{said}: {sample.option}" if reached else f"{said}, but {sample.bounded}"
+    return f"{advice}: {sample.option}" if reached else f"{advice}, but {sample.bounded}"
 
 
 def _needed(gate: Gate, figure: Figure, units: int) -> int | None:
@@ -206,31 +208,31 @@ def _needed(gate: Gate, figure: Figure, units: int) -> int | None:
     return math.ceil(units * max(factor, 1.0)) + 1 if factor < 1e6 else None
 
 
-def _unknown(gate: Gate, known: dict[str, Metric], report: Report) -> ConfigError:
+def _unknown(gate: Gate, available: dict[str, Metric], report: Report) -> ConfigError:
     group, _, rest = gate.metric.removeprefix("change.").partition(".")
     name, _, leaf = rest.rpartition(".")
     if group == "tasks" and leaf == "mcnemar_p":
-        seen = "a p-value passes it the more easily the fewer items were run, and is no measure of the loss"
-        return ConfigError(f"gate '{gate.text}': {seen}", f"gate tasks.{name}.recovery, which is decided on its interval")
+        problem = "a p-value passes it the more easily the fewer items were run, and is no measure of the loss"
+        return ConfigError(f"gate '{gate.text}': {problem}", f"gate tasks.{name}.recovery, which is decided on its interval")
     if group == "tasks" and leaf == "recovery" and any(t.name == name and t.recovery is None for t in report.tasks):
-        seen = f"the baseline got no item of {name} right, so there is nothing to recover"
-        return ConfigError(f"gate '{gate.text}': {seen}", "run more items (--limit), or gate another task")
+        problem = f"the baseline got no item of {name} right, so there is nothing to recover"
+        return ConfigError(f"gate '{gate.text}': {problem}", "run more items (--limit), or gate another task")
     group = gate.metric.partition(".")[0]
-    if group in _HOW and not any(name.startswith(f"{group}.") for name in known):
+    if group in _HOW and not any(name.startswith(f"{group}.") for name in available):
         return ConfigError(f"gate '{gate.text}': {gate.metric} was not measured", f"it needs {_HOW[group]}")
-    seen = f"gate '{gate.text}' names no metric of this report"
-    return ConfigError(seen, f"{meant(gate.metric, known)}known are {', '.join(sorted(known))}")
+    problem = f"gate '{gate.text}' names no metric of this report"
+    return ConfigError(problem, f"{meant(gate.metric, available)}known are {', '.join(sorted(available))}")
 
 
-def meant(name: str, known: Iterable[str]) -> str:
+def meant(name: str, names: Iterable[str]) -> str:
     """What a name that is not known may be a slip of, as the beginning of a sentence."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return f"did you mean {near[0]}? " if near else ""
 
 
 def no_bound(gate: Gate) -> ConfigError:
-    seen = f"{EXTREME} is the extreme of a sample and has no interval to decide on"
-    return ConfigError(f"gate '{gate.text}': {seen}", "gate kl.p999 instead")
+    problem = f"{EXTREME} is the extreme of a sample and has no interval to decide on"
+    return ConfigError(f"gate '{gate.text}': {problem}", "gate kl.p999 instead")
 
 
 def junit(reports: Sequence[tuple[str, Report]]) -> bytes:

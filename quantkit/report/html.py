@@ -66,13 +66,13 @@ class _View:
 
     @property
     def worst_expert(self) -> str:
-        found = worst_expert(self.report)
-        return f"{found[0]} ({words.percent(found[1].value)} of its energy)" if found else ""
+        worst = worst_expert(self.report)
+        return f"{worst[0]} ({words.percent(worst[1].value)} of its energy)" if worst else ""
 
     @property
     def worst_weight(self) -> str:
-        found = worst_weight(self.report)
-        return f"{found[0]} ({words.percent(found[1])} of its length)" if found else ""
+        worst = worst_weight(self.report)
+        return f"{worst[0]} ({words.percent(worst[1])} of its length)" if worst else ""
 
 
 def html(runs: Sequence[Run]) -> str:
@@ -104,26 +104,26 @@ def _printable(value: object) -> object:
 
 
 def _plots(prefix: str, report: Report) -> dict[str, Markup]:
-    made: dict[str, str] = {}
+    images: dict[str, str] = {}
     if report.divergence:
-        made["distribution"] = plots.distribution(report.divergence, f"{prefix}-distribution")
-        made["positions"] = plots.by_position(report.divergence.positions, f"{prefix}-positions")
+        images["distribution"] = plots.distribution(report.divergence, f"{prefix}-distribution")
+        images["positions"] = plots.by_position(report.divergence.positions, f"{prefix}-positions")
     if any(row.hidden_error is not None for row in report.layers):
-        made["layers"] = plots.layers(report.layers, f"{prefix}-layers")
+        images["layers"] = plots.layers(report.layers, f"{prefix}-layers")
     experts = report.moe.layers
     if any(value is not None for row in experts for value in row.coverage):
-        made["coverage"] = plots.coverage(experts, f"{prefix}-coverage")
+        images["coverage"] = plots.coverage(experts, f"{prefix}-coverage")
     if any(value is not None for row in experts for value in row.output_error):
-        made["output_errors"] = plots.output_errors(experts, f"{prefix}-errors")
+        images["output_errors"] = plots.output_errors(experts, f"{prefix}-errors")
     if report.context:
-        made["context"] = plots.by_position(report.context.positions, f"{prefix}-context")
-    return {name: Markup(svg) for name, svg in made.items()}
+        images["context"] = plots.by_position(report.context.positions, f"{prefix}-context")
+    return {name: Markup(svg) for name, svg in images.items()}
 
 
 def visible(text: str) -> str:
     """Text with its white space made to be seen where it is all there is, and without control characters."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    return shown.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") if not shown.strip() else shown
+    cleaned = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return cleaned.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·") if not cleaned.strip() else cleaned
 
 
 def heat(error: float | None) -> int:

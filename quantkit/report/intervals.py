@@ -125,14 +125,14 @@ class Resampler:
         sizes = np.bincount(self.member, minlength=self.units)
         return np.asarray((self.drawn @ self.sums(values)) / (self.drawn @ sizes))
 
-    def quantiles(self, values: Floats, wanted: Sequence[float]) -> list[Floats]:
+    def quantiles(self, values: Floats, shares: Sequence[float]) -> list[Floats]:
         """[rows] for each: the value at which the row's tokens' cumulative count passes that share."""
         order = np.argsort(values)
-        members, found = self.member[order], np.empty((len(wanted), len(self.drawn)))
+        members, quantiles = self.member[order], np.empty((len(shares), len(self.drawn)))
         for i, counts in enumerate(self.drawn):
             cumulative = np.cumsum(counts[members])
-            found[:, i] = values[order[np.searchsorted(cumulative, np.array(wanted) * cumulative[-1])]]
-        return list(found)
+            quantiles[:, i] = values[order[np.searchsorted(cumulative, np.array(shares) * cumulative[-1])]]
+        return list(quantiles)
 
     def interval(self, figure: Floats) -> Interval | None:
         """Of a figure in each row [rows], about its first, the sample's."""

@@ -59,9 +59,9 @@ def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    def escaped(found: object) -> object:
+    def escaped(value: object) -> object:
         """Of each expression of the template: what Markdown would read is marked as text, so Jinja leaves it alone."""
-        return Markup(_safe(found)) if isinstance(found, str) and not isinstance(found, Markup) else found
+        return Markup(_safe(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
     environment = Environment(
         loader=PackageLoader("quantkit.report", "."),

@@ -47,24 +47,24 @@ class Metric:
 def metrics(report: Report) -> dict[str, Metric]:
     """All that this report can be judged by. What was not measured is not there."""
     text, probe = _documents(report), _probe(report)
-    found: dict[str, tuple[Figure | None, Sample]] = {}
+    figures: dict[str, tuple[Figure | None, Sample]] = {}
     if (over := report.divergence) is not None:
-        found |= {f"kl.{key}": (figure, _of_kl(key, figure, text, report)) for key, figure in over.kl.items()}
-        found |= {f"perplexity.{key}": (figure, text) for key, figure in over.perplexity.items()}
-        found |= {"top1_agreement": (over.top1_agreement, text), "router_agreement": (over.router_agreement, text)}
-        found |= {"flips.right_to_wrong": (over.right_to_wrong, text), "flips.wrong_to_right": (over.wrong_to_right, text)}
+        figures |= {f"kl.{key}": (figure, _of_kl(key, figure, text, report)) for key, figure in over.kl.items()}
+        figures |= {f"perplexity.{key}": (figure, text) for key, figure in over.perplexity.items()}
+        figures |= {"top1_agreement": (over.top1_agreement, text), "router_agreement": (over.router_agreement, text)}
+        figures |= {"flips.right_to_wrong": (over.right_to_wrong, text), "flips.wrong_to_right": (over.wrong_to_right, text)}
     if report.probe:
-        found |= {"kl.floor": (report.probe.floor, probe), "kl.excess": (report.probe.excess, probe)}
-        found |= {"kl.forced_routing": (report.probe.forced_routing, probe)}
-        found |= {"kl.routing_term": (report.probe.routing_term, probe)}
+        figures |= {"kl.floor": (report.probe.floor, probe), "kl.excess": (report.probe.excess, probe)}
+        figures |= {"kl.forced_routing": (report.probe.forced_routing, probe)}
+        figures |= {"kl.routing_term": (report.probe.routing_term, probe)}
     if report.kv:
-        found |= {"kv_cache.added_kl": (report.kv.added, probe)}
+        figures |= {"kv_cache.added_kl": (report.kv.added, probe)}
     if report.context:
-        found |= {"context.perplexity_ratio": (report.context.last_ratio, _long_windows(report.context.windows))}
-        found |= {"context.needle_recall": (report.context.needle_recall, _needles(report.context))}
-    sampled = {name: Metric(figure, sample) for name, (figure, sample) in found.items() if figure is not None}
-    known = {**sampled, **_tasks(report), **_inside(report), **_counts(report)}
-    return known | {f"change.{c.metric}": replace(known[c.metric], figure=c.difference, where="") for c in report.changes}
+        figures |= {"context.perplexity_ratio": (report.context.last_ratio, _long_windows(report.context.windows))}
+        figures |= {"context.needle_recall": (report.context.needle_recall, _needles(report.context))}
+    sampled = {name: Metric(figure, sample) for name, (figure, sample) in figures.items() if figure is not None}
+    named = {**sampled, **_tasks(report), **_inside(report), **_counts(report)}
+    return named | {f"change.{c.metric}": replace(named[c.metric], figure=c.difference, where="") for c in report.changes}
 
 
 def _documents(report: Report) -> Sample:
@@ -109,13 +109,13 @@ def _items(report: Report, task: Task) -> Sample:
 
 def _tasks(report: Report) -> dict[str, Metric]:
     """Recovery alone: a gate on McNemar's p would pass the more easily the fewer items were run."""
-    found = {}
+    recoveries = {}
     for task in report.tasks:
         if task.recovery is not None:
             low, high = task.ci95 or (None, None)
             figure = Figure(value=task.recovery, low=low, high=high)
-            found[of_task(task.name)] = Metric(figure, _items(report, task))
-    return found
+            recoveries[of_task(task.name)] = Metric(figure, _items(report, task))
+    return recoveries
 
 
 def mlp_name(layer: int, which: int | str = "") -> str:
@@ -161,23 +161,23 @@ def _left_out(report: Report, worst: Figure) -> str:
     if worst.low is None or not unsure:
         return ""
     few = f"fewer than {Resampler.LEAST_UNITS} {report.provenance.unit}s"
-    said = f"; left out are {len(unsure)} of {len(named)} MLPs, read on {few}"
+    note = f"; left out are {len(unsure)} of {len(named)} MLPs, read on {few}"
     name, top = max(((name, f) for name, f in unsure if f is not None), key=lambda pair: pair[1].value, default=("", worst))
-    return f"{said}, with up to {top.value:.3g} in {name}" if top.value > worst.value else said
+    return f"{note}, with up to {top.value:.3g} in {name}" if top.value > worst.value else note
 
 
 def _inside(report: Report) -> dict[str, Metric]:
-    found = {}
+    maxima = {}
     if worst := worst_expert(report):
         outputs = [f for _, f in _mlps(report) if f is not None]
         usual = f"{worst[0]}; the median of all is {median(f.value for f in outputs):.3g}"
         where = usual + _left_out(report, worst[1])
-        found["mlp.output_error.max"] = Metric(_largest(outputs), _probe(report), where)
+        maxima["mlp.output_error.max"] = Metric(_largest(outputs), _probe(report), where)
     if heaviest := worst_weight(report):
         middle = median(row.weight_error for row in report.linears if row.weight_error is not None)
         where = f"{heaviest[0]}; the median of all is {middle:.3g}"
-        found["weights.error.max"] = Metric(Figure(value=heaviest[1]), None, where)
-    return found
+        maxima["weights.error.max"] = Metric(Figure(value=heaviest[1]), None, where)
+    return maxima
 
 
 def _counts(report: Report) -> dict[str, Metric]:
@@ -185,20 +185,20 @@ def _counts(report: Report) -> dict[str, Metric]:
         return Metric(Figure(value=value), None, where, quality=False)
 
     size, calibrated = report.size, [row for row in report.linears if row.method]
-    found = {
+    counts = {
         "not_finite.tokens": exact(report.finite.tokens, broken_where(report)),
         "size.bytes": exact(size.bytes),
         "size.bits_per_weight": exact(size.bits_per_weight),
         "size.reduction": exact(size.baseline_bytes / size.bytes),
     }
     if calibrated:
-        found["fallbacks.count"] = exact(sum(bool(row.fallback) for row in calibrated))
-        found["fallbacks.share"] = exact(sum(bool(row.fallback) for row in calibrated) / len(calibrated))
+        counts["fallbacks.count"] = exact(sum(bool(row.fallback) for row in calibrated))
+        counts["fallbacks.share"] = exact(sum(bool(row.fallback) for row in calibrated) / len(calibrated))
     coverage = [value for layer in report.moe.layers for value in layer.coverage if value is not None]
     if coverage:
-        found["coverage.min"] = exact(min(coverage))
-        found["coverage.thin_experts"] = exact(sum(value < 1 for value in coverage))
-    return found
+        counts["coverage.min"] = exact(min(coverage))
+        counts["coverage.thin_experts"] = exact(sum(value < 1 for value in coverage))
+    return counts
 
 
 def broken_where(report: Report) -> str:

@@ -75,20 +75,20 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def distribution(found: Divergence, name: str) -> str:
+def distribution(divergence: Divergence, name: str) -> str:
     """Histogram of log10 KL over tokens."""
 
     def draw(axes: Axes) -> None:
-        edges = np.array(found.histogram.edges)
-        axes.bar(edges[:-1], found.histogram.counts, width=np.diff(edges) * 0.92, align="edge", color=_ACCENT)
+        edges = np.array(divergence.histogram.edges)
+        axes.bar(edges[:-1], divergence.histogram.counts, width=np.diff(edges) * 0.92, align="edge", color=_ACCENT)
         axes.set_xlabel("KL of a token, nats (log scale)")
         axes.set_ylabel("tokens")
-        top = max(found.histogram.counts) or 1
+        top = max(divergence.histogram.counts) or 1
         for i, key in enumerate(("median", "mean", "p99", "p999")):
-            at = np.log10(max(found.kl[key].value, 1e-7))
+            at = np.log10(max(divergence.kl[key].value, 1e-7))
             axes.axvline(at, color=_INK, linewidth=0.8, linestyle=(0, (3, 3)))
             axes.text(at + 0.05, top * (1.14 - 0.09 * (i % 2)), {"p999": "p99.9"}.get(key, key), ha="left", va="center")
-        used = np.flatnonzero(found.histogram.counts)
+        used = np.flatnonzero(divergence.histogram.counts)
         low = edges[used[0]] if len(used) else -7
         axes.set_xlim(min(low, -4), max(edges[used[-1] + 1] if len(used) else 0, 0) + 0.6)
         axes.set_ylim(0, top * 1.22)
@@ -96,8 +96,8 @@ def distribution(found: Divergence, name: str) -> str:
         axes.xaxis.set_major_formatter(lambda x, _: f"{10**x:g}")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
-    said = ", ".join(f"{key} {number(figure.value)}" for key, figure in found.kl.items())
-    return _svg(draw, name, "Distribution of KL over tokens", f"Histogram on a log scale. In nats: {said}.")
+    summary = ", ".join(f"{key} {number(figure.value)}" for key, figure in divergence.kl.items())
+    return _svg(draw, name, "Distribution of KL over tokens", f"Histogram on a log scale. In nats: {summary}.")
 
 
 def by_position(rows: Sequence[ContextBucket], name: str) -> str:
@@ -111,31 +111,31 @@ def by_position(rows: Sequence[ContextBucket], name: str) -> str:
         axes.set_ylabel("mean KL, nats")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
 
-    said = "; ".join(f"positions {row.start} to {row.stop - 1}: {number(row.kl)}" for row in rows)
-    return _svg(draw, name, "Mean KL by position", said)
+    summary = "; ".join(f"positions {row.start} to {row.stop - 1}: {number(row.kl)}" for row in rows)
+    return _svg(draw, name, "Mean KL by position", summary)
 
 
 def layers(rows: Sequence[LayerRow], name: str) -> str:
     """Accumulated error of the hidden state, layer by layer."""
 
     def draw(axes: Axes) -> None:
-        known = [(row.layer, row.hidden_error) for row in rows if row.hidden_error is not None]
-        axes.plot(*zip(*known, strict=True), color=_ACCENT, marker="o", markersize=4, linewidth=1.6)
-        if all(error > 0 for _, error in known):
+        points = [(row.layer, row.hidden_error) for row in rows if row.hidden_error is not None]
+        axes.plot(*zip(*points, strict=True), color=_ACCENT, marker="o", markersize=4, linewidth=1.6)
+        if all(error > 0 for _, error in points):
             _log_scale(axes)
         axes.set_xlabel("after layer")
         axes.set_ylabel("error of hidden state")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    said = "; ".join(f"layer {row.layer}: {number(row.hidden_error)}" for row in rows)
-    return _svg(draw, name, "Error of the hidden state after each layer, share of its energy", said)
+    summary = "; ".join(f"layer {row.layer}: {number(row.hidden_error)}" for row in rows)
+    return _svg(draw, name, "Error of the hidden state after each layer, share of its energy", summary)
 
 
 def _heat(values: np.ndarray, rows: Sequence[int], label: str, mark: tuple[int, int] | None) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        shown = np.log10(np.maximum(values, 1e-6))
+        logs = np.log10(np.maximum(values, 1e-6))
         mesh = axes.pcolormesh(
-            shown, cmap="cividis", edgecolors="none", linewidth=0, rasterized=values.size > _VECTOR_CELLS, antialiased=False
+            logs, cmap="cividis", edgecolors="none", linewidth=0, rasterized=values.size > _VECTOR_CELLS, antialiased=False
         )
         axes.set_ylim(len(rows), 0)
         step = max(1, len(rows) // 12)
@@ -169,8 +169,8 @@ def coverage(rows: Sequence[MoeLayer], name: str) -> str:
     values = _matrix([row.coverage for row in rows])
     draw = _heat(values, [row.layer for row in rows], "tokens / in_features", None)
     low, high = (number(float(bound)) for bound in (np.nanmin(values), np.nanmax(values)))
-    said = f"From {low} to {high} calibration tokens for each input feature."
-    return _svg(draw, name, "Calibration tokens over in_features, by layer and expert", said, _height(rows))
+    summary = f"From {low} to {high} calibration tokens for each input feature."
+    return _svg(draw, name, "Calibration tokens over in_features, by layer and expert", summary, _height(rows))
 
 
 def output_errors(rows: Sequence[MoeLayer], name: str) -> str:
@@ -180,8 +180,8 @@ def output_errors(rows: Sequence[MoeLayer], name: str) -> str:
     worst = (int(at[0]), int(at[1]))
     draw = _heat(values, [row.layer for row in rows], "output error", worst)
     usual = f"the median is {number(float(np.nanmedian(values)))}"
-    said = f"The largest is {number(float(values[worst]))}, layer {rows[worst[0]].layer}, expert {worst[1]}; {usual}."
-    return _svg(draw, name, "Output error by layer and expert, share of energy", said, _height(rows))
+    summary = f"The largest is {number(float(values[worst]))}, layer {rows[worst[0]].layer}, expert {worst[1]}; {usual}."
+    return _svg(draw, name, "Output error by layer and expert, share of energy", summary, _height(rows))
 
 
 def _height(rows: Sequence[MoeLayer]) -> float:
@@ -192,9 +192,9 @@ def pareto(runs: Sequence[Run], name: str = "pareto") -> str:
     """Mean KL against size; the runs that no other beats in both are joined."""
     points = []
     for run in runs:
-        known = metrics(run.report)
-        if "kl.mean" in known and known["kl.mean"].figure.value > 0:
-            points.append((known["size.bytes"].figure.value, known["kl.mean"].figure, run.name))
+        measured = metrics(run.report)
+        if "kl.mean" in measured and measured["kl.mean"].figure.value > 0:
+            points.append((measured["size.bytes"].figure.value, measured["kl.mean"].figure, run.name))
     points.sort(key=lambda p: (p[0], p[1].value))
     front = [p for i, p in enumerate(points) if all(p[1].value < q[1].value for q in points[:i])]
 
@@ -213,5 +213,5 @@ def pareto(runs: Sequence[Run], name: str = "pareto") -> str:
         axes.set_xlabel("size of the checkpoint")
         axes.set_ylabel("mean KL, nats (log scale)")
 
-    said = "; ".join(f"{label}: {size(at)}, {number(kl.value)} nats" for at, kl, label in points)
-    return _svg(draw, name, "Mean KL against size", said, 3.2)
+    summary = "; ".join(f"{label}: {size(at)}, {number(kl.value)} nats" for at, kl, label in points)
+    return _svg(draw, name, "Mean KL against size", summary, 3.2)

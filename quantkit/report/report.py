@@ -59,8 +59,8 @@ def _ours(path: Path) -> bool:
         data = json.loads(path.read_bytes() if path.suffix == ".json" else begin.partition(b"\n")[0] or b"{}")
     except (ValueError, RecursionError):
         return path.suffix == ".jsonl" and begin.startswith(b'{"name": ') and b'"item": ' in begin  # a line beyond 2 KiB
-    known = {"schema_version", "runs"} if path.suffix == ".json" else {"item", "baseline", "quantized"}
-    return isinstance(data, dict) and bool(known & data.keys())
+    keys = {"schema_version", "runs"} if path.suffix == ".json" else {"item", "baseline", "quantized"}
+    return isinstance(data, dict) and bool(keys & data.keys())
 
 
 def set_aside(folder: Path) -> None:
@@ -83,8 +83,8 @@ def _of_run(run: Path) -> Report:
     if path == run / FOLDER / NAME and (run / "config.json").is_file():
         now, then = contents(run).digest, report.provenance.quantized_digest
         if now != then:
-            seen = f"{path} was measured on other contents of {run}: {then} then, {now} now"
-            raise ConfigError(seen, f"evaluate it again: quantkit eval {run} --baseline {report.provenance.baseline}")
+            problem = f"{path} was measured on other contents of {run}: {then} then, {now} now"
+            raise ConfigError(problem, f"evaluate it again: quantkit eval {run} --baseline {report.provenance.baseline}")
     return report
 
 
@@ -92,8 +92,8 @@ def incomparable(runs: Sequence[Run]) -> list[str]:
     """What speaks against reading several runs side by side, a line for each run that is unlike the first."""
     lines = []
     for run in runs[1:]:
-        if found := differences(runs[0].report, run.report):
-            what = "; ".join(f"{name} {ours} and {theirs}" for name, ours, theirs in found)
+        if differing := differences(runs[0].report, run.report):
+            what = "; ".join(f"{name} {ours} and {theirs}" for name, ours, theirs in differing)
             lines.append(f"{runs[0].name} and {run.name} cannot be compared: {what}")
     return lines
 
@@ -108,8 +108,8 @@ def read_report(path: Path) -> Report:
     if not isinstance(data, dict) or "divergence" not in data or "schema_version" not in data:
         raise ConfigError(f"{path} is no report.json of one model", fix)
     if data["schema_version"] != SCHEMA_VERSION:
-        seen = f"{path} is of schema version {data['schema_version']!r}; this quantkit reads version {SCHEMA_VERSION}"
-        raise ConfigError(seen, fix)
+        problem = f"{path} is of schema version {data['schema_version']!r}; this quantkit reads version {SCHEMA_VERSION}"
+        raise ConfigError(problem, fix)
     try:
         return Report.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -132,8 +132,8 @@ def assemble(paths: Sequence[Path], gates: Sequence[Gate] | None, previous: Path
 
 def exit_code(runs: Sequence[Run]) -> int:
     """0 when all pass, 1 when one fails, else 3."""
-    found = {run.report.verdict.status for run in runs}
-    return EXIT_CODES["fail" if "fail" in found else "undecided" if "undecided" in found else "pass"]
+    statuses = {run.report.verdict.status for run in runs}
+    return EXIT_CODES["fail" if "fail" in statuses else "undecided" if "undecided" in statuses else "pass"]
 
 
 def make_folders(*folders: Path) -> None:

@@ -127,25 +127,27 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
         for batch in self._batches(list(inputs)):
-            asked = [(row, ids, index) for row, ids in enumerate(batch) for index in inputs[ids]]
-            targets = [requests[index][2][-len(ids) :] for _, ids, index in asked]
+            members = [(row, ids, index) for row, ids in enumerate(batch) for index in inputs[ids]]
+            targets = [requests[index][2][-len(ids) :] for _, ids, index in members]
             hidden = self._hidden(batch)
-            spans = [hidden[row, len(ids) - len(t) : len(ids)] for (row, ids, _), t in zip(asked, targets, strict=True)]
-            for (_, _, index), answer in zip(asked, self._score(torch.cat(spans), targets), strict=True):
+            spans = [hidden[row, len(ids) - len(t) : len(ids)] for (row, ids, _), t in zip(members, targets, strict=True)]
+            for (_, _, index), answer in zip(members, self._score(torch.cat(spans), targets), strict=True):
                 answers[index] = answer
-            self._check([index for *_, index in asked], answers, requests)
-            done += len(asked)
+            self._check([index for *_, index in members], answers, requests)
+            done += len(members)
             if self.progress:
                 self.progress(done, len(requests))
         return answers
 
-    def _check(self, asked: list[int], answers: list[tuple[float, bool]], requests: Sequence[tuple[Any, Any, Any]]) -> None:
+    def _check(
+        self, indices: list[int], answers: list[tuple[float, bool]], requests: Sequence[tuple[Any, Any, Any]]
+    ) -> None:
         """A likelihood that is not a number is no answer: among options, the first would win."""
-        broken = [index for index in sorted(asked) if not math.isfinite(answers[index][0])]
+        broken = [index for index in sorted(indices) if not math.isfinite(answers[index][0])]
         if broken:
             text = requests[broken[0]][0]
-            shown = f" (...{text[0][-60:]!r}, then {text[1]!r})" if text else ""
-            item = f"request {broken[0] + 1} of {len(requests)}{shown}"
+            excerpt = f" (...{text[0][-60:]!r}, then {text[1]!r})" if text else ""
+            item = f"request {broken[0] + 1} of {len(requests)}{excerpt}"
             raise NotFiniteError(self.model.folder, f"the log-likelihood of {item} is not finite")
 
     def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
@@ -172,10 +174,10 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
     @torch.inference_mode()
     def _score(self, hidden: torch.Tensor, targets: list[list[int]]) -> list[tuple[float, bool]]:
         """Of each target, whose positions lie one after another in float32 [n, hidden]: log-likelihood, and if greedy."""
-        wanted = torch.tensor([token for target in targets for token in target], device=hidden.device)
+        tokens = torch.tensor([token for target in targets for token in target], device=hidden.device)
         likely, greedy = [], []
-        for part in chunks(len(wanted), self.model.spec.vocab):
-            logits, chosen = self.model.head(hidden[part]), wanted[part, None]
+        for part in chunks(len(tokens), self.model.spec.vocab):
+            logits, chosen = self.model.head(hidden[part]), tokens[part, None]
             likely.append(logits.double().log_softmax(-1).gather(-1, chosen)[:, 0].cpu())
             greedy.append((logits.argmax(-1, keepdim=True) == chosen)[:, 0].cpu())
         lengths = [len(target) for target in targets]
@@ -222,9 +224,9 @@ class QuantkitLM(TemplateLM):  # type: ignore[misc]
                     self.progress(done, len(requests))
         return answers
 
-    def _wish(self, given: dict[str, Any]) -> tuple[list[str], int, Sampling]:
+    def _wish(self, arguments: dict[str, Any]) -> tuple[list[str], int, Sampling]:
         """Stop strings, token limit and sampling of a request. Raises ConfigError for what the runtime cannot do."""
-        kwargs = normalize_gen_kwargs(dict(given), _NEW_TOKENS)
+        kwargs = normalize_gen_kwargs(dict(arguments), _NEW_TOKENS)
         new, stops = int(kwargs.pop("max_gen_toks")), [text for text in kwargs.pop("until", []) if text]
         draw, heat = bool(kwargs.pop("do_sample", False)), float(kwargs.pop("temperature", 0.0))
         sampling = Sampling(heat if draw else 0.0, float(kwargs.pop("top_p", 1.0)))

@@ -46,8 +46,8 @@ def needle_settings(scratch: Path, model: Path, length: int) -> dict[str, Any]:
     """
     limit = load_json(model / "config.json").get("max_position_embeddings")
     if isinstance(limit, int) and length > limit:
-        seen = f"--ruler-length {length} is longer than {model} reads: its max_position_embeddings is {limit}"
-        raise ConfigError(seen, f"give at most {limit}")
+        problem = f"--ruler-length {length} is longer than {model} reads: its max_position_embeddings is {limit}"
+        raise ConfigError(problem, f"give at most {limit}")
     folder = scratch / "tokenizer"
     folder.mkdir(exist_ok=True)
     load_tokenizer(model).save(str(folder / "tokenizer.json"))

@@ -30,8 +30,8 @@ def left_out_because(row: Benchmark, options: Options) -> str:
         return "runs generated code: --unsafe-code"
     if options.data_dir and row.needs == "punkt" and not _has_punkt():
         return f"needs {_PUNKT}"
-    if found := lacking(row.needs, options.data_dir is not None):
-        return found[0]
+    if missing := lacking(row.needs, options.data_dir is not None):
+        return missing[0]
     if options.data_dir and row.needs != "words" and not local_files(options.data_dir, row.name):
         return "no file in --data-dir"
     return ""
@@ -45,8 +45,8 @@ def check_may_run(name: str, row: Benchmark | None, options: Options) -> None:
         _needs_flag(name, options)
     if row and row.needs == "punkt" and options.data_dir and not _has_punkt():
         raise ConfigError(f"task '{name}' needs {_PUNKT}", "python -m nltk.downloader punkt_tab, where there is a network")
-    if row and (found := lacking(row.needs, options.data_dir is not None)):
-        raise ConfigError(f"task '{name}' {found[0]}", found[1])
+    if row and (missing := lacking(row.needs, options.data_dir is not None)):
+        raise ConfigError(f"task '{name}' {missing[0]}", missing[1])
 
 
 def _has_punkt() -> bool:

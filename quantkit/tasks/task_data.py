@@ -40,14 +40,14 @@ def local_files(folder: Path, name: str) -> list[Path]:
 
 
 def _the_file(folder: Path, name: str) -> Path:
-    found = local_files(folder, name)
-    if len(found) != 1:
-        seen = f"{len(found)} files, {', '.join(p.name for p in found)}," if found else "no file"
+    files = local_files(folder, name)
+    if len(files) != 1:
+        actual = f"{len(files)} files, {', '.join(p.name for p in files)}," if files else "no file"
         raise ConfigError(
-            f"--data-dir {folder} holds {seen} for task '{name}'",
+            f"--data-dir {folder} holds {actual} for task '{name}'",
             f"put its items into one file {name}.jsonl, or {name}_WHATEVER.jsonl, in the form of the task's data set",
         )
-    return found[0]
+    return files[0]
 
 
 def _begins(path: Path, name: str) -> bool:
@@ -67,22 +67,22 @@ def read_local(folder: Path, name: str, task: str, leaves: Sequence[str], shots:
     if extra.is_file():
         pool = [_shaped(row, shape, extra, number) for number, row in _read(extra)]
     else:
-        kept = min(shots, len(rows) - 1)
-        rows, pool = rows[: len(rows) - kept], rows[len(rows) - kept :]
+        reserved = min(shots, len(rows) - 1)
+        rows, pool = rows[: len(rows) - reserved], rows[len(rows) - reserved :]
     if shots > len(pool):
         raise ConfigError(
             f"{file}: {len(rows)} items to ask leave {len(pool)} of the {shots} examples that are to stand before each",
             f"add {extra.name}, more items, or lower --shots",
         )
-    asked: dict[str, list[Row]] = defaultdict(list)
+    items: dict[str, list[Row]] = defaultdict(list)
     for leaf, row in rows[:limit]:
-        asked[leaf].append(row)
-    if unknown := sorted(asked.keys() - set(leaves)):
+        items[leaf].append(row)
+    if unknown := sorted(items.keys() - set(leaves)):
         raise ConfigError(f"{file} has items of '{unknown[0]}', which is none of {task}'s tasks", "check their subject")
-    examples = {leaf: _nearest(pool, leaf, shots) for leaf in asked}
+    examples = {leaf: _nearest(pool, leaf, shots) for leaf in items}
     if name == "mmlu_pro":  # the harness drops rows of another category
-        examples = {leaf: [{**row, "category": asked[leaf][0]["category"]} for row in rs] for leaf, rs in examples.items()}
-    return LocalData(file, dict(asked), examples)
+        examples = {leaf: [{**row, "category": items[leaf][0]["category"]} for row in rs] for leaf, rs in examples.items()}
+    return LocalData(file, dict(items), examples)
 
 
 def _nearest(pool: list[tuple[str, Row]], leaf: str, shots: int) -> list[Row]:
@@ -111,8 +111,8 @@ def _shaped(row: Row, shape: Callable[[Row], tuple[str, Row]], path: Path, numbe
     try:
         return shape(row)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        seen = f"{type(error).__name__} {error}; it has {', '.join(row)}"
-        raise ConfigError(f"{path} line {number} is no item of this task: {seen}", "check the file") from error
+        problem = f"{type(error).__name__} {error}; it has {', '.join(row)}"
+        raise ConfigError(f"{path} line {number} is no item of this task: {problem}", "check the file") from error
 
 
 def _by(prefix: str, field: str, cut: str = "") -> Callable[[Row], tuple[str, Row]]:
@@ -147,8 +147,8 @@ def _drop(row: Row) -> tuple[str, Row]:
     none = {"day": "", "month": "", "year": ""}
     answers = [{"number": "", "date": none, "spans": [str(text) for text in spans]} for spans in row["answers"]]
     columns = {key: [answer[key] for answer in answers[1:]] for key in ("number", "date", "spans")}
-    kept = {key: row[key] for key in ("query_id", "passage", "question")}
-    return "drop", {**kept, "answer": answers[0], "validated_answers": columns}
+    fields = {key: row[key] for key in ("query_id", "passage", "question")}
+    return "drop", {**fields, "answer": answers[0], "validated_answers": columns}
 
 
 _MATH = {"Counting & Probability": "counting_and_prob", "Number Theory": "num_theory", "Precalculus": "precalc"}

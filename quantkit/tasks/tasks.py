@@ -88,13 +88,13 @@ class Plan:
     def words(self) -> list[object]:
         """The options that ask for the same again."""
         used = self.options
-        given: list[object] = ["--tasks", ",".join(self.names)] if self.names else []
-        given += ["--suite", self.suite] if self.suite else []
+        options: list[object] = ["--tasks", ",".join(self.names)] if self.names else []
+        options += ["--suite", self.suite] if self.suite else []
         for name in ("data_dir", "limit", "shots", "max_new_tokens", "ruler_length", "batch_size"):
             value = getattr(used, name)
-            given += ["--" + name.replace("_", "-"), value] if value is not None else []
-        given += [f"--{name.replace('_', '-')}" for name in ("unsafe_code", "chat_template") if getattr(used, name)]
-        return given + (["--task-kernels", used.kernels] if used.kernels != "auto" else [])
+            options += ["--" + name.replace("_", "-"), value] if value is not None else []
+        options += [f"--{name.replace('_', '-')}" for name in ("unsafe_code", "chat_template") if getattr(used, name)]
+        return options + (["--task-kernels", used.kernels] if used.kernels != "auto" else [])
 
 
 def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options | None = None) -> Plan:
@@ -108,20 +108,20 @@ def plan_tasks(names: Sequence[str], suite: str | None = None, options: Options 
         raise ConfigError(f"no suite is called '{suite}'", f"give one of {', '.join(SUITES)}")
     rows = SUITES[suite] if suite else ()
     named = tuple(dict.fromkeys(names))
-    asked = [name for name in named if name not in {row.name for row in rows}]
-    if not rows and not asked:
+    extra = [name for name in named if name not in {row.name for row in rows}]
+    if not rows and not extra:
         raise ConfigError("no task is given", "name some: --tasks gsm8k,piqa")
     if lacking("tasks"):
-        unsure = [f"'{name}'" for name in asked if name not in ALIASES]
-        said = f"; docs/tasks.md does not name {', '.join(unsure)}, so it alone knows whether that exists" if unsure else ""
-        raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{said}", install("tasks"))
+        unsure = [f"'{name}'" for name in extra if name not in ALIASES]
+        hint = f"; docs/tasks.md does not name {', '.join(unsure)}, so it alone knows whether that exists" if unsure else ""
+        raise ConfigError(f"tasks need lm-evaluation-harness, which is not installed{hint}", install("tasks"))
     for name in named:
         check_may_run(name, ALIASES.get(name), options)
     left_out = {row.name: why for row in rows if row.name not in named and (why := left_out_because(row, options))}
-    kept = [row for row in rows if row.name not in left_out]
-    index = _index({*asked, *(row.name for row in kept)})
-    chosen = [_chosen(row.name, index, options, row.shots) for row in kept]
-    chosen += [_chosen(name, index, options, None) for name in asked]
+    selected = [row for row in rows if row.name not in left_out]
+    index = _index({*extra, *(row.name for row in selected)})
+    chosen = [_chosen(row.name, index, options, row.shots) for row in selected]
+    chosen += [_chosen(name, index, options, None) for name in extra]
     if options.ruler_length and not any(one.length for one in chosen):
         raise ConfigError(
             "--ruler-length is given, and no task is RULER's", "add one (--tasks niah_single_1), or leave it out"
@@ -135,8 +135,8 @@ def _index(names: set[str]) -> dict[str, Any]:
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     home = Path(lm_eval.tasks.__file__).parent
-    known = names <= ALIASES.keys()
-    folders = [home / ALIASES[name].folder for name in sorted(names) if ALIASES[name].folder] if known else [home]
+    listed = names <= ALIASES.keys()
+    folders = [home / ALIASES[name].folder for name in sorted(names) if ALIASES[name].folder] if listed else [home]
     return dict(lm_eval.tasks.TaskManager(include_path=[*folders, FILES], include_defaults=False).task_index)
 
 
@@ -146,8 +146,8 @@ def _chosen(name: str, index: dict[str, Any], options: Options, published: int |
     leaves = _leaves(task, index, name)
     check_code(name, [index[leaf].yaml_path for leaf in leaves if index[leaf].cfg.get("unsafe_code")], options)
     config = index[leaves[0]].cfg
-    given = published if options.shots is None else options.shots
-    shots = given if given is not None else config.get("num_fewshot") or 0
+    count = published if options.shots is None else options.shots
+    shots = count if count is not None else config.get("num_fewshot") or 0
     data, length, metric = None, None, row.metric if row else None
     if is_ruler([index[leaf].yaml_path for leaf in leaves]):
         length = options.ruler_length or LENGTH
@@ -159,23 +159,23 @@ def _chosen(name: str, index: dict[str, Any], options: Options, published: int |
     return Chosen(name, task, leaves, shots, metric, row.filter if row else None, data, length)
 
 
-def _leaves(task: str, index: dict[str, Any], asked: str) -> tuple[str, ...]:
+def _leaves(task: str, index: dict[str, Any], name: str) -> tuple[str, ...]:
     """The tasks that a task, group or tag of the harness is made of."""
     entry = index.get(task)
     if entry is None:
-        near = difflib.get_close_matches(asked, [*ALIASES, *index], n=3)
+        near = difflib.get_close_matches(name, [*ALIASES, *index], n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-        raise ConfigError(f"no task is called '{asked}'", hint)
+        raise ConfigError(f"no task is called '{name}'", hint)
     if entry.kind.name == "TAG":
         members: list[Any] = sorted(entry.tags)
     elif entry.kind.name == "GROUP":
         members = entry.cfg["task"]
     elif entry.yaml_path is None or entry.kind.name == "PY_TASK":
-        raise ConfigError(f"task '{asked}' is a program, not a description", "run it with the harness itself")
+        raise ConfigError(f"task '{name}' is a program, not a description", "run it with the harness itself")
     else:
         return (task,)
     if other := next((m for m in members if not isinstance(m, str)), None):
-        raise ConfigError(f"group '{asked}' changes its member {other}", "name its tasks one by one")
+        raise ConfigError(f"group '{name}' changes its member {other}", "name its tasks one by one")
     return tuple(dict.fromkeys(leaf for member in members for leaf in _leaves(member, index, member)))
 
 
@@ -195,16 +195,16 @@ def evaluate_tasks(
     called with a line. Raises QuantkitError.
     """
     begun = time.monotonic()
-    found: list[dict[str, list[Sample]]] = []
+    answers: list[dict[str, list[Sample]]] = []
     truncated = {}
     with nullcontext(manager) if manager else prepared(plan, baseline) as ready:
         for label, path in (("baseline", baseline), ("quantized", quantized)):
             kv = plan.options.kv_cache if label == "quantized" else "bf16"
             samples, truncated[label] = _answers(path, ready, plan, kv, functools.partial(_say, progress, label))
-            found.append(samples)
+            answers.append(samples)
     rows, records, details = [], [], []
     for one in plan.chosen:
-        pairs, metric, which = _pairs(one, *found)
+        pairs, metric, which = _pairs(one, *answers)
         base, quant = (np.array([float(pair[i][metric]) for pair in pairs]) for i in (0, 1))
         rows.append({"name": one.name, "metric": metric, **compare(base, quant)})
         records += [_record(one, metric, *pair) for pair in pairs]
