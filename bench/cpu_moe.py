@@ -39,7 +39,7 @@ Contender = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, ids, router weights
 
 
 class Plain(Weights):
-    """BF16 weights by name, as the runtime multiplies what is not quantised."""
+    """BF16 weights by name, as the runtime multiplies what is not quantized."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -56,7 +56,7 @@ def copy_of(part: PackedLinear) -> PackedLinear:
     return replace(part, weight=on_huge_pages(part.weight), scale=part.scale.clone())
 
 
-def quantised(name: str, hidden: int, inner: int, count: int) -> tuple[Contender, float]:
+def quantized(name: str, hidden: int, inner: int, count: int) -> tuple[Contender, float]:
     """The kernel's layer, and the bytes of one expert."""
     scheme, activation = OURS[name]
     wide = pack(random_weight(scheme, inner, hidden), activation)
@@ -115,7 +115,7 @@ def measure(
 def main(hidden: int, inner: int, count: int, top_k: int, tokens: str, rounds: int, threads: int, out: Path) -> None:
     if threads:
         torch.set_num_threads(threads)
-    run = {name: quantised(name, hidden, inner, count) for name in OURS} | {"BF16": plain(hidden, inner, count, top_k)}
+    run = {name: quantized(name, hidden, inner, count) for name in OURS} | {"BF16": plain(hidden, inner, count, top_k)}
     results = {
         n: measure(run, hidden, n, top_k, count, -(-rounds // (1 if n < 16 else 10))) for n in map(int, tokens.split(","))
     }

@@ -1,4 +1,4 @@
-"""A mixture of experts in bfloat16 as two fused launches: what the quantised kernels are compared with.
+"""A mixture of experts in bfloat16 as two fused launches: what the quantized kernels are compared with.
 
 It shares everything but its operand with them (routing, SiLU in the first launch, the router's weight in the second), so a
 ratio says what narrower weights gain, not what fewer launches do.

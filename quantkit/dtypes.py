@@ -29,7 +29,7 @@ ITEMSIZE = {  # bytes of an element
     "U8": 1,
     "BOOL": 1,
 }
-FLOATS = ("BF16", "F16", "F32")  # what a weight that is not quantised may be
+FLOATS = ("BF16", "F16", "F32")  # what a weight that is not quantized may be
 
 
 @cache

@@ -53,7 +53,7 @@ class NotFiniteError(CheckpointError):
     """Logits that were needed for an answer are not finite. folder: of the model."""
 
     def __init__(self, folder: Path, problem: str) -> None:
-        fix = "`quantkit eval` without tasks names the first layer whose output is not finite; quantise again"
+        fix = "`quantkit eval` without tasks names the first layer whose output is not finite; quantize again"
         super().__init__(f"{folder}: {problem}", fix)
         self.folder = folder
 

@@ -1,4 +1,4 @@
-"""What to quantise to: `CODES` (what a code is), `Grid` (how a weight is stored), `Scheme` (weight and inputs), `PRESETS`.
+"""What to quantize to: `CODES` (what a code is), `Grid` (how a weight is stored), `Scheme` (weight and inputs), `PRESETS`.
 
 Scheme names and their meaning are those of compressed-tensors' presets; a test holds this table against that library.
 """

@@ -164,7 +164,7 @@ def write_model(case: Case, folder: Path) -> Path:
 
 
 def run(case: Case) -> tuple[Sums, Record]:
-    """Quantise the case's model on the CPU with one thread: the sums that must be equal, and what run.json says."""
+    """Quantize the case's model on the CPU with one thread: the sums that must be equal, and what run.json says."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         text = " ".join(str(i * i % 9973) for i in range(400))

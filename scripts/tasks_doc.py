@@ -19,7 +19,7 @@ HEAD = """# Benchmark tasks
     quantkit eval OUT --baseline MODEL --suite ruler --ruler-length 16384 --limit 50 --kv-cache fp8
 
 Tasks are asked by [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) and answered by quantkit's
-own runtime, once by the baseline and once by the quantised model, on the same items. NAME is one of the tables below or
+own runtime, once by the baseline and once by the quantized model, on the same items. NAME is one of the tables below or
 any task, group or tag of the harness that scores an item between 0 and 1. The extra brings about 0.7 GB of packages
 beside torch, so it is not part of the tests that `make test` runs; `make tasks-test` installs it and runs them.
 
@@ -30,7 +30,7 @@ texts did not fit the model. The interval is Bonett and Price's for the ratio of
 Medicine 25, 2006), which does not shrink to nothing where no item flipped; for scores that are not 0 or 1 it is a
 bootstrap over items, null for fewer than 20. Both answers to every item go into a .jsonl file
 (`--items`), with the log-likelihood of each option or the text that was written. Logits that are not finite are no
-answer: of the baseline they end the run, of the quantised model they end the tasks and the verdict is fail.
+answer: of the baseline they end the run, of the quantized model they end the tasks and the verdict is fail.
 
 `--chat-template` asks through the model's own template; without it text begins with BOS as the model was trained
 (`--add-bos`). `--shots` sets the examples before each question; without it a suite has the published number and a single
@@ -119,7 +119,7 @@ SMOLLM2 = """
 calibration. The weights come from a 4-bit file, so what W4A16 loses is not typical. Read the intervals: a hundred items
 cannot show a point of difference. On commonsense_qa the model answers A throughout, so nothing can flip there.
 
-| scheme | task | n | BF16 | quantised | recovery | 95 % interval | lost, gained | p |
+| scheme | task | n | BF16 | quantized | recovery | 95 % interval | lost, gained | p |
 |---|---|---|---|---|---|---|---|---|
 """
 

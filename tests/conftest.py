@@ -95,7 +95,7 @@ def model(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A quantised model and its baseline, which reads 512 positions."""
+    """A quantized model and its baseline, which reads 512 positions."""
     root = tmp_path_factory.mktemp("flow")
     base = write_checkpoint(root / "base", {**CONFIG, "max_position_embeddings": 512}, random_weights(CONFIG))
     quantkit.quantize(base, root / "out", Recipe(scheme="W8A16", **SMALL))  # type: ignore[arg-type]

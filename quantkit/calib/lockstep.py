@@ -26,7 +26,7 @@ __all__ = ["Lockstep", "Observer", "Pair", "Track"]
 
 @dataclass(frozen=True)
 class Pair:
-    """The two models that texts pass through. schemes: of the quantised one's linears. release: lets go of the weights that
+    """The two models that texts pass through. schemes: of the quantized one's linears. release: lets go of the weights that
     were read for one part."""
 
     spec: ModelSpec

@@ -42,7 +42,7 @@ class _Reached(Exception):
 
 
 class Listening(Weights):
-    """Applies what is quantised already, and hears what is read by what is not.
+    """Applies what is quantized already, and hears what is read by what is not.
 
     tensors: gives a tensor that is no linear's, on the device.
     """
@@ -64,7 +64,7 @@ class Listening(Weights):
         self._applied.clear()
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
-        if ref.role is Role.HEAD:  # is never quantised
+        if ref.role is Role.HEAD:  # is never quantized
             return F.linear(x, self.tensor(ref.weight).to(x.dtype))
         if ref.key not in self._ears:
             applied = self._applied[ref.key]

@@ -2,7 +2,7 @@
 
 Layers outside, text inside: each weight is needed once, however many windows there are. Hidden states lie on tapes, so
 memory is one batch and the weights of one part. Several streams may pass a part together: calibration text and held-out
-text through what is being quantised, the same held-out text through the baseline.
+text through what is being quantized, the same held-out text through the baseline.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def is_known(config: Mapping[str, Any]) -> bool:
 
 
 def spec_by_name(reader: CheckpointReader) -> NamedSpec:
-    """A checkpoint, quantised or not, as its matrices and the rest. Raises ConfigError when it has no matrix."""
+    """A checkpoint, quantized or not, as its matrices and the rest. Raises ConfigError when it has no matrix."""
     entries = reader.entries
     shapes, others = compressed_tensors.matrices({name: (e.dtype, e.shape) for name, e in entries.items()}, reader.tensor)
     if not shapes:
@@ -95,7 +95,7 @@ def spec_by_name(reader: CheckpointReader) -> NamedSpec:
 
 
 def spec_of(reader: CheckpointReader) -> ModelSpec | NamedSpec:
-    """A checkpoint's architecture, or the tensors of a quantised one whose architecture is unknown. Raises ConfigError."""
+    """A checkpoint's architecture, or the tensors of a quantized one whose architecture is unknown. Raises ConfigError."""
     if reader.config.get("quantization_config") and not is_known(reader.config):
         return spec_by_name(reader)
     return build_spec(reader.config, str(reader.folder / "config.json"))

@@ -1,4 +1,4 @@
-"""What becomes of every tensor of a source: quantised, kept or refused; and where its bytes went.
+"""What becomes of every tensor of a source: quantized, kept or refused; and where its bytes went.
 
 `account` says it before the work, `reconcile` compares what lies on disk with it afterwards, byte for byte.
 """
@@ -24,7 +24,7 @@ __all__ = ["Coverage", "Fate", "Item", "account", "bystanders", "reconcile"]
 class Fate(str, Enum):
     """Exactly one for each tensor of the source. A run with a refused tensor does not begin."""
 
-    QUANTISED = "quantised"
+    QUANTIZED = "quantized"
     KEPT = "kept"
     REFUSED = "refused"
 
@@ -66,11 +66,11 @@ class Coverage:
 
 
 def bystanders(spec: ModelSpec | NamedSpec) -> tuple[list[str], list[str]]:
-    """Linears that are never quantised (routers and head), and all other modules (norms, embedding), by name."""
+    """Linears that are never quantized (routers and head), and all other modules (norms, embedding), by name."""
     linears = {ref.weight for ref in spec.linears()}
-    unquantised = [*(moe.router.key for moe in spec.moes()), "lm_head"]
+    unquantized = [*(moe.router.key for moe in spec.moes()), "lm_head"]
     others = [name.removesuffix(".weight") for name in spec.tensors() if name not in linears]
-    return unquantised, [name for name in others if name not in unquantised]
+    return unquantized, [name for name in others if name not in unquantized]
 
 
 def account(entries: Mapping[str, Entry], spec: ModelSpec | NamedSpec, schemes: Mapping[str, Scheme | None]) -> Coverage:
@@ -86,7 +86,7 @@ def account(entries: Mapping[str, Entry], spec: ModelSpec | NamedSpec, schemes: 
         scheme = schemes[linears[name].key] if name in linears else None
         if scheme is not None:
             outputs = tuple(compressed_tensors.planned(linears[name], scheme))
-            items[name] = Item(Fate.QUANTISED, kinds[name], entry.nbytes, outputs)
+            items[name] = Item(Fate.QUANTIZED, kinds[name], entry.nbytes, outputs)
         elif name in kinds:
             items[name] = Item(Fate.KEPT, kinds[name], entry.nbytes, (TensorPlan(name, entry.dtype, entry.shape),))
         else:
@@ -110,14 +110,14 @@ def reconcile(coverage: Coverage, reader: CheckpointReader) -> dict[str, Any]:
     ]
     problems += [
         f"{coverage.items[name].kind} '{name}' stayed {reader.entries[name].dtype}"
-        for name in coverage.of(Fate.QUANTISED)
+        for name in coverage.of(Fate.QUANTIZED)
         if name in on_disk and reader.entries[name].dtype in FLOATS
     ]
     problems += _file_sizes(reader, on_disk.items())
     if problems:
         listing = "\n  ".join(problems[:10])
         message = f"{reader.folder}: {counted(len(problems), 'difference')} from the plan"
-        raise VerificationError(f"{message}:\n  {listing}", "quantise again")
+        raise VerificationError(f"{message}:\n  {listing}", "quantize again")
     return {**coverage.as_dict(), "bytes_on_disk": sum(on_disk.values()), "reconciled": True}
 
 

@@ -16,7 +16,7 @@ __all__ = ["format_of", "misfits", "schemes_of"]
 
 
 def format_of(reader: CheckpointReader) -> Format:
-    """The format of a checkpoint's quantised linears. Raises ConfigError."""
+    """The format of a checkpoint's quantized linears. Raises ConfigError."""
     quantization = reader.config.get("quantization_config")
     try:
         return table.recognise(quantization, reader.entries) if quantization else compressed_tensors.FORMAT
@@ -25,7 +25,7 @@ def format_of(reader: CheckpointReader) -> Format:
 
 
 def schemes_of(reader: CheckpointReader) -> dict[str, Scheme | None]:
-    """The scheme of every linear of a checkpoint; None where it is not quantised."""
+    """The scheme of every linear of a checkpoint; None where it is not quantized."""
     spec = spec_of(reader)
     keys = [ref.key for ref in spec.linears()]
     quantization, layout = reader.config.get("quantization_config"), format_of(reader)

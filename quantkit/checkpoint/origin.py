@@ -6,7 +6,7 @@ It holds nothing that differs between two runs of one job: no times, no paths.
     source     digest: of every tensor (`content_digest`); config_sha256: of config.json; files: sha256 by name of each file
                that was carried over
     recipe     as resolved: schemes by role, and what was calibrated on, if anything was
-    linears    by name of each quantised linear: scheme, method (what was really used), weight_error (`stats.weight_error`
+    linears    by name of each quantized linear: scheme, method (what was really used), weight_error (`stats.weight_error`
                of the source's weight and of what is stored), and input_scale where calibration made one
 """
 

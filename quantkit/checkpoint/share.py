@@ -13,13 +13,13 @@ from quantkit.scheme import Scheme
 
 __all__ = ["is_inside", "share", "share_line"]
 
-_BYTES = 2  # of a weight in the source, where it is quantised and its own size is not known any more
+_BYTES = 2  # of a weight in the source, where it is quantized and its own size is not known any more
 
 
 def share(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: Mapping[str, Scheme | None]) -> dict[str, float]:
     """The part of the source's bytes that stayed in BF16 (or another plain float): of all, and of the matrices inside the
-    layers, routers among them. From 0 to 1, for a checkpoint before or after quantising."""
-    quantised = sum(_BYTES * r.out_features * r.in_features for r in spec.linears() if schemes[r.key])
+    layers, routers among them. From 0 to 1, for a checkpoint before or after quantizing."""
+    quantized = sum(_BYTES * r.out_features * r.in_features for r in spec.linears() if schemes[r.key])
     names = {ref.weight for ref in spec.linears() if schemes[ref.key]}
     plain = {
         name: reader.entries[name].nbytes
@@ -29,8 +29,8 @@ def share(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: Mappin
     inside = sum(size for name, size in plain.items() if is_inside(reader, spec, name))
     plain_bytes = sum(plain.values())
     return {
-        "of_all": plain_bytes / max(plain_bytes + quantised, 1),
-        "of_matrices_in_layers": inside / max(inside + quantised, 1),
+        "of_all": plain_bytes / max(plain_bytes + quantized, 1),
+        "of_matrices_in_layers": inside / max(inside + quantized, 1),
     }
 
 

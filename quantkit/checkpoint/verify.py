@@ -71,7 +71,7 @@ class VerifyReport:
 
 @plain_arithmetic()
 def verify(folder: Path, source: Path | None = None) -> VerifyReport:
-    """Re-read a quantised checkpoint: hashes, names, dtypes, shapes, finite values; with `source` also its config.json, the
+    """Re-read a quantized checkpoint: hashes, names, dtypes, shapes, finite values; with `source` also its config.json, the
     files that it carries, and of each weight whether its scales, codes and error are what the method makes of the source.
 
     Raises VerificationError listing what is wrong, CheckpointError when nothing was seen to be wrong but something could not
@@ -100,7 +100,7 @@ def verify(folder: Path, source: Path | None = None) -> VerifyReport:
         _blame_source(folder, original, statement, problems)
     if all_problems := problems + linears.unread:
         listed = f"{folder}: {counted(len(all_problems), 'problem')}:\n  " + "\n  ".join(all_problems[:10])
-        raise (VerificationError if problems else CheckpointError)(listed, "quantise again, or copy the files again")
+        raise (VerificationError if problems else CheckpointError)(listed, "quantize again, or copy the files again")
     summary = {role: {"mean": sum(v) / len(v), "max": max(v)} for role, v in linears.errors.items()}
     unchecked = tuple(_not_checked(original, statement, linears))
     return VerifyReport(files, len(reader.entries), len(schemes), summary, share(reader, spec, schemes), unchecked)
@@ -135,7 +135,7 @@ def _beside(
 
 
 def _kept(reader: CheckpointReader, spec: ModelSpec | NamedSpec, schemes: dict[str, Scheme | None]) -> set[str]:
-    """Tensors that belong to no quantised linear."""
+    """Tensors that belong to no quantized linear."""
     layout = format_of(reader)
     planned = (layout.planned(ref, scheme) for ref in spec.linears() if (scheme := schemes[ref.key]))
     return reader.entries.keys() - {tensor.name for tensors in planned for tensor in tensors}
@@ -203,7 +203,7 @@ def _check_source(original: CheckpointReader, spec: ModelSpec, folder: Path) -> 
     if problems := misfits(original, spec, {ref.key: None for ref in spec.linears()}):
         raise ConfigError(
             f"{original.folder} seems not to be the model that {folder} was made from: {problems[0]}",
-            "give the unquantised model that it was made from as --source",
+            "give the unquantized model that it was made from as --source",
         )
 
 

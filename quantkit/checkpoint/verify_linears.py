@@ -1,4 +1,4 @@
-"""Every quantised linear of a checkpoint, decoded, and held against its source: by what its method allows, and by the error
+"""Every quantized linear of a checkpoint, decoded, and held against its source: by what its method allows, and by the error
 that quantkit.json states for it."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def check_linears(
     schemes: Mapping[str, Scheme | None],
     stated: Mapping[str, Any],
 ) -> Found:
-    """Decode each quantised linear once. stated: rows of quantkit.json by linear; few matter without an original."""
+    """Decode each quantized linear once. stated: rows of quantkit.json by linear; few matter without an original."""
     findings, layout = Found(), format_of(reader)
     for layer in spec.layers:
         for group in layer.same_input():

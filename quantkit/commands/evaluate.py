@@ -63,7 +63,7 @@ def chosen(gates: tuple[str, ...], file: Path | None) -> list[Gate] | None:
 @click.option(
     "--kv-cache",
     type=click.Choice([kind.value for kind in KVFormat if kind is not KVFormat.FLOAT32]),
-    help="The quantised model keeps K and V so.",
+    help="The quantized model keeps K and V so.",
 )
 @click.option(
     "--context", default=0, type=click.IntRange(min=0), help="Also windows of so many tokens, and needles in them."
@@ -136,7 +136,7 @@ def say_verdict(report: Report) -> None:
 
 @dataclass(frozen=True)
 class Riding:
-    """Held-out text that passes through the layers while they are quantised."""
+    """Held-out text that passes through the layers while they are quantized."""
 
     extent: Extent
     evaluation: Evaluation
@@ -176,7 +176,7 @@ def evaluate_and_write(
 ) -> Report:
     """Measure, with progress on standard error, judge, and write the three reports (and JUnit XML).
 
-    ran: what looked at the text already, while the model was quantised. plan: benchmark tasks; both answers to each item go
+    ran: what looked at the text already, while the model was quantized. plan: benchmark tasks; both answers to each item go
     to `items`, or into the folder of the reports. What can be refused is refused before the work; a gate that cannot be
     decided after it, when the report is written.
     """

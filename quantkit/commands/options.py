@@ -45,7 +45,7 @@ def recipe_options(function: F) -> F:
             click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections."),
             click.option("--mlp", metavar="SCHEME", help="Scheme of the MLPs of dense layers."),
             click.option(
-                "--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantise what this matches."
+                "--linears", multiple=True, metavar="GLOB", help="Of an unknown architecture, quantize what this matches."
             ),
             click.option(
                 "--keep", multiple=True, metavar="GLOB", help="Linears that stay in BF16 on purpose; before rules."

@@ -211,7 +211,7 @@ def kv_cache(view: View) -> Iterator[Hit]:
 
 
 def routers_not_ignored(view: View, model_types: Iterable[str]) -> list[str]:
-    """Routers that a config would quantise, in the models where the engine asks."""
+    """Routers that a config would quantize, in the models where the engine asks."""
     if view.model_type not in tuple(model_types):
         return []
     routers = [layer.mlp.router.key for layer in view.spec.layers if isinstance(layer.mlp, MoE)]

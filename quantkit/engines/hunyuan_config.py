@@ -48,7 +48,7 @@ class HunyuanLargeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Hunyuan-A13B's quantised releases say "hunyuan" too; they get the config class of their own architecture.
+        """Hunyuan-A13B's quantized releases say "hunyuan" too; they get the config class of their own architecture.
 
         Raises ConfigError for a key whose meaning is not known.
         """

@@ -115,7 +115,7 @@ TRANSFORMERS = _with_the_rest(
         Rule(
             "transformers.format-fp8",
             Verdict.LOADS,
-            "On a CPU FP8 is dequantised at load, and inputs are not rounded. It needs accelerate.",
+            "On a CPU FP8 is dequantized at load, and inputs are not rounded. It needs accelerate.",
             "run: Hunyuan-A13B's shape",
             _of(("fp8-transformers", "deepseek-fp8"), ("hunyuan_v1_moe",), CPUS),
             fix="pip install accelerate",

@@ -57,7 +57,7 @@ def replay(folder: Path, engine: Engine, deployment: Deployment) -> dict[str, An
     check_deployment(deployment, spec)
     quantization = reader.config.get("quantization_config")
     if not isinstance(quantization, dict):
-        raise ConfigError(f"{where} has no quantization_config", "give a quantised checkpoint")
+        raise ConfigError(f"{where} has no quantization_config", "give a quantized checkpoint")
     schemes, form, problems = _schemes(spec, quantization, reader, where)
     name: str = form.name if form else ""
     assessed = assess(engine, spec, reader.config, schemes, quantization, deployment, name)
@@ -159,11 +159,11 @@ def _why_unmatched(
     if suffix == "weight_zero_point" and scheme and scheme.weight.symmetric:
         return f"'{name}': {scheme.name} is symmetric and has no zero point"
     if key in never:
-        return f"'{name}': routers and the head are never quantised"
+        return f"'{name}': routers and the head are never quantized"
     if key in linears:
-        return f"'{name}': the config says {scheme.name if scheme else 'it is not quantised'}, which has no such tensor"
+        return f"'{name}': the config says {scheme.name if scheme else 'it is not quantized'}, which has no such tensor"
     if suffix != "weight" and suffix.startswith(("weight_", "input_")):
-        return f"'{name}': the engine has no quantised linear there"
+        return f"'{name}': the engine has no quantized linear there"
     return f"'{name}' is no parameter"
 
 

@@ -216,7 +216,7 @@ RULES = (
     Rule(
         "sglang.gpu-age",
         Verdict.REFUSED,
-        "Quantised weights need compute capability 8.0.",
+        "Quantized weights need compute capability 8.0.",
         "read: get_min_capability of its WNA16, W8A8Int8, W8A16Fp8 and W8A8Fp8MoE schemes",
         checks.older(80, ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8_DYNAMIC", "FP8", "FP8_BLOCK")),
     ),

@@ -1,5 +1,5 @@
 """transformers 5.23 and 5.24 with compressed-tensors 0.20: what from_pretrained does. "run": tried on tiny models against
-the dequantised weights, with 5.23 where no version is said; "read": its code. What reads quantised weights is the same in
+the dequantized weights, with 5.23 where no version is said; "read": its code. What reads quantized weights is the same in
 5.24, byte for byte."""
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ RULES = (
         "Experts in BF16 beside integers cannot be converted; beside FP8 they can.",
         "run: RuntimeError beside W4A16, W8A16, W8A8, in one layer too; beside FP8_DYNAMIC, FP8, FP8_BLOCK they load",
         _in_one_tensor(_experts_kept),
-        fix="quantise the experts of every layer, or give the others FP8_DYNAMIC",
+        fix="quantize the experts of every layer, or give the others FP8_DYNAMIC",
     ),
     Rule(
         "transformers.experts-nvfp4",
@@ -164,7 +164,7 @@ RULES = (
         "NVFP4 experts load thousands of times too large: the global scale is dropped.",
         "run: 7,000 to 35,000 times, in 5.17, 5.19 and 5.23, without a message",
         _in_one_tensor(_unscaled_fp4),
-        fix="dequantise, or use vLLM",
+        fix="dequantize, or use vLLM",
         raw=True,
     ),
     Rule(
@@ -208,7 +208,7 @@ RULES = (
     Rule(
         "transformers.devices",
         Verdict.UNKNOWN,
-        "Quantised checkpoints over several devices (tp_plan) were not tried.",
+        "Quantized checkpoints over several devices (tp_plan) were not tried.",
         "not tried",
         _devices,
         raw=True,

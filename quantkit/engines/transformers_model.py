@@ -1,4 +1,4 @@
-"""Hunyuan-Large for transformers: after `register()`, AutoModelForCausalLM loads its checkpoints, quantised ones too.
+"""Hunyuan-Large for transformers: after `register()`, AutoModelForCausalLM loads its checkpoints, quantized ones too.
 
 The modules bear the names of the checkpoint and every matrix is an nn.Linear, so transformers' compressed-tensors loader
 finds each where it expects it. The mathematics is `quantkit.model`'s; the cache holds one key and one value for each group

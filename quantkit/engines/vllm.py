@@ -74,7 +74,7 @@ RULES = (
         "model_type 'hunyuan' is brought by quantkit's plugin, which vLLM finds where quantkit is installed beside it.",
         "run: make engine-test; without it vLLM fails in ModelConfig, with trust_remote_code too",
         _plugin,
-        fix="pip install quantkit into vLLM's environment (docs/vllm.md)",
+        fix="install quantkit into vLLM's environment (docs/vllm.md)",
         raw=True,
     ),
     Rule(
@@ -217,14 +217,14 @@ RULES = (
         "vllm.router",
         Verdict.REFUSED,
         "The router of hunyuan_v1_moe is a linear like any other there, and must be ignored by name.",
-        "read: Transformers backend replaces nn.Linear with a quantised ReplicatedLinear; native classes exempt the router",
+        "read: Transformers backend replaces nn.Linear with a quantized ReplicatedLinear; native classes exempt the router",
         _router,
         raw=True,
     ),
     Rule(
         "vllm.kv-b-proj",
         Verdict.LOADS,
-        "kv_b_proj is unpacked at load (latent attention absorbs it): quantising it saves disk and no time.",
+        "kv_b_proj is unpacked at load (latent attention absorbs it): quantizing it saves disk and no time.",
         "read: get_and_maybe_dequant_weights runs an identity through the layer's kernel",
         checks.schemed((*_PACKED, "W8A8", "FP8_DYNAMIC", "FP8_BLOCK"), last="kv_b_proj"),
         fix="keep it: rules: [{match: '*.kv_b_proj', scheme: BF16}]",
@@ -248,7 +248,7 @@ RULES = (
     Rule(
         "vllm.gpu-age",
         Verdict.REFUSED,
-        "Quantised weights need compute capability 7.5.",
+        "Quantized weights need compute capability 7.5.",
         "read: get_min_capability of CompressedTensorsWNA16, W8A8Int8, W8A16Fp8",
         checks.older(75, _ALL),
     ),
@@ -314,7 +314,7 @@ def _on_gpu(view: View, check: object) -> list[Hit]:
 
 
 def _loader(view: View, kind: str, of_expert: bool) -> Verdict:
-    """run: of a quantised model nothing asks whether all has come, and what is missing stays as memory was; what no
+    """run: of a quantized model nothing asks whether all has come, and what is missing stays as memory was; what no
     parameter takes raises, and other shapes do outside the experts."""
     if kind == "missing":
         return Verdict.WRONG

@@ -73,7 +73,7 @@ RULES = (
     Rule(
         "vllm.cpu-experts",
         Verdict.REFUSED,
-        "x86 without AMX tiles has no kernel for quantised experts.",
+        "x86 without AMX tiles has no kernel for quantized experts.",
         "run: W4A16, W8A16, W8A8, FP8_DYNAMIC, FP8, FP8_BLOCK experts all fail; read: they gate on _is_amx_tile_supported",
         checks.schemed(_ALL, experts=True, hardware=("cpu",)),
         fix="--hardware zen (AMD with zentorch) runs W4A16 and W8A8 experts",
@@ -88,7 +88,7 @@ RULES = (
     Rule(
         "vllm.amx",
         Verdict.UNKNOWN,
-        "With AMX other kernels run than without; of quantised weights only W4A16 was tried there.",
+        "With AMX other kernels run than without; of quantized weights only W4A16 was tried there.",
         "run: Llama and Mixtral in W4A16; read: cpu_moe.py and scaled_mm/cpu.py gate on _is_amx_tile_supported",
         checks.schemed([name for name in _ALL if name != "W4A16"], hardware=("amx",)),
     ),

@@ -1,4 +1,4 @@
-"""Hunyuan-Large on vLLM's own layers: tensor and expert parallel, quantised as its compressed-tensors loader finds it.
+"""Hunyuan-Large on vLLM's own layers: tensor and expert parallel, quantized as its compressed-tensors loader finds it.
 
 Cross-layer attention shares the cache for real. A key is kept rotated and normalised WITHOUT a weight, once per group, and
 each layer multiplies its query by its own key-norm weight: a score only sees q_norm_w * k_norm_w * (q_hat . k_hat). Cross

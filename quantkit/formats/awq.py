@@ -44,7 +44,7 @@ class _Config(BaseModel):
 
 
 def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: Entries) -> Schemes:
-    """A linear is quantised unless it is there as a plain weight; engines disagree on how the config names exceptions."""
+    """A linear is quantized unless it is there as a plain weight; engines disagree on how the config names exceptions."""
     config = checked(_Config, quantization_config)
     scheme = integer_scheme(config.bits, False, config.group_size)
     schemes: Schemes = {}
@@ -106,14 +106,14 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor
 
 def _config(schemes: Schemes, routers: Iterable[str]) -> dict[str, Any]:
     grid = one_scheme(schemes, "AWQ").weight
-    unquantised = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
+    unquantized = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
     return {
         "quant_method": "awq",
         "bits": 4,
         "group_size": grid.group_size or -1,
         "zero_point": True,
         "version": "gemm",
-        "modules_to_not_convert": unquantised,
+        "modules_to_not_convert": unquantized,
     }
 
 

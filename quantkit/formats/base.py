@@ -1,4 +1,4 @@
-"""What a format of quantised checkpoints is to the rest of quantkit: a few functions, in one row of `formats.table`."""
+"""What a format of quantized checkpoints is to the rest of quantkit: a few functions, in one row of `formats.table`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def one_scheme(schemes: Schemes, name: str) -> Scheme:
     distinct = {scheme for scheme in schemes.values() if scheme is not None}
     if len(distinct) > 1:
         raise ConfigError(
-            f"{name} holds one scheme for all quantised linears, this checkpoint has {sorted(labels(distinct).values())}",
+            f"{name} holds one scheme for all quantized linears, this checkpoint has {sorted(labels(distinct).values())}",
             ELSEWHERE,
         )
     return next(iter(distinct))

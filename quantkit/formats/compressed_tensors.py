@@ -30,7 +30,7 @@ _TENSORS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_z
 
 
 def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
-    """The tensors that one quantised linear becomes."""
+    """The tensors that one quantized linear becomes."""
     out, inputs, grid = ref.out_features, ref.in_features, scheme.weight
     scale = TensorPlan(f"{ref.key}.weight_scale", grid.scale_dtype, grid.scale_shape(out, inputs))
     if scheme.packing is Packing.WORDS:
@@ -49,7 +49,7 @@ def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
 
 
 def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors to write for one quantised linear; the same names, dtypes and shapes as `planned`. Raises ConfigError
+    """The tensors to write for one quantized linear; the same names, dtypes and shapes as `planned`. Raises ConfigError
     for a shape that does not fill whole words."""
     if scheme.packing is Packing.WORDS and (problem := scheme.misfit(ref.out_features, ref.in_features)):
         raise ConfigError(f"'{ref.key}' cannot be {scheme.name}: {problem}", "keep it as it is, or use --to bf16")
@@ -67,7 +67,7 @@ def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]
 
 
 def decode(ref: Linear, scheme: Scheme, tensors: Tensors) -> QuantizedTensor:
-    """One quantised linear, from the tensors that `planned` names."""
+    """One quantized linear, from the tensors that `planned` names."""
     bits, zero, out, inputs = scheme.weight.bits, None, ref.out_features, ref.in_features
     if scheme.packing is Packing.WORDS:
         codes = unpack_rows(tensors[f"{ref.key}.weight_packed"], bits)
@@ -83,7 +83,7 @@ def decode(ref: Linear, scheme: Scheme, tensors: Tensors) -> QuantizedTensor:
 def matrices(
     entries: Mapping[str, tuple[str, tuple[int, ...]]], read: Callable[[str], Tensor]
 ) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """[out, in] of every matrix, quantised or not, by key, and the tensors that belong to none.
+    """[out, in] of every matrix, quantized or not, by key, and the tensors that belong to none.
 
     entries: dtype and shape of each tensor. read: a tensor by name, for the shapes of packed ones.
     """
@@ -169,8 +169,8 @@ def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> di
     # Of the groups with "experts" in a name, shared ones included, transformers takes the first for all routed experts.
     routed = {scheme for key, scheme in assigned.items() if _ROUTED.search(key)}
     schemes.sort(key=lambda scheme: scheme not in routed)
-    unquantised = [key for key, scheme in assigned.items() if scheme is None]
-    uniform = len(schemes) == 1 and not unquantised
+    unquantized = [key for key, scheme in assigned.items() if scheme is None]
+    uniform = len(schemes) == 1 and not unquantized
     groups = {
         f"group_{i}": {
             "targets": ["Linear"]
@@ -183,7 +183,7 @@ def written(assigned: Mapping[str, Scheme | None], routers: Iterable[str]) -> di
     }
     formats = {scheme.packing.value for scheme in schemes}
     head = [] if assigned.get("lm_head") else ["lm_head"]
-    ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(unquantised, assigned, None)]
+    ignore = [*head, *sorted({_template(router) for router in routers}), *_targets(unquantized, assigned, None)]
     return {
         "quant_method": "compressed-tensors",
         "config_groups": groups,
@@ -254,15 +254,15 @@ def _scheme_of_group(name: str, group: dict[str, Any]) -> Scheme:
     if size == -1:
         size = weights["group_size"] = None
     if size is not None and (not isinstance(size, int) or size < 1):
-        raise ConfigError(f"quantization_config group '{shown(name)}' has group_size {size!r}", "requantise the model")
+        raise ConfigError(f"quantization_config group '{shown(name)}' has group_size {size!r}", "requantize the model")
     if block and not (len(block) == 2 and all(isinstance(side, int) and side > 0 for side in block)):
-        raise ConfigError(f"quantization_config group '{shown(name)}' has block_structure {block!r}", "requantise the model")
+        raise ConfigError(f"quantization_config group '{shown(name)}' has block_structure {block!r}", "requantize the model")
     for scheme in _candidates(size, block):
         expected = _arguments(scheme)
         if _agrees(weights, expected["weights"]) and _agrees(inputs and _filled(inputs), expected["input_activations"]):
             return scheme
     raise ConfigError(
-        f"quantization_config group '{shown(name)}' is none of the schemes {[*PRESETS]}", "requantise the model"
+        f"quantization_config group '{shown(name)}' is none of the schemes {[*PRESETS]}", "requantize the model"
     )
 
 
@@ -297,19 +297,19 @@ class _Names:
 def inexact(
     quantization_config: Mapping[str, Any],
     assigned: Mapping[str, Scheme | None],
-    unquantised: Iterable[str],
+    unquantized: Iterable[str],
     modules: Iterable[str],
 ) -> list[str]:
     """Where the config's names, read as engines read them, do not say exactly what is meant.
 
-    assigned: what is meant, by linear. unquantised: linears that are never quantised (routers, head). modules: names of
+    assigned: what is meant, by linear. unquantized: linears that are never quantized (routers, head). modules: names of
     anything else, which no entry may match. What scales are stored in the config does not say. Raises ConfigError for one
     that cannot be read.
     """
-    unquantised, modules = list(unquantised), list(modules)
-    read = parse(quantization_config, [*assigned, *unquantised])
+    unquantized, modules = list(unquantized), list(modules)
+    read = parse(quantization_config, [*assigned, *unquantized])
     stored = {key: scheme and scheme.stored(scheme.weight.codes.scale_dtype) for key, scheme in assigned.items()}
-    meant = {**dict.fromkeys(unquantised), **stored}
+    meant = {**dict.fromkeys(unquantized), **stored}
     problems = [
         f"'{key}' is {_label(meant[key])} but config.json says {_label(read[key])}"
         for key in meant

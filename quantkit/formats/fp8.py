@@ -56,7 +56,7 @@ def _scheme(config: _Config) -> Scheme:
 
 
 def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: Entries, names: _Names) -> Schemes:
-    """A linear is quantised unless its weight is stored in a wider float: engines disagree on how exceptions are matched."""
+    """A linear is quantized unless its weight is stored in a wider float: engines disagree on how exceptions are matched."""
     config = checked(_Config, quantization_config)
     scheme, named = _scheme(config), {*(config.ignored_layers or ()), *(config.modules_to_not_convert or ())}
     schemes: Schemes = {}

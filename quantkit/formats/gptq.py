@@ -50,7 +50,7 @@ def integer_scheme(bits: int, symmetric: bool, group_size: int) -> Scheme:
 
 
 def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries: Entries) -> Schemes:
-    """A linear is quantised unless it is there as a plain weight: the config need not name the exceptions."""
+    """A linear is quantized unless it is there as a plain weight: the config need not name the exceptions."""
     config = checked(_Config, quantization_config)
     if changed := [rule for rule, value in (config.dynamic or {}).items() if value and not rule.startswith("-:")]:
         raise ConfigError(
@@ -65,7 +65,7 @@ def _parse(quantization_config: Mapping[str, Any], keys: Iterable[str], entries:
 
 
 def planned(ref: Linear, scheme: Scheme) -> list[TensorPlan]:
-    """The tensors that one quantised linear becomes."""
+    """The tensors that one quantized linear becomes."""
     grid, out, inputs = scheme.weight, ref.out_features, ref.in_features
     groups = grid.scale_shape(out, inputs)[1]
     return [
@@ -88,7 +88,7 @@ def _zeros(ref: Linear, scheme: Scheme, stored: Tensor, offset: int) -> Tensor |
     if offset and (zeros == scheme.weight.qmax).any():
         raise CheckpointError(
             f"'{ref.key}.qzeros' holds {2**scheme.weight.bits - 1}, which engines read as {2**scheme.weight.bits} or as 0",
-            "quantise again to checkpoint_format gptq_v2, which has no such case",
+            "quantize again to checkpoint_format gptq_v2, which has no such case",
         )
     return (zeros + offset).to(torch_dtype("I8")).contiguous()
 
@@ -107,7 +107,7 @@ def _decode(ref: Linear, scheme: Scheme, tensors: Tensors, offset: int) -> Quant
         if not index.equal(_groups(ref.in_features, size, index.device)):
             raise CheckpointError(
                 f"'{order}' puts inputs into groups out of order (desc_act without static groups)",
-                "quantise with desc_act false or static_groups true: quantkit reads groups of neighbours only",
+                "quantize with desc_act false or static_groups true: quantkit reads groups of neighbours only",
             )
     codes = unpack_rows(tensors[f"{ref.key}.qweight"].T.contiguous(), scheme.weight.bits)
     return QuantizedTensor(codes, scale, _zeros(ref, scheme, tensors[f"{ref.key}.qzeros"], offset), scheme.weight)
@@ -148,7 +148,7 @@ def _encode(ref: Linear, scheme: Scheme, q: QuantizedTensor, offset: int) -> dic
 
 def _config(schemes: Schemes, routers: Iterable[str], checkpoint_format: str) -> dict[str, Any]:
     grid = one_scheme(schemes, "GPTQ").weight
-    unquantised = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
+    unquantized = ["lm_head", *sorted({*routers, *(key for key, scheme in schemes.items() if scheme is None)})]
     return {
         "quant_method": "gptq",
         "bits": grid.bits,
@@ -159,7 +159,7 @@ def _config(schemes: Schemes, routers: Iterable[str], checkpoint_format: str) ->
         "true_sequential": True,
         "checkpoint_format": checkpoint_format,
         "lm_head": False,
-        "dynamic": {f"-:^{re.escape(key)}$": {} for key in unquantised},
+        "dynamic": {f"-:^{re.escape(key)}$": {} for key in unquantized},
     }
 
 

@@ -1,4 +1,4 @@
-"""Which formats of quantised checkpoints are known, and which of them a checkpoint has."""
+"""Which formats of quantized checkpoints are known, and which of them a checkpoint has."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ EVERYTHING = "*"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The linears to quantise, by key, and what is to be said of those that a pattern matches and does not take."""
+    """The linears to quantize, by key, and what is to be said of those that a pattern matches and does not take."""
 
     keys: frozenset[str]
     notes: tuple[str, ...]
@@ -75,7 +75,7 @@ def _refuse_others(
         if pattern == EVERYTHING and not wide:
             continue
         why = "the format holds one matrix a tensor" if len(entry.shape) > 2 else "it is no matrix called '*.weight'"
-        problem = f"'{name}', {entry.dtype} {list(entry.shape)}, cannot be quantised: {why}"
+        problem = f"'{name}', {entry.dtype} {list(entry.shape)}, cannot be quantized: {why}"
         if not matches:
             fix = "name linears as in 'model.layers.*.mlp.*_proj', without '.weight'"
             raise ConfigError(f"pattern '{pattern}' matches no matrix of {reader.folder}; {problem}", fix)

@@ -1,6 +1,6 @@
-"""`convert`: a quantised checkpoint in another format, with the same codes, scales and zero points, or dequantised to BF16.
+"""`convert`: a quantized checkpoint in another format, with the same codes, scales and zero points, or dequantized to BF16.
 
-Nothing is quantised again. What the other format cannot hold exactly is refused, and what was written is read again and
+Nothing is quantized again. What the other format cannot hold exactly is refused, and what was written is read again and
 compared with the source, bit by bit, before OUT appears.
 """
 
@@ -61,7 +61,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Piece:
-    """What is written at once: a quantised linear with its scheme, or (no linear) a tensor that is carried over."""
+    """What is written at once: a quantized linear with its scheme, or (no linear) a tensor that is carried over."""
 
     key: str
     ref: Linear | None
@@ -71,7 +71,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A conversion of which everything that headers say is checked. after: None where a linear is kept or dequantised."""
+    """A conversion of which everything that headers say is checked. after: None where a linear is kept or dequantized."""
 
     reader: DigestingReader
     source: Format
@@ -90,7 +90,7 @@ class _Plan:
 
 @plain_arithmetic()
 def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress | None = None) -> dict[str, Any]:
-    """Write the quantised checkpoint `model` to the new folder `out` in the format `to`; returns what run.json there says.
+    """Write the quantized checkpoint `model` to the new folder `out` in the format `to`; returns what run.json there says.
 
     Memory is bounded by one linear. Interrupted, the same call resumes. progress is called with (shards done, shards in
     all). Raises a QuantkitError, and leaves no `out`, when `to` cannot hold the same values or anything else is wrong.
@@ -101,7 +101,7 @@ def convert(model: str | Path, out: str | Path, to: str, *, progress: Progress |
     for name, problem in damaged(source).items():
         # New hashes over damage would call it sound; an edited config is read and checked.
         if name.endswith(".safetensors") or name == STATEMENT:
-            raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantise again")
+            raise CheckpointError(f"{source}: {problem}", "copy the files again, or quantize again")
     plan = _plan(DigestingReader(source), to)
     watch, partial = Watch(source, plan.reader.shards, watched(source, plan.changed)), partial_of(target)
     code = f"{quantkit.__version__} {code_digest(DECISIVE)[:16]}"
@@ -137,7 +137,7 @@ def _plan(reader: DigestingReader, to: str) -> _Plan:
     where = reader.folder / "config.json"
     spec, before, source = build_spec(reader.config, str(where)), schemes_of(reader), format_of(reader)
     if not any(before.values()):
-        raise ConfigError(f"{where} says the model is not quantised", "use 'quantkit quantize'")
+        raise ConfigError(f"{where} says the model is not quantized", "use 'quantkit quantize'")
     if problems := misfits(reader, spec, before):
         raise ConfigError(
             f"{reader.folder}: {counted(len(problems), 'tensor')} not as config.json says: {problems[0]}", "fetch both again"
@@ -244,7 +244,7 @@ def _made(plan: _Plan, journal: Journal) -> dict[str, Any]:
 
 
 def _write(plan: _Plan, partial: Path, shard: ShardPlan, pieces: tuple[_Piece, ...]) -> int:
-    """One shard; how many dequantised weights had to be rounded to BF16."""
+    """One shard; how many dequantized weights had to be rounded to BF16."""
     rounded = 0
     with ShardWriter(partial, shard) as writer:
         for piece in pieces:
@@ -253,7 +253,7 @@ def _write(plan: _Plan, partial: Path, shard: ShardPlan, pieces: tuple[_Piece, .
                 continue
             q = _decode(plan, piece.ref)
             if plan.target is None or piece.scheme is None:
-                value, lost = _dequantised(q)
+                value, lost = _dequantized(q)
                 writer.write(piece.ref.weight, value)
                 rounded += lost
                 continue
@@ -268,7 +268,7 @@ def _decode(plan: _Plan, ref: Linear) -> QuantizedTensor:
     return plan.source.decode(ref, scheme, plan.reader.tensors())
 
 
-def _dequantised(q: QuantizedTensor) -> tuple[Tensor, int]:
+def _dequantized(q: QuantizedTensor) -> tuple[Tensor, int]:
     """The weight in BF16, and how many of its values are not exactly what the codes and scales say."""
     exact = q.dequantize()
     value = exact.bfloat16()
@@ -294,7 +294,7 @@ def _prove(plan: _Plan, partial: Path) -> None:
             if piece.ref is None:
                 same = raw(plan.reader.tensor(piece.key)).equal(raw(written.tensor(piece.key)))
             elif (scheme := schemes[piece.key]) is None:
-                same = _dequantised(_decode(plan, piece.ref))[0].equal(written.tensor(piece.ref.weight))
+                same = _dequantized(_decode(plan, piece.ref))[0].equal(written.tensor(piece.ref.weight))
             else:
                 a, b = _decode(plan, piece.ref), layout.decode(piece.ref, scheme, written.tensors())
                 codes = raw(a.codes).equal(raw(b.codes))

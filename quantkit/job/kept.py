@@ -18,7 +18,7 @@ from quantkit.scheme import BF16, Scheme
 __all__ = ["MOST", "check_meant"]
 
 MOST = 0.05  # of the bytes of the matrices inside the layers
-_ALWAYS = (Special.ROUTER, Special.GATE)  # are never quantised unless they are named
+_ALWAYS = (Special.ROUTER, Special.GATE)  # are never quantized unless they are named
 
 
 def check_meant(
@@ -46,7 +46,7 @@ def check_meant(
     raise ConfigError(
         f"{left / total:.1%} of the bytes of the matrices inside the layers would stay in BF16, and nothing says that they "
         f"should: {examples}",
-        f"quantise them, or say that it is meant: {options}",
+        f"quantize them, or say that it is meant: {options}",
     )
 
 

@@ -13,12 +13,12 @@ __all__ = ["methods_of", "needs_tokens"]
 
 
 def needs_tokens(scheme: Scheme | None, method: Method) -> bool:
-    """Whether quantising to this scheme by this method looks at calibration text."""
+    """Whether quantizing to this scheme by this method looks at calibration text."""
     return scheme is not None and (scheme.static or method.hessian)
 
 
 def methods_of(spec: ModelSpec | NamedSpec, recipe: Recipe, schemes: dict[str, Scheme | None]) -> dict[str, Method]:
-    """The method of each linear that is quantised; linears that are solved as one have one scheme.
+    """The method of each linear that is quantized; linears that are solved as one have one scheme.
 
     Raises ConfigError where those would differ in method, or a rule says what changes nothing.
     """

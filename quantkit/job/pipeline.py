@@ -53,7 +53,7 @@ __all__ = ["DECISIVE", "Progress", "RunRecord", "Step", "describe", "quantize"]
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: `done` of `total` layers are quantised. error: the mean relative output error of this layer's linears."""
+    """Progress: `done` of `total` layers are quantized. error: the mean relative output error of this layer's linears."""
 
     layer: int
     done: int
@@ -85,9 +85,9 @@ def quantize(
     progress: Progress | None = None,
     beside: Sequence[Observer] = (),
 ) -> RunRecord:
-    """Quantise the checkpoint `model` into the new folder `out`; returns what run.json there says.
+    """Quantize the checkpoint `model` into the new folder `out`; returns what run.json there says.
 
-    beside: what else passes through the layers while they are quantised, such as held-out text (`measure.run.Evaluation`);
+    beside: what else passes through the layers while they are quantized, such as held-out text (`measure.run.Evaluation`);
     not called where OUT is there already.
 
     Interrupted, the same call resumes and ends with the same bytes; finished, it returns that again. Raises a QuantkitError,
@@ -207,7 +207,7 @@ class _Job:
         """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""
         for index, unit in sorted(self.journal.units.items()):
             if damage := set_aside_damaged(self.target, unit["shards"]):
-                self.recovered += [f"{problem}: unit {index} was quantised again" for problem in damage]
+                self.recovered += [f"{problem}: unit {index} was quantized again" for problem in damage]
                 del self.journal.units[index]
         for index, unit in self.journal.units.items():
             if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
@@ -255,7 +255,7 @@ class _Job:
         return self.tapes[index]
 
     def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
-        """What to tell about a layer that has just been quantised."""
+        """What to tell about a layer that has just been quantized."""
         elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
         of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
         covered = [o["coverage"] for o in of_layer if o["coverage"] is not None]
@@ -295,7 +295,7 @@ class _Job:
         costs its unit, anything else all of them, since the same bytes would come again."""
         self.source.check()
         if damage := set_aside_damaged(self.target, hashes):
-            fix = "repeat the command: it quantises again only what lay in there; check the disk"
+            fix = "repeat the command: it quantizes again only what lay in there; check the disk"
             return VerificationError("\n  ".join([error.problem, *damage]), fix)
         failed = keep_failed(self.partial, self.target)
         back = f"; or, if the source was wrong, put it right, move {failed} back to {self.partial}, and repeat the command"

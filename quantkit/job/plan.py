@@ -41,7 +41,7 @@ _TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a re
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. schemes: by linear, None where it is kept. methods: by linear that is quantised. coverage: what becomes
+    """The whole run. schemes: by linear, None where it is kept. methods: by linear that is quantized. coverage: what becomes
     of every tensor of the source."""
 
     spec: ModelSpec | NamedSpec
@@ -123,7 +123,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     where = str(reader.folder / "config.json")
     if reader.config.get("quantization_config"):
         raise ConfigError(
-            f"{where} says the model is already quantised", "start from the BF16 model, or use 'quantkit convert --to bf16'"
+            f"{where} says the model is already quantized", "start from the BF16 model, or use 'quantkit convert --to bf16'"
         )
     spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
     chosen = None
@@ -208,7 +208,7 @@ def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
     spec = spec_by_name(reader)
     for ref in spec.linears():
         if ref.weight not in reader.entries or reader.entries[ref.weight].dtype not in FLOATS:
-            raise ConfigError(f"'{ref.key}' in {reader.folder} is already quantised", "start from the BF16 model")
+            raise ConfigError(f"'{ref.key}' in {reader.folder} is already quantized", "start from the BF16 model")
     return spec
 
 
@@ -283,7 +283,7 @@ def _assign(
             raise ConfigError(f"rule '{rule.match}' matches no linear", "name linears as in 'model.layers.0.mlp.*'")
     _no_accident(recipe, spec, schemes)
     if not any(schemes.values()):
-        raise ConfigError("every linear is kept in BF16: there is nothing to quantise", "choose a scheme")
+        raise ConfigError("every linear is kept in BF16: there is nothing to quantize", "choose a scheme")
     for layer in spec.layers:
         for group in layer.same_input():
             _same_scheme(group, schemes, "engines fuse them into one weight")

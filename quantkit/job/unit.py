@@ -1,4 +1,4 @@
-"""One commit unit of a run: its shards open for writing, its layers quantised part by part on the tokens that pass through,
+"""One commit unit of a run: its shards open for writing, its layers quantized part by part on the tokens that pass through,
 or simply rounded; or passed once more as they were committed, to get hidden states back that are lost."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Group = Sequence[Linear]
 @dataclass(frozen=True)
 class Place:
     """Where a run works. ids: int64 [windows, seq_len] if it is calibrated. shares: whether a baseline passes too, which
-    reads the weights that are quantised."""
+    reads the weights that are quantized."""
 
     reader: CheckpointReader
     plan: Plan
@@ -83,7 +83,7 @@ class Place:
 
 
 class UnitRun:
-    """Called once, by `run`, `again` or `show`. done: is called after each layer that was quantised, with all outcomes."""
+    """Called once, by `run`, `again` or `show`. done: is called after each layer that was quantized, with all outcomes."""
 
     def __init__(self, place: Place, unit: Unit, done: Callable[[Layer | by_name.Part, Outcomes], None]) -> None:
         self.place, self.unit, self.plan, self.done = place, unit, place.plan, done
@@ -100,7 +100,7 @@ class UnitRun:
             for key in self.unit.kept:
                 self._write(key, self.place.reader.tensor(key))
             if following is not None or lockstep is not None:
-                self._pass(tape, following, lockstep, _Quantising(self))
+                self._pass(tape, following, lockstep, _Quantizing(self))
                 return self.outcomes
             for layer in self.unit.layers:
                 for group in layer.same_input():
@@ -132,8 +132,8 @@ class UnitRun:
         if not layers:
             loop.embed()
             return
-        quantising = isinstance(maker, _Quantising)
-        loop.run(layers, maker, done=lambda layer: self.done(layer, self.outcomes) if quantising else None)
+        quantizing = isinstance(maker, _Quantizing)
+        loop.run(layers, maker, done=lambda layer: self.done(layer, self.outcomes) if quantizing else None)
 
     def _write(self, name: str, tensor: Tensor) -> None:
         self.writers[self.shard_of[name]].write(name, tensor)
@@ -147,7 +147,7 @@ class UnitRun:
         return LinearStats.empty(group[0].in_features, self.place.device, method.hessian)
 
     def store(self, group: Group, stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
-        """Quantise linears that read one input, and write them; what was written of each."""
+        """Quantize linears that read one input, and write them; what was written of each."""
         scheme = self.plan.schemes[group[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
             seen = f"the input of '{group[0].key}' is not finite on the calibration text"
@@ -204,8 +204,8 @@ class _Maker(Observer):
         self.run = run
 
 
-class _Quantising(_Maker):
-    """Quantises a part's linears on the calibration tokens that reach it, if there are any, and writes them."""
+class _Quantizing(_Maker):
+    """Quantizes a part's linears on the calibration tokens that reach it, if there are any, and writes them."""
 
     def before(self, parts: Sequence[Part]) -> None:
         own = [part for part in parts if any(part.stream is track.stream for track in self.tracks)]

@@ -1,4 +1,4 @@
-"""What a family of kernels offers: quantised linears and experts, packed once at load and then called.
+"""What a family of kernels offers: quantized linears and experts, packed once at load and then called.
 
 A family is one `Backend` and one row in `dispatch.BACKENDS`.
 """
@@ -19,7 +19,7 @@ __all__ = ["Backend", "Expert", "InputScalesDiffer", "QuantExperts", "QuantLinea
 
 
 class QuantLinear(Protocol):
-    """A quantised linear on its kernel."""
+    """A quantized linear on its kernel."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x float [..., in] -> [..., out] in x.dtype."""

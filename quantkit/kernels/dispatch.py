@@ -37,7 +37,7 @@ def choose(
 ) -> Choice:
     """The kernel for a linear [out, in] of this scheme on this device. The reference is always right, and slow."""
     if scheme is None:
-        return Choice(PLAIN, None, "not quantised", "torch on any device")
+        return Choice(PLAIN, None, "not quantized", "torch on any device")
     able = [backend for backend in backends if backend.takes(scheme, shape) is None]
     reasons = [backend.takes(scheme, shape) or backend.lacks(scheme, device) for backend in backends]
     here = next((backend for backend, reason in zip(backends, reasons, strict=True) if reason is None), None)

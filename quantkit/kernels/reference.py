@@ -1,4 +1,4 @@
-"""The specification of every kernel: dequantise the weight, round the activation as the scheme says, multiply."""
+"""The specification of every kernel: dequantize the weight, round the activation as the scheme says, multiply."""
 
 from __future__ import annotations
 
@@ -44,6 +44,6 @@ def round_activation(x: Tensor, activation: Activation, input_scale: Tensor | No
 
 
 def linear(x: Tensor, weight: QuantizedTensor, activation: Activation | None) -> Tensor:
-    """x [..., in] times the quantised weight [out, in], in float32, returned in x.dtype."""
+    """x [..., in] times the quantized weight [out, in], in float32, returned in x.dtype."""
     rounded = x.float() if activation is None else round_activation(x, activation, weight.input_scale)
     return F.linear(rounded, weight.dequantize().to(x.device)).to(x.dtype)

@@ -57,7 +57,7 @@ def buckets(scores: TokenScores) -> list[ContextBucket]:
 
 
 class LongContext(Observer):
-    """ids: int64 [windows, length]. The quantised model keeps K and V in `kv`, the baseline in float32. `context` is the
+    """ids: int64 [windows, length]. The quantized model keeps K and V in `kv`, the baseline in float32. `context` is the
     finding. Raises CheckpointError when the baseline's logits are not finite."""
 
     def __init__(self, models: Sequence[Model], ids: Tensor, kv: KVFormat) -> None:
@@ -147,7 +147,7 @@ def _last_ratio(far: TokenScores) -> Figure:
 
 
 def _kept(both: Sequence[int], baseline: Sequence[int]) -> Figure | None:
-    """Of the needles that the baseline recalls, the share that the quantised model recalls too; None where there are none.
+    """Of the needles that the baseline recalls, the share that the quantized model recalls too; None where there are none.
     Wilson's interval, which does not shrink to a point where all are."""
     recalled = sum(baseline)
     return figure(sum(both) / recalled, wilson(sum(both), recalled)) if recalled else None

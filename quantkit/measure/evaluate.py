@@ -1,4 +1,4 @@
-"""`measure`: a quantised model beside its baseline on held-out text, as a `Report`; `evaluate`: its main figures."""
+"""`measure`: a quantized model beside its baseline on held-out text, as a `Report`; `evaluate`: its main figures."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _SEEN = 0.05  # of its runs of tokens; what all code or all chats begin with is 
 
 @dataclass(frozen=True)
 class Extent:
-    """What to measure. cache: folder for the baseline's results. kv_cache: the quantised model keeps K and V so (None: not
+    """What to measure. cache: folder for the baseline's results. kv_cache: the quantized model keeps K and V so (None: not
     rounded). context: length of the long windows, 0 for none. samples: prompts to continue. speed: time the kernels.
     add_bos: whether raw text begins with the beginning-of-text token (None: as the model was trained)."""
 
@@ -76,7 +76,7 @@ def measure(
     text: a file or named corpus (see `calib.documents`); its documents are cut into windows of `seq_len` tokens, at
     most `windows` of them. progress is called with (layers done, layers in all), warn with each note that is known before
     the models run. ran: an evaluation of the same text and extent that
-    has run already, beside the quantisation of this very model: no weight is read for it again. Raises QuantkitError.
+    has run already, beside the quantization of this very model: no weight is read for it again. Raises QuantkitError.
     """
     begun = time.monotonic()
     job = _prepare(quantized, baseline, text, extent, pick_device(device))
@@ -123,7 +123,7 @@ def _step(data: EvalSet) -> int:
 
 
 def evaluation_of(spec: ModelSpec, data: EvalSet, baseline: Path) -> Evaluation:
-    """One to pass through the layers while they are quantised; see `measure`'s `ran`."""
+    """One to pass through the layers while they are quantized; see `measure`'s `ran`."""
     return Evaluation(spec, data, _step(data), baseline)
 
 
@@ -152,7 +152,7 @@ class _Job:
         base = self.models[0]
         schemes = sorted({scheme.name for scheme in base.weights.schemes.values() if scheme})
         base_note = (
-            f"the baseline {base.folder} is itself quantised ({', '.join(schemes)}): what it lost is in no figure here"
+            f"the baseline {base.folder} is itself quantized ({', '.join(schemes)}): what it lost is in no figure here"
         )
         share = self.overlap.share or 0.0
         overlap_note = (
@@ -260,11 +260,11 @@ def evaluate(
 
 def figures(report: Report) -> dict[str, Any]:
     """The main figures under the keys that `quantkit eval --json` documents. Raises CheckpointError where no token of the
-    quantised model has finite logits."""
+    quantized model has finite logits."""
     measured, origin = report.divergence, report.provenance
     if measured is None:
         problem = f"no logits of {origin.quantized} are finite, from layer {report.finite.layer} on"
-        raise CheckpointError(problem, "see its report; quantise again")
+        raise CheckpointError(problem, "see its report; quantize again")
     named = {
         **{f"perplexity.{key}": figure for key, figure in measured.perplexity.items()},
         **{f"kl.{key}": figure for key, figure in measured.kl.items()},

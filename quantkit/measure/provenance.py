@@ -75,7 +75,7 @@ def provenance(
     request: Said,
     scored: int,
 ) -> Provenance:
-    """models, on_disk: of baseline and quantised model. record: `run_record`. scored: tokens."""
+    """models, on_disk: of baseline and quantized model. record: `run_record`. scored: tokens."""
     base = models[0]
     versions = {"quantkit": quantkit.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if record:
@@ -125,7 +125,7 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
     except (CalibrationError, ConfigError) as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
     if tokens.digest(windows) != record["job"].get("tokens"):
-        return unknown(f"calibration text '{recipe.calibration}' is not what it was when the model was quantised")
+        return unknown(f"calibration text '{recipe.calibration}' is not what it was when the model was quantized")
     ngrams = np.unique(np.concatenate([_ngrams(row) for row in windows]))
     grams = np.concatenate([_ngrams(row[:length]) for row, length in zip(data.ids, data.lengths.tolist(), strict=True)])
     if not len(grams):

@@ -1,7 +1,7 @@
 """Both models over the evaluation windows: everything that a report needs, summed as it comes.
 
 Every window is scored with both models running freely. On a share of them, the probe, more is measured: errors inside the
-layers, the quantised model with the baseline's routing, and the baseline with BF16 products. Of a token a few numbers are
+layers, the quantized model with the baseline's routing, and the baseline with BF16 products. Of a token a few numbers are
 kept, of its logits nothing.
 """
 
@@ -33,7 +33,7 @@ __all__ = ["BATCH_TOKENS", "Evaluation", "probe_rows"]
 
 BATCH_TOKENS = 8192
 _PROBE_WINDOWS = 16
-_OVERFLOWN = 1e30  # error of weights that are not finite once dequantised: JSON has no infinity
+_OVERFLOWN = 1e30  # error of weights that are not finite once dequantized: JSON has no infinity
 
 
 def probe_rows(windows: int) -> Tensor:
@@ -76,12 +76,12 @@ class Evaluation(Observer):
 
     step: windows that are scored at once, and stored together. baseline: what to call it in a message.
 
-    scores: of all scored tokens whose logits are finite. probes: of probed tokens, "free" for the quantised model, "forced"
-    for it with the baseline's routing, "floor" for the baseline with BF16 products, "float_kv" for the quantised model with
+    scores: of all scored tokens whose logits are finite. probes: of probed tokens, "free" for the quantized model, "forced"
+    for it with the baseline's routing, "floor" for the baseline with BF16 products, "float_kv" for the quantized model with
     a float32 cache; all in one order, tokens left out where any is not finite. broken: tokens with logits that are not
-    finite; broken_at: the first layer that gave a hidden state that is not. weight_errors: of quantised linears, by key.
+    finite; broken_at: the first layer that gave a hidden state that is not. weight_errors: of quantized linears, by key.
     varied: tokens that the variants scored, each variant's counted; varied_broken: of these, by variant, those that are not
-    finite although the quantised model's are.
+    finite although the quantized model's are.
     """
 
     pair: Pair
@@ -177,7 +177,7 @@ class Evaluation(Observer):
                 sent += np.bincount(before.flatten().numpy(), minlength=len(sent))
 
     def passed(self, part: Part, x: Tensor, y: Tensor, rows: Tensor) -> None:
-        """What the baseline's MLP reads and gives on probed tokens is kept for the quantised one."""
+        """What the baseline's MLP reads and gives on probed tokens is kept for the quantized one."""
         if part.stream is not self._base.stream:
             return
         probed = (self.scored & self.probe[:, None])[self._live].flatten()[rows]
@@ -187,7 +187,7 @@ class Evaluation(Observer):
             self._heard.append(Heard(x[on_device], y[on_device], block))
 
     def after(self, parts: Sequence[Part]) -> None:
-        """Play what was kept to the quantised MLP, whose answer then differs by its own error alone, not by what earlier
+        """Play what was kept to the quantized MLP, whose answer then differs by its own error alone, not by what earlier
         layers lost: so a damaged expert stands out by itself. Compare the weights themselves."""
         for heard in self._heard:
             assert isinstance(parts[0], MLPPart)
@@ -199,7 +199,7 @@ class Evaluation(Observer):
                 self.weight_errors[ref.key] = error
 
     def _weight_error(self, ref: Linear) -> float | None:
-        """||Q - W|| / ||W||; None for a linear that is not quantised."""
+        """||Q - W|| / ||W||; None for a linear that is not quantized."""
         if self.pair.schemes[ref.key] is None:
             return None
         weight = self.pair.baseline.matrix(ref).double()

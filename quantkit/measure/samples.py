@@ -24,7 +24,7 @@ class _Seen:
     kl: float
     window: int
     position: int
-    top: list[list[tuple[int, float]]]  # of the baseline, of the quantised model: (id, probability)
+    top: list[list[tuple[int, float]]]  # of the baseline, of the quantized model: (id, probability)
 
 
 @dataclass
@@ -80,7 +80,7 @@ def generations(
     kv: KVFormat | None,
     ends: frozenset[int] = frozenset(),
 ) -> list[Sample]:
-    """Greedy continuations of text from `count` windows, by baseline and quantised model, until one of `ends`, a dozen
+    """Greedy continuations of text from `count` windows, by baseline and quantized model, until one of `ends`, a dozen
     tokens after the last of them has divided, or 48."""
     long = (data.lengths > _PROMPT).nonzero().flatten()
     if not count or not len(long):

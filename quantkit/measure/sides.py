@@ -18,7 +18,7 @@ __all__ = ["side_by_side"]
 def side_by_side(
     models: Sequence[Model], observers: Sequence[Observer], progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """models: baseline, quantised; each of their weights is read once. progress: (layers done, layers in all)."""
+    """models: baseline, quantized; each of their weights is read once. progress: (layers done, layers in all)."""
     base, quant = models
 
     def release() -> None:

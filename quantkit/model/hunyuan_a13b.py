@@ -1,6 +1,6 @@
 """Hunyuan-A13B (80B, 13B active): `model_type` "hunyuan_v1_moe". Hunyuan-Large's layer without cross-layer attention.
 
-32 layers, hidden 4096, 64 experts of 3072 top-8 with renormalised weights plus a shared one. Its quantised releases say
+32 layers, hidden 4096, 64 experts of 3072 top-8 with renormalised weights plus a shared one. Its quantized releases say
 "hunyuan", as Hunyuan-Large does; `is_a13b` tells them apart.
 """
 

@@ -33,7 +33,7 @@ HEAD = "lm_head.weight"  # which a tied model may store too
 
 
 class Role(str, Enum):
-    """What a linear is for. Recipes speak in these words; router and head are never quantised."""
+    """What a linear is for. Recipes speak in these words; router and head are never quantized."""
 
     ATTENTION = "attention"
     EXPERTS = "experts"
@@ -210,7 +210,7 @@ class Layer:
     mlp: MoE | MLP
 
     def linears(self) -> tuple[Linear, ...]:
-        """The linears that a recipe may quantise (the router is not among them), in the order they are quantised."""
+        """The linears that a recipe may quantize (the router is not among them), in the order they are quantized."""
         return tuple(ref for group in self.same_input() for ref in group)
 
     def mlps(self) -> tuple[MLP, ...]:
@@ -301,7 +301,7 @@ class ModelSpec:
             yield from layer.linears()
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the unquantised checkpoint, name to shape."""
+        """Every tensor of the unquantized checkpoint, name to shape."""
         shapes: dict[str, tuple[int, ...]] = {self.embedding: (self.vocab, self.hidden)}
         for layer in self.layers:
             shapes.update(layer.kept())

@@ -1,4 +1,4 @@
-"""Where a model's numbers come from: memory, a checkpoint on disk, a quantised one, or one that is being quantised."""
+"""Where a model's numbers come from: memory, a checkpoint on disk, a quantized one, or one that is being quantized."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Weights(ABC):
 
 
 class PlainWeights(Weights):
-    """Tensors as a checkpoint that is not quantised holds them. tensors: gives one by name, on the device."""
+    """Tensors as a checkpoint that is not quantized holds them. tensors: gives one by name, on the device."""
 
     def __init__(self, tensors: Callable[[str], Tensor]) -> None:
         self._tensors = tensors

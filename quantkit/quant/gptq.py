@@ -68,7 +68,7 @@ def repair(
 def gptq(
     weight: Tensor, hessian: Tensor, grid: Grid, repair: Repair = repair, dampings: tuple[float, ...] = DAMPING
 ) -> Solved:
-    """Quantise float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
+    """Quantize float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
 
     A feature that calibration never excited has a zero row in H: it is rounded to nearest and repairs nothing.
     repair: how a block of columns is rounded; a kernel may do the same. dampings: tried in order, of mean(diag H). Raises

@@ -97,10 +97,10 @@ def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearS
 def solve(
     weights: list[Tensor], scheme: Scheme, method: Method, stats: LinearStats | None, how: Repair = repair
 ) -> list[tuple[QuantizedTensor, Outcome]]:
-    """Quantise float32 weights [out_i, in] that read the same input (q, k, v; or gate and up).
+    """Quantize float32 weights [out_i, in] that read the same input (q, k, v; or gate and up).
 
     They are stacked, as engines stack them: one solve serves all, and a per-tensor scale is shared, which an engine
-    that fuses them would otherwise force upon them by requantising. Blocks are cut per weight. how: see `gptq`'s repair.
+    that fuses them would otherwise force upon them by requantizing. Blocks are cut per weight. how: see `gptq`'s repair.
     """
     if scheme.weight.strategy is Strategy.BLOCK and len(weights) > 1:
         return [result for weight in weights for result in solve([weight], scheme, method, stats, how)]

@@ -118,7 +118,7 @@ def decide(report: Report, gates: Sequence[Gate] | None = None) -> Report:
 def _absent(gate: Gate) -> str:
     why = {
         "mlp.output_error.max": "no scored token of the probe reached an MLP",
-        "weights.error.max": "no linear is quantised",
+        "weights.error.max": "no linear is quantized",
     }
     return f"not measured: {why.get(gate.metric, 'this report has no such figure')}"
 

@@ -29,7 +29,7 @@ def _safe(text: str) -> str:
 
 @dataclass(frozen=True)
 class _View:
-    """What the template shows of one run beside its report. fallbacks: of how many quantised linears."""
+    """What the template shows of one run beside its report. fallbacks: of how many quantized linears."""
 
     name: str
     report: Report

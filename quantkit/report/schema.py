@@ -106,10 +106,10 @@ class Provenance(_Part):
 
 
 class Finite(_Part):
-    """Scored tokens whose logits are not finite, and the first layer after which the quantised hidden state was not.
+    """Scored tokens whose logits are not finite, and the first layer after which the quantized hidden state was not.
     layer is null when only the head's output is not. probe: by variant (floor, forced, float_kv), tokens whose logits are
-    finite in the quantised model but not in that variant; the probe's figures leave them out. elsewhere: by place (needles,
-    samples, benchmark tasks), tokens that the quantised model could not answer with. tokens and of count the long windows,
+    finite in the quantized model but not in that variant; the probe's figures leave them out. elsewhere: by place (needles,
+    samples, benchmark tasks), tokens that the quantized model could not answer with. tokens and of count the long windows,
     these variants and places too."""
 
     tokens: int
@@ -142,7 +142,7 @@ class UnitSums(_Part):
 
 class Probe(_Part):
     """What was measured on a share of the windows only: the floor (baseline with BF16 products against itself in float32)
-    and the quantised model with the baseline's routing. kl is the free-running model on the same tokens; excess = kl -
+    and the quantized model with the baseline's routing. kl is the free-running model on the same tokens; excess = kl -
     floor, routing_term = kl - forced_routing, both paired. units: documents that the windows are from."""
 
     windows: int
@@ -198,8 +198,8 @@ class LayerRow(_Part):
 
 
 class LinearRow(_Part):
-    """One quantised linear. method, fallback, output_error, coverage and lent are calibration's; weight_error =
-    ||W - Q|| / ||W|| (a length, not an energy) against the baseline's weight, null where it is not quantised."""
+    """One quantized linear. method, fallback, output_error, coverage and lent are calibration's; weight_error =
+    ||W - Q|| / ||W|| (a length, not an energy) against the baseline's weight, null where it is not quantized."""
 
     key: str
     layer: int
@@ -301,7 +301,7 @@ class ContextBucket(_Part):
 class Needle(_Part):
     """Recall of a planted run of rare tokens at one depth (0 is the start): mean probability of the right continuation, and
     how often it is the likeliest. baseline_without: the baseline's where the run is not planted; one that is not below
-    `baseline` says that this model does not recall, and the check nothing. not_finite: of the quantised model's three reads
+    `baseline` says that this model does not recall, and the check nothing. not_finite: of the quantized model's three reads
     in each of the n windows, those whose logits are not finite; they count as not recalled."""
 
     depth: float
@@ -315,10 +315,10 @@ class Needle(_Part):
 
 
 class Context(_Part):
-    """Long windows, read in pieces through the cache. kv_cache: how the quantised model keeps K and V (the baseline keeps
+    """Long windows, read in pieces through the cache. kv_cache: how the quantized model keeps K and V (the baseline keeps
     float32). tokens: scored; not_finite: of them, those whose logits are not, which all else leaves out; not_finite_layer:
     the first layer after which. last_ratio: of perplexities in the second half, null where nothing is finite there.
-    needle_recall: of the needles that the baseline recalls whole, the share that the quantised model does; null where it
+    needle_recall: of the needles that the baseline recalls whole, the share that the quantized model does; null where it
     recalls none."""
 
     length: int
@@ -334,7 +334,7 @@ class Context(_Part):
 
 
 class KVCache(_Part):
-    """The quantised model with K and V kept in `format`, against the same with float32, on the probe's tokens; added is
+    """The quantized model with K and V kept in `format`, against the same with float32, on the probe's tokens; added is
     their paired difference."""
 
     format: str

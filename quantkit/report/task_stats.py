@@ -1,4 +1,4 @@
-"""Two models on the same items: flips, McNemar's exact test, and an interval of the recovery (quantised / baseline)."""
+"""Two models on the same items: flips, McNemar's exact test, and an interval of the recovery (quantized / baseline)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def paired_ratio(both: int, lost: int, gained: int) -> list[float]:
-    """95 % interval of P(quantised right) / P(baseline right) from paired answers, by Bonett and Price (Statistics in
+    """95 % interval of P(quantized right) / P(baseline right) from paired answers, by Bonett and Price (Statistics in
     Medicine 25, 2006, 3039-3050): Wilson intervals of both, narrowed for their covariance.
 
     Unlike a bootstrap it does not shrink to a point where no item flipped: 20 equal answers are weak evidence of equality.

@@ -62,7 +62,7 @@ def random_weight(scheme: Scheme, rows: int, inputs: int, device: torch.device |
 
 
 def matrices_of(model: Model) -> list[Matrix]:
-    """The different quantised matrices of a checkpoint, by role, name, shape and scheme."""
+    """The different quantized matrices of a checkpoint, by role, name, shape and scheme."""
     matrices: dict[Matrix, None] = {}
     for ref in model.spec.linears():
         scheme = model.weights.schemes[ref.key]
@@ -154,7 +154,7 @@ def bench(
             operations = 2.0 * count * q.codes.numel()
             rows.append(_row(matrix, choice.kernel, count, seconds, size, operations, bandwidth, arithmetic))
     if not rows:
-        raise ConfigError("there is no quantised linear to measure", "give a quantised checkpoint, or --shape")
+        raise ConfigError("there is no quantized linear to measure", "give a quantized checkpoint, or --shape")
     return rows
 
 

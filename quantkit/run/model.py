@@ -1,4 +1,4 @@
-"""Run a checkpoint, quantised or not: on the reference, in float32, or on the kernels that this machine has."""
+"""Run a checkpoint, quantized or not: on the reference, in float32, or on the kernels that this machine has."""
 
 from __future__ import annotations
 
@@ -142,11 +142,11 @@ def load(
     kernels: Kernels = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """A quantised or unquantised checkpoint folder, ready for `logits`, `stream` and `generate`.
+    """A quantized or unquantized checkpoint folder, ready for `logits`, `stream` and `generate`.
 
-    device: auto, cpu, cuda or cuda:N. kernels: "auto" packs quantised linears for this machine's kernels (`Model.explain`
+    device: auto, cpu, cuda or cuda:N. kernels: "auto" packs quantized linears for this machine's kernels (`Model.explain`
     says which; the first use may build them); "w4a8" does so too and rounds the inputs of INT4 weights to INT8, faster on a
-    CPU; "reference" dequantises and multiplies in float32. progress is called with (layers packed, layers in all). Raises
+    CPU; "reference" dequantizes and multiplies in float32. progress is called with (layers packed, layers in all). Raises
     QuantkitError when the checkpoint is not sound.
     """
     if kernels not in ("reference", *dispatch.OPTIONS):

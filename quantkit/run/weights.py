@@ -86,11 +86,11 @@ class CheckpointWeights(Weights):
 
 
 class KernelWeights(CheckpointWeights):
-    """The same on the kernels that `kernels.dispatch` chooses. No BF16 copy of a quantised weight is ever made, but for
+    """The same on the kernels that `kernels.dispatch` chooses. No BF16 copy of a quantized weight is ever made, but for
     latent attention's kv_b, which decoding multiplies by its halves, one of them transposed (DeepSeek-V2: 34 MB a layer).
 
     Weights are packed when first used (`pack` does it for all) and kept in that form alone. Experts of one scheme and shape
-    go into one call, the shared expert among them when it is alike. Linears that are not quantised are multiplied in the
+    go into one call, the shared expert among them when it is alike. Linears that are not quantized are multiplied in the
     dtype they are stored in.
     """
 
@@ -164,7 +164,7 @@ class KernelWeights(CheckpointWeights):
             self._linear(ref, self.schemes[ref.key])
 
     def _linear(self, ref: Linear, scheme: Scheme | None) -> QuantLinear | None:
-        """Its kernel, packed; None when it is not quantised or the reference serves it."""
+        """Its kernel, packed; None when it is not quantized or the reference serves it."""
         if ref.key not in self._linears:
             backend = self.choice(ref).backend
             kernel = None
@@ -212,5 +212,5 @@ def _named(key: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise CheckpointError(
-            f"{key} cannot be packed: {error}", "quantise again, or load with kernels='reference'"
+            f"{key} cannot be packed: {error}", "quantize again, or load with kernels='reference'"
         ) from error

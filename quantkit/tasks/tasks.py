@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-evaluation-harness: baseline and quantised model on the same items, compared item by item."""
+"""Benchmark tasks through lm-evaluation-harness: baseline and quantized model on the same items, compared item by item."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Sample = dict[str, Any]
 class Options:
     """How tasks are run. data_dir: local items instead of the hub's. limit: items of a benchmark with data_dir, else of each
     of the harness's tasks. shots: examples before each question; without it a suite's published number, else the task's
-    own. max_new_tokens: an upper bound. ruler_length: tokens of RULER's texts; None: 4096. kv_cache: of the quantised model.
+    own. max_new_tokens: an upper bound. ruler_length: tokens of RULER's texts; None: 4096. kv_cache: of the quantized model.
     The rest is `harness.QuantkitLM`'s."""
 
     data_dir: Path | None = None

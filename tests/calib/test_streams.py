@@ -62,7 +62,7 @@ def test_eval_reads_each_weight_of_either_model_once(
     assert reads.keys() == weights and set(reads.values()) == {1}
 
 
-def test_quantising_reads_each_weight_once(
+def test_quantizing_reads_each_weight_once(
     make_model: Callable[..., Path], tmp_path: Path, reads: Counter[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And verification, which is independent, once more."""

@@ -135,5 +135,5 @@ def test_refused(unknown: Path, tmp_path: Path, model: Path) -> None:
     assert "cannot take" in refused("quantize", unknown, *out, *PATTERNS, "--scheme", "W8A16")
     run("quantize", unknown, *out, *PATTERNS, "--scheme", "FP8_DYNAMIC")
     assert "unknown architecture" in refused("generate", tmp_path / "out", "--prompt", "x")
-    assert "already quantised" in refused("quantize", tmp_path / "out", "-o", tmp_path / "b", *PATTERNS)
+    assert "already quantized" in refused("quantize", tmp_path / "out", "-o", tmp_path / "b", *PATTERNS)
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("out")) == ["out"]

@@ -1,4 +1,4 @@
-"""Every tensor of the source is quantised, kept or refused; the bytes on disk are those of the plan; names are exact."""
+"""Every tensor of the source is quantized, kept or refused; the bytes on disk are those of the plan; names are exact."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def test_every_tensor_has_one_fate(model: Path) -> None:
     fates = {fate: set(plan.coverage.of(fate)) for fate in Fate}
     assert set.union(*fates.values()) == reader.entries.keys()
     assert sum(map(len, fates.values())) == len(reader.entries) and not fates[Fate.REFUSED]
-    assert fates[Fate.QUANTISED] == {k for k in reader.entries if "_mlp." in k or ".experts." in k}
+    assert fates[Fate.QUANTIZED] == {k for k in reader.entries if "_mlp." in k or ".experts." in k}
     table = plan.coverage.as_dict()
-    assert table["quantised"].keys() == {"experts", "shared_experts"} and table["refused"] == {}
+    assert table["quantized"].keys() == {"experts", "shared_experts"} and table["refused"] == {}
     assert table["kept"].keys() == {"attention", "router", "norms", "embedding"}
     assert table["total"]["source_bytes"] == plan.source_bytes and table["total"]["output_bytes"] == plan.output_bytes
     assert table["kept"]["attention"]["output_bytes"] == table["kept"]["attention"]["source_bytes"]

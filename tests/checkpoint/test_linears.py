@@ -66,7 +66,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def planned(folder: Path, *linears: str, **fields: Any) -> tuple[set[str], tuple[str, ...]]:
-    """The linears that a run would quantise, and its notes."""
+    """The linears that a run would quantize, and its notes."""
     plan = make_plan(CheckpointReader(folder), Recipe.of({"scheme": "FP8_DYNAMIC", "linears": linears, **fields}))
     return {key for key, scheme in plan.schemes.items() if scheme}, plan.notes
 
@@ -128,7 +128,7 @@ def test_what_is_no_linear_is_refused_by_name(pattern: str, make: Make, tmp_path
 
 
 def test_said_to_stay_it_stays(make: Make, tmp_path: Path) -> None:
-    """A 3-D tensor cannot be quantised; --keep says that its user knows."""
+    """A 3-D tensor cannot be quantized; --keep says that its user knows."""
     folder = make(tensors=FUSED)
     options = ("--linears", "*", "--scheme", "W8A8")
     assert "the format holds one matrix a tensor" in refused("plan", folder, *options)
@@ -261,7 +261,7 @@ def test_layers_are_counted_in_the_language_model() -> None:
 
 
 def test_a_matrix_of_codes_is_not_passed_over(make: Make) -> None:
-    """It has no scale that could be read: nobody quantised it so that it could be used."""
+    """It has no scale that could be read: nobody quantized it so that it could be used."""
     folder = make()
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -183,10 +183,10 @@ def test_a_disk_that_fails_under_the_tape(call: str, tmp_path: Path, monkeypatch
 
 
 class Counted:
-    """How often each file is opened for tensors, parsed and hashed, and weights are dequantised."""
+    """How often each file is opened for tensors, parsed and hashed, and weights are dequantized."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.parsed, self.opened, self.hashed, self.dequantised = Counter[Path](), Counter[Path](), Counter[Path](), 0
+        self.parsed, self.opened, self.hashed, self.dequantized = Counter[Path](), Counter[Path](), Counter[Path](), 0
         headers, opens, digest, dequantize = shard.read_header, OpenShard.__init__, atomic.sha256, QuantizedTensor.dequantize
 
         def parse(path: Path) -> Any:
@@ -202,7 +202,7 @@ class Counted:
             return digest(path)
 
         def value(q: QuantizedTensor) -> torch.Tensor:
-            self.dequantised += 1
+            self.dequantized += 1
             return dequantize(q)
 
         monkeypatch.setattr(reader, "read_header", parse)
@@ -213,7 +213,7 @@ class Counted:
 
 
 def test_verify_reads_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each header is parsed once, each file hashed once, each weight dequantised once; a shard is opened for its header, for
+    """Each header is parsed once, each file hashed once, each weight dequantized once; a shard is opened for its header, for
     its tensors, and not for each of them."""
     record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
     counted = Counted(monkeypatch)
@@ -225,17 +225,17 @@ def test_verify_reads_once(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
         path: 1 for path in (tmp_path / "out").iterdir() if path.name not in ("run.json", "SHA256SUMS")
     }
     assert not {path for path in counted.hashed if path.parent == model and path.suffix == ".safetensors"}
-    assert counted.dequantised == len(record["linears"]) == report.linears
+    assert counted.dequantized == len(record["linears"]) == report.linears
 
 
-def test_rounding_without_calibration_dequantises_for_the_stated_error_alone(
+def test_rounding_without_calibration_dequantizes_for_the_stated_error_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard is hashed when it is committed and once more when it is read again to be verified."""
     counted = Counted(monkeypatch)
     monkeypatch.setattr(pipeline, "verify", lambda *_: None)
     record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
-    assert counted.dequantised == len(record["linears"]) > 0
+    assert counted.dequantized == len(record["linears"]) > 0
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "out")
     counted = Counted(monkeypatch)

@@ -147,7 +147,7 @@ UNFIT: dict[str, tuple[Break, tuple[str, ...]]] = {
     "NaN": (tensors(lambda w: w[KEY][1].__setitem__(3, torch.nan)), (SHARD, KEY, "1 NaN or infinite", "index 67")),
     "infinity": (tensors(lambda w: w[KEY].fill_(-torch.inf)), (SHARD, KEY, "8192 NaN or infinite")),
     "NaN in a kept tensor": (tensors(lambda w: w[KEPT].fill_(torch.nan)), (SHARD, KEPT, "NaN")),
-    "quantised already": (fields(quantization_config={"quant_method": "gptq"}), ("config.json", "already quantised")),
+    "quantized already": (fields(quantization_config={"quant_method": "gptq"}), ("config.json", "already quantized")),
 }
 
 
@@ -180,7 +180,7 @@ OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("--group-size", "0"): ("'group_size' is 0", "greater than or equal to 8"),
     ("--scheme", "W3A16"): ("'W3A16'", "W4A16", "BF16"),
     ("--attention", "int4"): ("'int4'", "W4A16"),
-    ("--scheme", "BF16"): ("nothing to quantise",),
+    ("--scheme", "BF16"): ("nothing to quantize",),
     ("--samples", "0"): ("'samples'", "0", "1"),
     ("--seq-len", "0"): ("'seq_len'", "0", "8"),
     ("--seed", "-1"): ("'seed'", "-1", "0"),

@@ -144,7 +144,7 @@ def test_disk_fills_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and its quantised checkpoint, for tests that copy it."""
+    """A model and its quantized checkpoint, for tests that copy it."""
     folder = tmp_path_factory.mktemp("finished")
     write_checkpoint(folder / "model", CONFIG, random_weights(CONFIG))
     accepted("quantize", folder / "model", "-o", folder / "out", *QUICK)
@@ -303,6 +303,6 @@ def test_models_that_do_not_belong_together(finished: Path, make_model: Callable
     message = refused("verify", finished / "out", "--source", other)
     assert "other seems not to be the model" in message and "is missing" in message and "--source" in message
     message = refused("verify", finished / "out", "--source", finished / "out")
-    assert "out seems not to be the model" in message and "unquantised" in message
-    assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", *QUICK)
-    assert "already quantised" in refused("quantize", finished / "out", "-o", other.parent / "out", "--dry-run")
+    assert "out seems not to be the model" in message and "unquantized" in message
+    assert "already quantized" in refused("quantize", finished / "out", "-o", other.parent / "out", *QUICK)
+    assert "already quantized" in refused("quantize", finished / "out", "-o", other.parent / "out", "--dry-run")

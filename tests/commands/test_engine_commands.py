@@ -1,4 +1,4 @@
-"""`plan` and `verify --engine` on checkpoints quantised for real, whole and damaged: exit codes 0, 1, 2 and what is said."""
+"""`plan` and `verify --engine` on checkpoints quantized for real, whole and damaged: exit codes 0, 1, 2 and what is said."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def double(tensors: dict[str, Tensor]) -> None:
     tensors[f"{EXPERT}.up_proj.input_scale"] *= 2
 
 
-def quantise_router(tensors: dict[str, Tensor]) -> None:
+def quantize_router(tensors: dict[str, Tensor]) -> None:
     weight = tensors.pop("model.layers.0.mlp.gate.wg.weight")
     tensors["model.layers.0.mlp.gate.wg.weight_packed"] = torch.zeros(4, 16, dtype=torch.int32)
     tensors["model.layers.0.mlp.gate.wg.weight_scale"] = weight[:, :4].contiguous()
@@ -210,11 +210,11 @@ DAMAGE: dict[str, tuple[str, Change, dict[str, int], str, Verdict, Verdict]] = {
         UNKNOWN,
     ),
     "input scales differ": ("fp8", double, {"rule": 1}, f"'{EXPERT}.up_proj.input_scale' is ", REFUSED, REFUSED),
-    "router quantised": (
+    "router quantized": (
         "int4",
-        quantise_router,
+        quantize_router,
         {"missing": 1, "unmatched": 2},
-        "routers and the head are never quantised",
+        "routers and the head are never quantized",
         REFUSED,
         WRONG,
     ),
@@ -346,7 +346,7 @@ def test_an_ignore_pattern_that_catches_too_much(models: Path, tmp_path: Path) -
     rules = {finding["rule"]: finding["why"] for finding in row["findings"]}
     assert rules["vllm.fused-scheme"] == "gate_proj, up_proj have BF16, W4A16"
     name = "model.layers.0.mlp.shared_mlp.gate_proj.weight_packed"
-    assert f"'{name}': the config says it is not quantised" in found["problems"][0]["problem"]
+    assert f"'{name}': the config says it is not quantized" in found["problems"][0]["problem"]
 
 
 def test_nvfp4_is_not_read_as_something_else(models: Path, tmp_path: Path) -> None:
@@ -394,5 +394,5 @@ def test_more_bad_input(models: Path, make_model: Callable[..., Path]) -> None:
     assert "no experts" in refused("plan", dense, "--group-size", 32, "--engine", "vllm", "--ep")
     assert "no quantization_config" in refused("verify", models / "a13b", "--engine", "vllm")
     assert "check different things" in refused("verify", models / "int4", "--engine", "vllm", "--source", models / "a13b")
-    assert "already quantised" in refused("plan", models / "int4", "--engine", "vllm")
+    assert "already quantized" in refused("plan", models / "int4", "--engine", "vllm")
     assert "architecture that quantkit knows" in refused("plan", models / "a13b", "--engine", "vllm", "--linears", "*")

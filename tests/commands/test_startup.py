@@ -43,7 +43,7 @@ def test_inspect() -> None:
     assert "experts" in said and not modules & SLOW
 
 
-def test_a_quantised_checkpoint(out: Path) -> None:
+def test_a_quantized_checkpoint(out: Path) -> None:
     modules, said = imported("inspect", out)
     assert "W8A16" in said and not modules & SLOW
     modules, said = imported("verify", out, "--engine", "vllm")

@@ -101,7 +101,7 @@ def test_every_switch(changes: dict[str, Any], vllm: Vllm, tmp_path: Path) -> No
 
 
 def test_a13b_that_is_spelled_hunyuan(vllm: Vllm, tmp_path: Path) -> None:
-    """As its quantised releases are: the plugin must not take it for Hunyuan-Large."""
+    """As its quantized releases are: the plugin must not take it for Hunyuan-Large."""
     folder = make_model("Hunyuan-A13B", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "hunyuan"}))

@@ -83,7 +83,7 @@ def test_serves_text(tmp_path: Path) -> None:
 
 
 def test_serves_what_is_released_with_code_and_without_a_tokenizer_json(tmp_path: Path) -> None:
-    """A stand-in for Hunyuan-Large's own folder, quantised: no flag, no code of its own, its tokens, its chat template."""
+    """A stand-in for Hunyuan-Large's own folder, quantized: no flag, no code of its own, its tokens, its chat template."""
     source = released_layout(make_model("Hunyuan-Large", tmp_path / "model", vocab_size=VOCAB))
     folder = tmp_path / "OUT"
     quantkit.quantize(source, folder, Recipe(method="rtn"))

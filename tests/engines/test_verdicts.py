@@ -31,7 +31,7 @@ PROCESSES = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 def kept(folder: Path, **deployment: Any) -> Verdict:
-    """What the rules say of an unquantised model."""
+    """What the rules say of an unquantized model."""
     config = json.loads((folder / "config.json").read_text())
     spec = build_spec(config, str(folder))
     schemes = {ref.key: None for ref in spec.linears()}

@@ -140,7 +140,7 @@ def test_awq_is_what_another_converter_reads(made: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group", [32, None])
 def test_gptqmodel_packs_the_same_words(bits: int, sym: bool, group: int | None) -> None:
-    """GPTQModel packs the dequantised weight into the words that we write, in both versions; so does its AWQ."""
+    """GPTQModel packs the dequantized weight into the words that we write, in both versions; so does its AWQ."""
     gptqmodel = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch", reason="gptqmodel is not installed: it pins torch")
     from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
@@ -254,7 +254,7 @@ def test_what_needs_several_schemes_or_none(made: Path, tmp_path: Path) -> None:
     )
     message = refused("convert", mixed, "-o", tmp_path / "out", "--to", "gptq", "--quiet")
     assert "one scheme" in message and "W4A16" in message and "W8A16" in message
-    assert "not quantised" in refused("convert", made / "model", "-o", tmp_path / "out", "--to", "gptq")
+    assert "not quantized" in refused("convert", made / "model", "-o", tmp_path / "out", "--to", "gptq")
     assert "already" in refused("convert", mixed, "-o", tmp_path / "out", "--to", "compressed-tensors")
     assert "'gguf'" in refused("convert", mixed, "-o", tmp_path / "out", "--to", "gguf")
     assert "exists" in refused("convert", mixed, "-o", made, "--to", "bf16")

@@ -51,7 +51,7 @@ def quantkit_inspect(folder: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "fp8 static", "fp8 dynamic", "deepseek-fp8"])
 def test_every_command_reads_them(name: str, tmp_path: Path) -> None:
-    """eval against the dequantised model: no more difference than the rounding of inputs makes; and text comes out."""
+    """eval against the dequantized model: no more difference than the rounding of inputs makes; and text comes out."""
     CASES[name].write(tmp_path / "m")
     quantkit.convert(tmp_path / "m", tmp_path / "plain", "bf16")
     (tmp_path / "a.txt").write_text("some words " * 20)
@@ -186,8 +186,8 @@ def test_broken_ones_are_refused(name: str, what: str, tmp_path: Path) -> None:
     refused("eval", tmp_path / "m", "--baseline", tmp_path / "m", "--seq-len", "16", "--windows", "1")
 
 
-def test_quantised_input_is_not_quantised_again(tmp_path: Path) -> None:
+def test_quantized_input_is_not_quantized_again(tmp_path: Path) -> None:
     for name in ("gptq", "fp8 static"):
         CASES[name].write(tmp_path / name)
         message = refused("quantize", tmp_path / name, "-o", tmp_path / "out", "--method", "rtn")
-        assert "already quantised" in message and "quantkit convert --to bf16" in message
+        assert "already quantized" in message and "quantkit convert --to bf16" in message

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantkit.kernels.backend import QuantExperts
 from quantkit.kernels.reference import round_activation
 from quantkit.kernels.triton import ops, repair, routing, serve, weight_only
-from quantkit.kernels.triton.activation import quantise
+from quantkit.kernels.triton.activation import quantize
 from quantkit.kernels.triton.backend import BACKEND
 from quantkit.kernels.triton.layout import PackedInt, Stack, join, pack
 from quantkit.kernels.triton.tiles import TABLE, Tile
@@ -105,7 +105,7 @@ def test_activation_is_the_references(name: str, tokens: int) -> None:
     x = torch.randn(tokens, 384) * torch.tensor([1e-3, 1.0, 50.0]).repeat_interleave(128)
     x[0, :128] = 0  # a group without a magnitude
     given = None if activation.dynamic else torch.rand(2 * tokens) * 0.1 + 0.01
-    codes, scales = quantise(x.to(BF16), activation, given, 1 if activation.dynamic else 2)
+    codes, scales = quantize(x.to(BF16), activation, given, 1 if activation.dynamic else 2)
     got = (codes.float().unflatten(1, (scales.shape[1], -1)) * scales[:, :, None]).flatten(1)
     if given is None:
         assert torch.equal(got, round_activation(x.to(BF16), activation, None))
@@ -192,7 +192,7 @@ def test_scratch_is_the_weight_rounded_once(name: str) -> None:
         weight = random_weight(40, columns, scheme)
         packed = pack(weight, scheme)
         assert isinstance(packed, PackedInt)
-        wide = weight_only.dequantise(packed, 0, torch.empty(40, columns, dtype=BF16))
+        wide = weight_only.dequantize(packed, 0, torch.empty(40, columns, dtype=BF16))
         assert torch.equal(wide, weight.dequantize().bfloat16())
         x = torch.randn(3, columns)
         close(ops.linear_by_scratch(x, packed), product(x, weight, scheme, False), product(x, weight, scheme, True))

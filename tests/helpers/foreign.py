@@ -1,4 +1,4 @@
-"""Quantised linears as other tools write them, packed number by number from the published layouts.
+"""Quantized linears as other tools write them, packed number by number from the published layouts.
 
 Nothing of quantkit packs or unpacks here, so these are an oracle for `quantkit/formats`: each linear comes with what its
 numbers mean, worked out from the unpacked codes.
@@ -37,7 +37,7 @@ def words(values: np.ndarray[Any, Any], bits: int, order: tuple[int, ...] | None
 
 @dataclass
 class Foreign:
-    """One quantised linear: its tensors by suffix, and its weight float64 [out, in]."""
+    """One quantized linear: its tensors by suffix, and its weight float64 [out, in]."""
 
     tensors: dict[str, Tensor]
     weight: Tensor
@@ -113,7 +113,7 @@ class Case:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
     def write(self, folder: Path, model: dict[str, Any] | None = None) -> dict[str, Tensor]:
-        """Write a small checkpoint in which every linear but KEPT is quantised; its weights float64 by linear."""
+        """Write a small checkpoint in which every linear but KEPT is quantized; its weights float64 by linear."""
         model, rng = {**SMALL_CONFIG, **(model or {})}, np.random.default_rng(0)
         spec, tensors, weights = build_spec(model, "test"), random_weights(model), {}
         for ref in spec.linears():

@@ -1,4 +1,4 @@
-"""Random quantised weights, what a product of them is by definition, and memory that shows what a kernel failed to write."""
+"""Random quantized weights, what a product of them is by definition, and memory that shows what a kernel failed to write."""
 
 from __future__ import annotations
 

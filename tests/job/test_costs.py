@@ -68,7 +68,7 @@ def real(folder: Path, layers: int, experts: int) -> Path:
     return write_checkpoint(folder / "model", config, random_weights(config))
 
 
-def quantising(folder: Path, layers: int, experts: int, **recipe: Any) -> Work:
+def quantizing(folder: Path, layers: int, experts: int, **recipe: Any) -> Work:
     model = real(folder, layers, experts)
     return lambda: quantkit.quantize(model, folder / "out", Recipe(**(recipe or RTN)))
 
@@ -86,9 +86,9 @@ GROWS: dict[str, Callable[[Path, int], Work]] = {
     "plan, layers of two kinds": lambda at, n: planning(at, 2 * n, 4, 4),
     "vllm, layers": lambda at, n: asking(at, 4 * n, "vllm"),
     "sglang, layers": lambda at, n: asking(at, 4 * n, "sglang"),
-    "quantize, layers": lambda at, n: quantising(at, n, 2),
-    "quantize, experts": lambda at, n: quantising(at, 1, n),
-    "quantize with GPTQ, layers": lambda at, n: quantising(at, n, 2, **GPTQ),
+    "quantize, layers": lambda at, n: quantizing(at, n, 2),
+    "quantize, experts": lambda at, n: quantizing(at, 1, n),
+    "quantize with GPTQ, layers": lambda at, n: quantizing(at, n, 2, **GPTQ),
     "verify, layers": lambda at, n: of_output(at, n, 2, lambda out, model: verify(out, model)),
     "verify, experts": lambda at, n: of_output(at, 1, n, lambda out, model: verify(out, model)),
     "inspect, layers": lambda at, n: of_output(at, n, 2, lambda out, model: inspect(out)),

@@ -73,12 +73,12 @@ def test_a_little_may_stay_unsaid(make_model: Callable[..., Path]) -> None:
 
 def test_the_share_is_shown(model: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ("--scheme", "W8A8", "--attention", "BF16")
-    quantised, linears, around = 0, 0, 0
+    quantized, linears, around = 0, 0, 0
     for name, entry in CheckpointReader(model).entries.items():
-        quantised += entry.nbytes if "_mlp." in name or ".experts." in name else 0
+        quantized += entry.nbytes if "_mlp." in name or ".experts." in name else 0
         linears += entry.nbytes if "self_attn" in name and "_proj" in name or ".gate.wg" in name else 0
         around += entry.nbytes
-    share = {"of_all": 1 - quantised / around, "of_matrices_in_layers": linears / (linears + quantised)}
+    share = {"of_all": 1 - quantized / around, "of_matrices_in_layers": linears / (linears + quantized)}
     line = (
         f"in BF16 stayed {share['of_all']:.1%} of the source's bytes, and {share['of_matrices_in_layers']:.1%} of those of"
     )

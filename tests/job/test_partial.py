@@ -1,4 +1,4 @@
-"""OUT.partial, the same for a quantisation and a conversion: what is removed from it, the room it needs, its shards."""
+"""OUT.partial, the same for a quantization and a conversion: what is removed from it, the room it needs, its shards."""
 
 from __future__ import annotations
 

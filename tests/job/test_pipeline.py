@@ -1,4 +1,4 @@
-"""From a checkpoint to a quantised one, through the command line: what is written, what it loses, what is recorded."""
+"""From a checkpoint to a quantized one, through the command line: what is written, what it loses, what is recorded."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(*arguments: object) -> Any:
 
 @pytest.mark.parametrize("scheme", PRESETS)
 def test_every_scheme_end_to_end(scheme: str, make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """Quantise, verify against the source, load and run: a layer's output moves as little as the scheme promises."""
+    """Quantize, verify against the source, load and run: a layer's output moves as little as the scheme promises."""
     model, out = make_model(intermediate_size=128), tmp_path / "out"
     record = quantkit.quantize(model, out, Recipe(scheme=scheme, **SMALL))
     assert record["fallbacks"] == {} and {o["scheme"] for o in record["linears"].values()} == {scheme}

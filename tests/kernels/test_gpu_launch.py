@@ -20,7 +20,7 @@ KERNELS = {
     "product": (weight_only, "kernel"),
     "widen": (weight_only, "widen_kernel"),
     "product8": (w8a8, "kernel"),
-    "quantise": (activation, "quantise_kernel"),
+    "quantize": (activation, "quantize_kernel"),
     "sort": (routing, "sort_kernel"),
 }
 
@@ -104,7 +104,7 @@ def test_the_fused_baseline_compiles(launched: list[tuple[str, Any]], monkeypatc
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("W4A16", ["product"] * 3), ("FP8", ["quantise", "product8"] * 3), ("FP8_BLOCK", ["quantise", "product8"] * 3)],
+    [("W4A16", ["product"] * 3), ("FP8", ["quantize", "product8"] * 3), ("FP8_BLOCK", ["quantize", "product8"] * 3)],
 )
 def test_launches_bind_and_compile(name: str, expected: list[str], launched: list[tuple[str, Any]]) -> None:
     scheme = PRESETS[name]
@@ -114,8 +114,8 @@ def test_launches_bind_and_compile(name: str, expected: list[str], launched: lis
     assert [kernel for kernel, _ in launched] == expected
     for kernel, built in launched:
         ptx = built.asm["ptx"]
-        assert ".local" not in ptx and (kernel == "quantise" or "wgmma.mma_async" in ptx)
-        assert "cp.async" in ptx or kernel == "quantise"
+        assert ".local" not in ptx and (kernel == "quantize" or "wgmma.mma_async" in ptx)
+        assert "cp.async" in ptx or kernel == "quantize"
 
 
 def test_helpers_bind_and_compile(launched: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def test_needle_recall_is_a_share_of_what_the_baseline_recalls(
         hits = np.ones(wanted.shape, dtype=bool)
         hits[:: len(ids)] = False  # at each depth, neither recalls this one
         if model is models[1]:
-            hits[1 :: len(ids), 2] = False  # the quantised model forgets a token of this one
+            hits[1 :: len(ids), 2] = False  # the quantized model forgets a token of this one
         return hits.astype(float), hits
 
     monkeypatch.setattr(context, "_recall", recall)
@@ -161,7 +161,7 @@ def test_needle_recall_is_a_share_of_what_the_baseline_recalls(
     (_, gate) = decide(found, [parse_gate("context.needle_recall > 0.9")]).gates
     assert gate.status == "undecided" and gate.unit == "needle" and "eval plants 18 of them" in gate.advice
     assert "context.needle\\_recall" in markdown([Run(name="x", report=decide(found))])
-    assert "the quantised model recalls <strong>80.00 %" in html([Run(name="x", report=decide(found))])
+    assert "the quantized model recalls <strong>80.00 %" in html([Run(name="x", report=decide(found))])
     (change,) = [c for c in against(found, found, "old").changes if c.metric == "context.needle_recall"]
     assert change.difference.value == 0 and not change.regression
 

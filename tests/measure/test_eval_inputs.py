@@ -127,7 +127,7 @@ def test_report_looks_where_it_writes_before_it_reads(tmp_path: Path, option: tu
 
 
 @pytest.mark.parametrize(("swapped", "unmeasured"), [(False, []), (True, ["weights.error.max"])])
-def test_a_baseline_that_is_quantised_is_named(
+def test_a_baseline_that_is_quantized_is_named(
     pair: tuple[Path, Path], tmp_path: Path, swapped: bool, unmeasured: list[str]
 ) -> None:
     """INT4 against INT8; or the BF16 model, where the two folders were given in the wrong order."""
@@ -135,10 +135,10 @@ def test_a_baseline_that_is_quantised_is_named(
     if not swapped:
         quantkit.quantize(pair[1], quantized, Recipe(scheme="W4A16", **SMALL))  # type: ignore[arg-type]
     found = cli("eval", quantized, "--baseline", pair[0], *SHORT, "--save", tmp_path / "saved")
-    said = f"the baseline {pair[0]} is itself quantised (W8A16)"
+    said = f"the baseline {pair[0]} is itself quantized (W8A16)"
     assert f"warning: {said}" in found.stderr
     report = read_report(tmp_path / "saved" / "report.json")
-    assert any(said in note for note in report.notes) and "is itself quantised" in markdown([Run(name="x", report=report)])
+    assert any(said in note for note in report.notes) and "is itself quantized" in markdown([Run(name="x", report=report)])
     assert [gate.metric for gate in report.gates if gate.status == "not measured"] == unmeasured
     errors = [row.weight_error for row in report.linears if row.weight_error is not None]
     assert swapped or 0.02 < min(errors) < max(errors) < 0.3
@@ -172,7 +172,7 @@ def test_quantize_says_the_verdict_on_held_out_text(pair: tuple[Path, Path], tmp
 
 
 @pytest.mark.parametrize("text", ["", "x"])
-def test_held_out_text_without_a_window_is_refused_before_quantising(
+def test_held_out_text_without_a_window_is_refused_before_quantizing(
     pair: tuple[Path, Path], tmp_path: Path, text: str
 ) -> None:
     (tmp_path / "t.txt").write_text(text)

@@ -243,7 +243,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("name", TINY)
 def test_through_the_tool_chain(name: str, theirs: Callable[[str], Theirs], text: str, tmp_path: Path) -> None:
-    """Quantise, verify against the source, evaluate, generate."""
+    """Quantize, verify against the source, evaluate, generate."""
     model, spec = theirs(name).folder, theirs(name).spec
     recipes = {
         "W4A16": Recipe(group_size=32, samples=16, seq_len=64, calibration=text),

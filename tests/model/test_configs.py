@@ -13,7 +13,7 @@ from tests.helpers.architectures import RELEASED, TINY
 
 
 def test_hunyuan_a13b_under_both_names() -> None:
-    """Its quantised releases have Hunyuan-Large's model_type; Hunyuan-Large's configs still mean Hunyuan-Large."""
+    """Its quantized releases have Hunyuan-Large's model_type; Hunyuan-Large's configs still mean Hunyuan-Large."""
     released = RELEASED["hunyuan-a13b"]
     spec = build_spec(released, "a13b")
     for other in ({**released, "model_type": "hunyuan"}, {**released, "model_type": "hunyuan", "architectures": None}):

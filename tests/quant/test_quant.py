@@ -197,7 +197,7 @@ def test_activation_rounding() -> None:
     assert round_activation(torch.tensor([[1.0, 448.0, 1e-3, 0.0]]), grouped, None)[0, 2] == pytest.approx(1e-3)
 
 
-def test_reference_kernel_is_dequantise_then_multiply() -> None:
+def test_reference_kernel_is_dequantize_then_multiply() -> None:
     x, w = correlated(10, 64), weight(16, 64)
     q = rtn(w, small("W4A16_ASYM"))
     by_hand = (q.codes.float() - q.zero.float().repeat_interleave(32, 1)) * q.scale.float().repeat_interleave(32, 1)  # type: ignore[union-attr]

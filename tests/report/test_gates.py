@@ -185,7 +185,7 @@ def test_default_gates_that_were_not_measured_are_shown() -> None:
     row = next(row for row in report.gates if row.metric == "weights.error.max")
     assert row.status == "not measured" and row.measured is None and len(report.gates) == 1 + len(DEFAULT_GATES)
     assert report.verdict.status == "pass" and report.verdict.reasons[0] == "all 5 measured gates pass"
-    assert report.verdict.reasons[1] == "weights.error.max < 0.3: not measured: no linear is quantised"
+    assert report.verdict.reasons[1] == "weights.error.max < 0.3: not measured: no linear is quantized"
     run = [Run(name="x", report=report)]
     assert ">not measured</span>" in html(run) and "not measured" in markdown(run)
     suite = ElementTree.fromstring(junit([("x", report)]))[0]

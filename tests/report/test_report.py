@@ -274,7 +274,7 @@ def test_page_escapes_everything_and_loads_nothing(good: Report) -> None:
         "KV cache and long context", "Worst tokens", "Side by side",
     )]  # fmt: skip
     assert order == sorted(order) and plain.index("PASS") < order[0]
-    assert "<strong>0 of 216</strong> quantised linears did not get" in plain
+    assert "<strong>0 of 216</strong> quantized linears did not get" in plain
 
 
 def test_markdown_is_escaped(good: Report) -> None:

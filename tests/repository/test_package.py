@@ -1,4 +1,4 @@
-"""An sdist, a wheel made of it, and that wheel in an empty environment: it has what it needs, and quantises."""
+"""An sdist, a wheel made of it, and that wheel in an empty environment: it has what it needs, and quantizes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_nothing_is_left_out_of_the_wheel(wheel: Path) -> None:
     assert f"quantkit-{quantkit.__version__}.dist-info/licenses/LICENSE" in packed
 
 
-def test_the_wheel_quantises_in_an_empty_environment(wheel: Path, model: Path, tmp_path: Path) -> None:
+def test_the_wheel_quantizes_in_an_empty_environment(wheel: Path, model: Path, tmp_path: Path) -> None:
     """Beside it only what it depends on, from where that is installed here; data-free, on a small random model."""
     home = tmp_path / "environment"
     venv.create(home, with_pip=False)

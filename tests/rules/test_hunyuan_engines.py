@@ -54,7 +54,7 @@ def test_names_of_every_tensor_in_vllm() -> None:
     assert names[layer(3) + "mlp.experts.2.up_proj.weight"] == (layer(3) + "mlp.experts.2.up_proj.weight", None)
 
 
-def test_names_of_quantised_tensors_in_vllm(model: Path, tmp_path: Path) -> None:
+def test_names_of_quantized_tensors_in_vllm(model: Path, tmp_path: Path) -> None:
     quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     reader = CheckpointReader(tmp_path / "out")
     starts = vllm_plugin.stacked(build_spec(reader.config, "test"))
@@ -147,7 +147,7 @@ def test_transformers_logits_agree(changes: dict[str, object], make_model: Calla
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "FP8_DYNAMIC", "FP8"])
-def test_transformers_loads_quantised(scheme: str, model: Path, tmp_path: Path) -> None:
+def test_transformers_loads_quantized(scheme: str, model: Path, tmp_path: Path) -> None:
     register()
     quantkit.quantize(model, tmp_path / "out", Recipe(scheme=scheme, method="rtn", group_size=32, samples=8, seq_len=64))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

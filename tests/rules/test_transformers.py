@@ -68,7 +68,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
 
 
-def test_unquantised_logits_agree(a13b: Path) -> None:
+def test_unquantized_logits_agree(a13b: Path) -> None:
     torch.testing.assert_close(quantkit.load(a13b, kernels="reference").logits(IDS), theirs(a13b), atol=1e-4, rtol=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_integer_weights_agree(fields: dict[str, Any], a13b: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "FP8_DYNAMIC"])
 def test_every_architecture_agrees(name: str, scheme: str, tmp_path: Path) -> None:
-    """As exactly as sums in another order allow, and far nearer than the unquantised model."""
+    """As exactly as sums in another order allow, and far nearer than the unquantized model."""
     folder = write_checkpoint(tmp_path / "model", TINY[name], random_weights(TINY[name]))
     quantkit.quantize(folder, tmp_path / "out", Recipe(scheme=scheme, method="rtn", group_size=32))
     logits, base = theirs(tmp_path / "out"), quantkit.load(folder, kernels="reference").logits(IDS)

@@ -1,4 +1,4 @@
-"""Sampling, and text that streams from a quantised checkpoint."""
+"""Sampling, and text that streams from a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_generate_command(model: Path) -> None:
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout.startswith("import os")
     other = CliRunner().invoke(main, [*arguments, "--kernels", "reference"], catch_exceptions=False)
-    assert other.stdout == result.stdout  # nothing is quantised: the same numbers
+    assert other.stdout == result.stdout  # nothing is quantized: the same numbers
     batch = CliRunner().invoke(main, [*arguments, "--prompt", "x"], catch_exceptions=False)
     assert batch.exit_code == 0 and batch.stdout.startswith("import os") and "\nx" in batch.stdout
     empty = CliRunner().invoke(main, ["generate", str(model), "--prompt", ""])
@@ -160,10 +160,10 @@ def test_generate_refuses_before_it_prints(make_model: Callable[..., Path]) -> N
     ("scheme", "bounds"), [("W4A16", {"auto": 5e-4, "w4a8": 5e-3}), ("FP8_DYNAMIC", {"auto": 5e-4})], ids=["INT4", "FP8"]
 )
 def test_generated_text_has_the_references_probabilities(scheme: str, bounds: dict[Kernels, float], tmp_path: Path) -> None:
-    """The bundled model on this machine's kernels, and the reference model on the same dequantised weights in float32.
+    """The bundled model on this machine's kernels, and the reference model on the same dequantized weights in float32.
 
     bfloat16 keeps 8 bits of each input: log-probabilities move by about 0.01, and KL by its square. Rounding inputs to
-    INT8 moves more, and quantisation itself much more, or this test could not tell.
+    INT8 moves more, and quantization itself much more, or this test could not tell.
     """
     quantkit.quantize(TINY, tmp_path / "out", Recipe(scheme=scheme, method="rtn"))
     exact, base = (quantkit.load(path, kernels="reference") for path in (tmp_path / "out", TINY))

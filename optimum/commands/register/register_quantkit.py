@@ -15,7 +15,7 @@ __all__ = ["REGISTER_COMMANDS"]
 
 class QuantkitCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo(
-        name="quantkit", help="Quantise Mixture-of-Experts models to INT4 or FP8, convert, run and measure them."
+        name="quantkit", help="Quantize Mixture-of-Experts models to INT4 or FP8, convert, run and measure them."
     )
 
     @staticmethod

@@ -206,7 +206,7 @@ def on_huge_pages(data: Tensor) -> Tensor:
 
 
 def pack(q: QuantizedTensor, activation: Activation | None = None) -> PackedLinear:
-    """A quantised weight in the kernel's order, and how its input is rounded.
+    """A quantized weight in the kernel's order, and how its input is rounded.
 
     Raises ValueError for a grid without a kernel (see `unfit`: bits other than 4 or 8, groups that are not a multiple of
     8), a weight without elements, FP8 codes that are NaN, a weight that is not on the CPU.

@@ -11,7 +11,7 @@ from quantkit.kernels.checks import check
 from quantkit.kernels.triton.lang import OPTIONS, jit, on_device, simulated, tl
 from quantkit.scheme import Activation, Kind, Strategy
 
-__all__ = ["quantise", "quantise_kernel"]
+__all__ = ["quantize", "quantize_kernel"]
 
 REACH = {Kind.FLOAT: 448.0, Kind.INT: 127.0}
 
@@ -36,7 +36,7 @@ def to_code(x: tl.tensor, scale: tl.tensor, REACH: tl.constexpr, FLOAT: tl.const
 
 
 @jit
-def quantise_kernel(
+def quantize_kernel(
     x: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
@@ -69,7 +69,7 @@ def quantise_kernel(
         tl.store(codes + row * LENGTH + k + at, to_code(v, scale, REACH, FLOAT, SIM), mask=k + at < LENGTH)
 
 
-def quantise(x: Tensor, activation: Activation, input_scales: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, activation: Activation, input_scales: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
     """x bfloat16 or float32 [tokens, in] -> codes [rows, in] and float32 scales [rows, 1 or in / group_size].
 
     Codes are float8_e4m3fn or int8. Dynamic: a row for each token, a scale for it or for each group of its features.
@@ -95,7 +95,7 @@ def quantise(x: Tensor, activation: Activation, input_scales: Tensor | None = No
         return codes, scales
     block = 128 if length <= 128 else 256 if simulated() else 1024
     with torch.cuda.device_of(x):
-        quantise_kernel[(scales.numel(),)](
+        quantize_kernel[(scales.numel(),)](
             *(x, codes, scales, scales if input_scales is None else input_scales, length, top_k),
             REACH=REACH[activation.kind],
             FLOAT=floats,

@@ -146,10 +146,10 @@ def _edges() -> Iterator[Case]:
 def _helpers() -> Iterator[Case]:
     float8 = {"REACH": 448.0, "FLOAT": True, "STATIC": False, "SIM": False, "TOPK": 1}
     int8 = {"REACH": 127.0, "FLOAT": False, "STATIC": False, "SIM": False, "TOPK": 1, "BK": 1024}
-    yield Case("quantise fp8 token", activation.quantise_kernel, float8 | {"BK": 1024})
-    yield Case("quantise fp8 group", activation.quantise_kernel, float8 | {"BK": 128}, 1)
-    yield Case("quantise fp8 static", activation.quantise_kernel, float8 | {"BK": 1024, "STATIC": True})
-    yield Case("quantise int8 token", activation.quantise_kernel, int8, types={"codes": "*i8"})
+    yield Case("quantize fp8 token", activation.quantize_kernel, float8 | {"BK": 1024})
+    yield Case("quantize fp8 group", activation.quantize_kernel, float8 | {"BK": 128}, 1)
+    yield Case("quantize fp8 static", activation.quantize_kernel, float8 | {"BK": 1024, "STATIC": True})
+    yield Case("quantize int8 token", activation.quantize_kernel, int8, types={"codes": "*i8"})
     for bits in (4, 8):
         flags = {"BN": 32, "RUN": 64, "BITS": bits, "SHARED": 2, "ALIKE": 1, "ASYM": False, "SIM": False}
         yield Case(f"widen int{bits}", weight_only.widen_kernel, flags)

@@ -1,4 +1,4 @@
-"""Quantised linears and mixtures of experts on the Triton kernels, for every kind of packed weight."""
+"""Quantized linears and mixtures of experts on the Triton kernels, for every kind of packed weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantkit.kernels.checks import check
 from quantkit.kernels.triton import tiles, w8a8, weight_only
-from quantkit.kernels.triton.activation import quantise
+from quantkit.kernels.triton.activation import quantize
 from quantkit.kernels.triton.layout import BLOCK, Packed, Packed8, PackedInt
 from quantkit.kernels.triton.routing import Rows, check_routing, group
 from quantkit.kernels.triton.tiles import Tile
@@ -30,10 +30,10 @@ def _product(
     if isinstance(weight, PackedInt):
         return weight_only.multiply(x.bfloat16(), weight, rows, tile, out_type, router, gated)
     if weight.input_scale is None:
-        codes, scales = quantise(x, weight.activation)
+        codes, scales = quantize(x, weight.activation)
     else:  # each expert has its own, so a token has other codes for each of its experts
         input_scales = weight.input_scale.expand(rows.total) if owner is None else weight.input_scale[owner]
-        codes, scales = quantise(x, weight.activation, input_scales.contiguous(), rows.top_k)
+        codes, scales = quantize(x, weight.activation, input_scales.contiguous(), rows.top_k)
         rows = rows.each()
     return w8a8.multiply(codes, scales, weight, rows, tile, out_type, router, gated)
 
@@ -62,7 +62,7 @@ def linear_by_scratch(x: Tensor, weight: PackedInt) -> Tensor:
     """As `linear`, by widening the whole weight to bfloat16 first: for many tokens, where arithmetic decides."""
     _check_input(x)
     scratch = torch.empty(weight.outputs, weight.inputs, dtype=torch.bfloat16, device=x.device)
-    return F.linear(x.bfloat16(), weight_only.dequantise(weight, 0, scratch)).to(x.dtype)
+    return F.linear(x.bfloat16(), weight_only.dequantize(weight, 0, scratch)).to(x.dtype)
 
 
 def check_layer(x: Tensor, gate_up: Packed, down: Packed, ids: Tensor, weights: Tensor) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def moe_by_scratch(x: Tensor, gate_up: PackedInt, down: PackedInt, ids: Tensor, 
     for expert, mine in enumerate(order.split(counts)):
         if len(mine):
             rows = x[mine // ids.shape[1]].bfloat16()
-            gate, up = F.linear(rows, weight_only.dequantise(gate_up, expert, wide.view(2 * inner, hidden))).chunk(2, 1)
-            narrow = weight_only.dequantise(down, expert, wide[: inner * hidden].view(hidden, inner))
+            gate, up = F.linear(rows, weight_only.dequantize(gate_up, expert, wide.view(2 * inner, hidden))).chunk(2, 1)
+            narrow = weight_only.dequantize(down, expert, wide[: inner * hidden].view(hidden, inner))
             out[mine] = F.linear(F.silu(gate.float()).mul_(up).bfloat16(), narrow).float()
     return (out * weights.flatten()[:, None]).view(*ids.shape, hidden).sum(1).to(x.dtype)

@@ -18,7 +18,7 @@ from quantkit.kernels.triton.layout import PackedInt
 from quantkit.kernels.triton.routing import Rows
 from quantkit.kernels.triton.tiles import Tile, splits, that_fits
 
-__all__ = ["dequantise", "early", "kernel", "multiply", "step_bytes", "widen", "widen_kernel"]
+__all__ = ["dequantize", "early", "kernel", "multiply", "step_bytes", "widen", "widen_kernel"]
 
 
 @jit
@@ -238,7 +238,7 @@ def multiply(
     return out if parts > 1 else out.to(out_type)
 
 
-def dequantise(weight: PackedInt, expert: int, out: Tensor) -> Tensor:
+def dequantize(weight: PackedInt, expert: int, out: Tensor) -> Tensor:
     """An expert's weight in bfloat16 [out, in], written into `out`. Raises ValueError."""
     fits = out.shape == (weight.outputs, weight.inputs) and out.dtype is torch.bfloat16
     check(fits, f"the scratch is {out.dtype} {tuple(out.shape)}")
