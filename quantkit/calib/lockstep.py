@@ -23,6 +23,8 @@ from quantkit.scheme import Scheme
 
 __all__ = ["Lockstep", "Observer", "Pair", "Track"]
 
+_IN_MEMORY = 64_000_000  # bytes of a tape of hidden states: rows of a small model cost more calls than bytes
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -116,7 +118,7 @@ class Lockstep:
     def stream(self, weights: Weights, ids: Tensor, kv_format: KVFormat | None = None) -> Stream:
         """Of int64 ids [windows, length]."""
         self._count += 1
-        place = Place(self.pair.spec, self.pair.device, self.scratch, f"{self._count}-")
+        place = Place(self.pair.spec, self.pair.device, self.scratch, f"{self._count}-", _IN_MEMORY)
         tape = place.tape("hidden", ids.numel(), self.pair.spec.hidden)
         return Stream(place, (ids.shape[0], ids.shape[1]), weights, tape, tape, kv_format)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.calib.tape import Tape
+from quantkit.calib.tape import MemoryTape, Tape
 from quantkit.model.attention import Positions
 from quantkit.model.blocks import Routing, rope_tables
 from quantkit.model.cache import KV, Kept, KeptKV, KVFormat, kept
@@ -47,14 +47,18 @@ class Span:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream works: the model, the device, a folder for tapes, and what their names begin with."""
+    """Where a stream works: the model, the device, a folder for tapes, and what their names begin with. in_memory: of so many
+    bytes a tape is not worth a file."""
 
     spec: ModelSpec
     device: torch.device
     scratch: Path
     name: str = ""
+    in_memory: int = 0
 
     def tape(self, name: str, rows: int, width: int) -> Tape:
+        if rows * width * 4 <= self.in_memory:
+            return MemoryTape(rows, width)
         return Tape.create(self.scratch / f"{self.name}{name}.f32", rows, width)
 
 

@@ -15,7 +15,7 @@ from quantkit.checkpoint.ranges import read_into, write_from
 from quantkit.errors import OutputError
 from quantkit.owned import no_links
 
-__all__ = ["Tape"]
+__all__ = ["MemoryTape", "Tape"]
 
 
 class Tape:
@@ -88,6 +88,32 @@ class Tape:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+class MemoryTape(Tape):
+    """The same in memory: for what is small, and lost with the process."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(Path(), rows, width)
+        self.values = torch.empty(rows, width)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop].clone()
+
+    def write(self, start: int, values: Tensor) -> None:
+        self.values[start : start + len(values)] = values.cpu()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return self.values[rows.cpu()]
+
+    def add(self, rows: Tensor, values: Tensor) -> None:
+        self.values.index_add_(0, rows.cpu(), values.float().cpu())
+
+    def sync(self) -> str:
+        raise NotImplementedError("a tape in memory cannot be made durable")
+
+    def remove(self) -> None:
+        self.values = torch.empty(0, self.shape[1])
 
 
 def _bytes(rows: Tensor) -> memoryview:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantkit
+from quantkit.calib.tape import MemoryTape, Tape
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.job import pipeline
 from quantkit.job.group import GroupJob
@@ -182,3 +183,21 @@ def test_a_groups_job_runs_in_another_process(name: str) -> None:
     for (q, outcome), (codes, scale, input_scale, said) in zip(expected, pickle.loads(sent.stdout), strict=True):
         assert torch.equal(q.codes.float(), codes) and torch.equal(q.scale, scale) and outcome == said
         assert outcome.weight_error > 0 and (input_scale is None) == (q.input_scale is None) == (name != "FP8")
+
+
+def test_a_tape_in_memory_does_what_one_in_a_file_does(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tapes: tuple[Tape, ...] = Tape.create(tmp_path / "tape", 40, 7), MemoryTape(40, 7)
+    for tape in tapes:
+        tape.write(0, torch.zeros(40, 7))
+    for _ in range(30):
+        start = int(torch.randint(30, (), generator=generator))
+        rows = torch.randperm(40, generator=generator)[:12].sort().values
+        values, more = torch.randn(10, 7, generator=generator), torch.randn(12, 7, generator=generator).bfloat16()
+        for tape in tapes:
+            tape.write(start, values)
+            tape.add(rows, more)
+            tape.read(0, 40).zero_()  # a copy
+    for read in (lambda tape: tape.read(3, 29), lambda tape: tape.gather(torch.tensor([5, 6, 31]))):
+        whole = [read(tape).nan_to_num(0.0) for tape in tapes]
+        torch.testing.assert_close(*whole)
