@@ -47,8 +47,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a stream works: the model, the device, a folder for tapes, and what their names begin with. in_memory: of so many
-    bytes a tape is not worth a file."""
+    """Where a stream works: the model, the device, a folder for tapes, and what their names begin with. in_memory: up to so
+    many bytes a tape is not worth a file."""
 
     spec: ModelSpec
     device: torch.device
