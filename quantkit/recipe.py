@@ -151,11 +151,16 @@ class Recipe(BaseModel):
         try:
             return build(fields)
         except ValidationError as error:
-            first, where = error.errors()[0], (info.context or {}).get("where", "recipe")
+            problems, where = error.errors(), (info.context or {}).get("where", "recipe")
+            first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])  # a typo
             name = ".".join(str(part) for part in first["loc"])
             rule = first["loc"][:1] == ("rules",)
             allowed = f"fields are {', '.join(Rule.model_fields if rule else [*cls.model_fields, 'keep'])}"
-            fix = allowed if first["type"] == "extra_forbidden" else "see 'quantkit quantize --help' for what is allowed"
+            fix = (
+                allowed
+                if first["type"] == "extra_forbidden"
+                else "see 'quantkit quantize --help' and docs/quantize.md for what is allowed"
+            )
             raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
 
     def scheme_of(self, ref: Linear) -> Scheme | None:

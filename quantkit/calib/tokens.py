@@ -45,11 +45,13 @@ def calibration_windows(
     seed: int,
     name: str = "given",
     each: int | None = None,
+    purpose: tuple[str, str] = ("calibration", "lower --samples or --seq-len"),
 ) -> Tensor:
     """int64 [samples, seq_len]: documents in random order, joined, cut into windows, `samples` of them drawn at random.
 
     Documents are taken until they give twice the tokens needed, so that a huge corpus costs no more than a large one.
-    each: at most so many tokens of a document. Raises CalibrationError when all of them give too few.
+    each: at most so many tokens of a document. purpose: what the text is for, and what to lower where it is too short.
+    Raises CalibrationError when all of them give too few.
     """
     generator = np.random.default_rng(seed)
     parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
@@ -61,9 +63,9 @@ def calibration_windows(
         total += len(parts[-1])
     count = total // seq_len
     if count < samples:
+        enough = f"{count} windows of {seq_len}, and {samples} are asked for"
         raise CalibrationError(
-            f"the calibration text '{name}' has {total:,} tokens: {count} windows of {seq_len}, and {samples} are asked for",
-            "give more text, or lower --samples or --seq-len",
+            f"the {purpose[0]} text '{name}' has {total:,} tokens: {enough}", f"give more text, or {purpose[1]}"
         )
     chosen = np.sort(generator.permutation(count)[:samples])
     return torch.from_numpy(np.concatenate(parts)[: count * seq_len].reshape(count, seq_len)[chosen])

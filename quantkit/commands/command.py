@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any, TextIO, TypeVar
 
 import click
@@ -56,11 +57,31 @@ class _Forgiving:
             _to_nowhere(self._stream)
 
 
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """A request to end (`timeout`, a scheduler, a closed terminal) removes temporary files as Ctrl-C does. One that the
+    caller has chosen to ignore stays ignored."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class Main(click.Group):
     """A group of commands whose exit codes do not depend on where standard error goes."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        with redirect_stderr(_Forgiving(sys.stderr) if sys.stderr else None):
+        with redirect_stderr(_Forgiving(sys.stderr) if sys.stderr else None), _ending_in_order():
             try:
                 return super().main(*args, **kwargs)
             except OSError as error:  # of help on a full disk, say

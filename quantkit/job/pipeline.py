@@ -27,7 +27,7 @@ from quantkit.checkpoint.origin import DigestingReader, content_digest
 from quantkit.checkpoint.published import published_config, published_files
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.verify import verify
-from quantkit.errors import ConfigError, OutputError, VerificationError
+from quantkit.errors import ConfigError, OutputError, QuantkitError, VerificationError
 from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
 from quantkit.job.journal import Journal
 from quantkit.job.partial import (
@@ -198,10 +198,20 @@ class _Job:
                     self._commit(index, progress, lockstep)
                 elif lockstep is not None:  # committed by an earlier process: what passes beside starts anew
                     UnitRun(self.place, unit, lambda *_: None).show(lockstep)
-            if lockstep is not None:
-                with torch.inference_mode():
-                    lockstep.finish()
-            return self._publish()
+            problem = self._finish(lockstep) if lockstep is not None else None
+            record = self._publish()
+            if problem is not None:  # what passed beside was not what it should be; what was quantized is
+                raise problem
+            return record
+
+    def _finish(self, lockstep: Lockstep) -> QuantkitError | None:
+        """Let what passed beside say what it saw; what it raised, so that OUT does not wait for it."""
+        try:
+            with torch.inference_mode():
+                lockstep.finish()
+        except QuantkitError as error:
+            return error
+        return None
 
     def _take_stock(self) -> None:
         """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""

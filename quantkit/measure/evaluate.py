@@ -201,8 +201,8 @@ def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -
             raise ConfigError(f"{option}: {problem}", f"give {option} {limit} or less")
     long_ids = None
     if extent.context:
-        each = 2 * _CONTEXT_WINDOWS * extent.context
-        long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text, each)
+        each, purpose = 2 * _CONTEXT_WINDOWS * extent.context, ("evaluation", "lower --context")
+        long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text, each, purpose)
     note = texts.note(text)
     began = TextTokens.model_validate(tokens.beginning(tokenizer, texts))
     return HeldOut(tokenizer, data, long_ids, began, (note,) if note else ())

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 
 from quantkit.calib.lockstep import Lockstep, Observer, Pair
+from quantkit.errors import OutputError
 from quantkit.run.model import Model
 
 __all__ = ["side_by_side"]
+
+
+@contextmanager
+def _names_the_folder() -> Iterator[None]:
+    try:
+        yield
+    except OutputError as error:
+        fix = f"free space, or set TMPDIR to a folder on a larger disk (now {gettempdir()})"
+        raise OutputError(error.problem, fix) from error
 
 
 @torch.inference_mode()
@@ -26,7 +37,7 @@ def side_by_side(
             model.weights.release()
 
     pair = Pair(base.spec, base.weights, quant.weights, quant.weights.schemes, base.device, release)
-    with TemporaryDirectory(prefix="quantkit-eval-") as folder:
+    with TemporaryDirectory(prefix="quantkit-eval-") as folder, _names_the_folder():
         lockstep = Lockstep(pair, Path(folder), observers)
         lockstep.embed()
         for layers in base.spec.groups():

@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantkit
+from quantkit.calib.lockstep import Observer
 from quantkit.calib.tape import MemoryTape, Tape
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.errors import CheckpointError
 from quantkit.job import pipeline
 from quantkit.job.group import GroupJob
 from quantkit.job.pipeline import Step
@@ -201,3 +203,15 @@ def test_a_tape_in_memory_does_what_one_in_a_file_does(tmp_path: Path) -> None:
     for read in (lambda tape: tape.read(3, 29), lambda tape: tape.gather(torch.tensor([5, 6, 31]))):
         whole = [read(tape).nan_to_num(0.0) for tape in tapes]
         torch.testing.assert_close(*whole)
+
+
+def test_what_fails_beside_a_quantization_does_not_withhold_it(model: Path, tmp_path: Path) -> None:
+    class Broken(Observer):
+        def finish(self) -> None:
+            raise CheckpointError("logits of the baseline are not finite", "check that checkpoint")
+
+    recipe = Recipe(scheme="W8A16", group_size=32)
+    with pytest.raises(CheckpointError, match="not finite"):
+        pipeline.quantize(model, tmp_path / "out", recipe, device="cpu", beside=[held_out(model), Broken()])
+    assert quantkit.quantize(model, tmp_path / "out", recipe, device="cpu")["linears"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]

@@ -84,3 +84,27 @@ def test_a_library_that_others_could_have_put_there_is_not_run(tmp_path: Path) -
     path.unlink()
     other.rename(path)
     assert build.build(tmp_path / "cache", source=source) == (path, "")
+
+
+def test_a_request_to_end_leaves_no_temporary_files(model: Path, tmp_path: Path) -> None:
+    """`timeout` and schedulers send SIGTERM."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from quantkit.calib.lockstep import Track
+from quantkit.cli import main
+
+def done(self, layer):
+    assert list(Path(os.environ["TMPDIR"]).glob("quantkit-eval-*"))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+Track.done = done
+main()
+"""
+    arguments = ["eval", str(model), "--baseline", str(model), "--windows", "2", "--seq-len", "32", "--samples", "0"]
+    (tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    command = [sys.executable, "-c", script, *arguments, "--save", str(tmp_path / "saved")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 128 + 15, ended.stderr
+    assert not list((tmp_path / "tmp").glob("quantkit-eval-*"))
