@@ -26,14 +26,14 @@ def slug(gpu: str) -> str:
     return re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
-def apply(table: str, sizes: dict[str, int], path: Path) -> None:
+def apply(table: str, sizes: dict[str, float], path: Path) -> None:
     """Puts a table of tiles, as source, and sizes such as SCRATCH_FROM into a file such as TILES.
 
     Raises ValueError if the file lacks one of them.
     """
     text, seen = re.subn(r"^TABLE: .*?^}$", lambda _: table, path.read_text("utf-8"), count=1, flags=re.M | re.S)
     for name, value in sizes.items():
-        text, more = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, count=1, flags=re.M)
+        text, more = re.subn(rf"^{name} = [\d.]+", f"{name} = {value}", text, count=1, flags=re.M)
         seen += more
     if seen != 1 + len(sizes):
         raise ValueError(f"{path} has no TABLE, or not all of {', '.join(sizes)}")

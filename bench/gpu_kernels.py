@@ -106,17 +106,17 @@ class Sweep:
     gpu: str
     found: list[gpu_tune.Found] = field(default_factory=list)
     crossing: list[tuple[int, float, float]] = field(default_factory=list)
-    cuda: list[tuple[int, float, float]] = field(default_factory=list)
+    cuda: list[tuple[float, float, float]] = field(default_factory=list)
 
     @property
     def source(self) -> str:
         return gpu_tune.source_of(self.found)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, float]:
         """The names of tiles.py that were measured beside the table, and what they should be."""
         least = gpu_tune.scratch_from(self.crossing)
-        sizes = {} if least is None else {"SCRATCH_FROM": least}
+        sizes: dict[str, float] = {} if least is None else {"SCRATCH_FROM": least}
         return {**sizes, "CUDA_UP_TO": gpu_tune.cuda_up_to(self.cuda)} if self.cuda else sizes
 
     def write(self) -> None:

@@ -37,7 +37,7 @@ __all__ = [
 
 SCHEMES = {"int4": "W4A16", "int8": "W8A16", "row8": "FP8_DYNAMIC", "block8": "FP8_BLOCK"}
 RANGES = ((16, 1), (32, 24), (64, 48), (float("inf"), 256))  # up to so many rows a weight, measured at so many
-FEW = (1, 4, 8, 16)  # rows a weight at which the CUDA kernel is tried
+FEW = (0.125, 0.5, 1, 4, 8, 16)  # rows a weight, on average, at which the CUDA kernel is tried
 CROSSING = (128, 256, 512, 768, 1024, 2048)  # rows a weight at which the scratch is tried
 CANDIDATES: dict[float, tuple[Tile, ...]] = {
     16: (
@@ -84,7 +84,7 @@ def misfit(kind: str, tile: Tile, memory: int = 227 * 1024) -> str | None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """The experts of Hunyuan-Large with the same number of rows for each."""
+    """The experts of Hunyuan-Large with the same number of rows for each, or with one row for some of them."""
 
     x: Tensor
     gate_up: Packed
@@ -98,9 +98,9 @@ class _Layer:
         return sorted(measure(call, rounds, waits=way is ops.moe_by_scratch)[0])[rounds // 2]
 
 
-def _layer(name: str, rows: int) -> _Layer:
+def _layer(name: str, rows: float) -> _Layer:
     model, scheme = MODELS["hunyuan-large"], PRESETS[name]
-    tokens = rows * model.experts
+    tokens = round(rows * model.experts)
     return _Layer(
         torch.randn(tokens, model.hidden, device=DEVICE).bfloat16(),
         random_packed(scheme, model.experts, 2 * model.inner, model.hidden),
@@ -165,7 +165,7 @@ def source_of(found: Sequence[Found]) -> str:
     return "\n".join([*lines, "}"])
 
 
-def beside_cuda(rounds: int, tile_of: dict[float, Tile], library: Library) -> Iterator[tuple[int, float, float]]:
+def beside_cuda(rounds: int, tile_of: dict[float, Tile], library: Library) -> Iterator[tuple[float, float, float]]:
     """(rows a weight, seconds of Triton's kernel with the best tile for few rows, of the CUDA kernel) of the W4A16 layer."""
     fused = partial(ops.moe, tile=tile_of.get(RANGES[0][0]))
     for rows in FEW:
@@ -173,9 +173,9 @@ def beside_cuda(rounds: int, tile_of: dict[float, Tile], library: Library) -> It
         yield rows, layer.seconds(rounds, fused), layer.seconds(rounds, partial(decode.moe, library=library))
 
 
-def cuda_up_to(crossing: Iterable[tuple[int, float, float]]) -> int:
+def cuda_up_to(crossing: Iterable[tuple[float, float, float]]) -> float:
     """The most rows a weight up to which the CUDA kernel of `beside_cuda` was always faster; 0 where it never was."""
-    most = 0
+    most = 0.0
     for rows, fused, cuda in sorted(crossing):
         if cuda >= fused:
             break

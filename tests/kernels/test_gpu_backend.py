@@ -101,6 +101,7 @@ def on_hopper() -> tuple[Backend, ...]:
 
 def test_explain_says_which_kernel_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "library", lambda: "nvcc is not on PATH")
+    monkeypatch.setattr(tiles, "CUDA_UP_TO", 0)
     choice = dispatch.choose(PRESETS["W4A16"], (64, 128), CUDA, on_hopper())
     assert choice.kernel == "triton" and "CUDA" not in choice.why  # where it is nowhere ahead, nothing is said of it
     monkeypatch.setattr(tiles, "CUDA_UP_TO", 16)

@@ -90,6 +90,7 @@ def test_the_scratch_pays_from_where_it_stays_faster(tune: ModuleType) -> None:
     assert tune.scratch_from([(128, 1.0, 2.0), (2048, 8.0, 9.0)]) is None
     assert tune.cuda_up_to([(1, 2.0, 1.0), (4, 2.0, 1.9), (8, 2.0, 2.1), (16, 2.0, 1.0)]) == 4
     assert tune.cuda_up_to([(1, 1.0, 1.0), (4, 2.0, 1.0)]) == 0
+    assert tune.cuda_up_to([(0.5, 2.0, 1.0), (1, 1.0, 1.0)]) == 0.5
 
 
 def test_goals_without_numbers_are_not_met(report: ModuleType) -> None:

@@ -25,7 +25,7 @@ import json, os, pathlib, sys, time
 arguments = " ".join(sys.argv[1:])
 with open(os.environ["CALLED"], "a") as log:
     log.write(arguments + "\\n")
-breaks, hangs = os.environ.get("BREAKS", "none"), os.environ.get("HANGS", "none")
+breaks, hangs = os.environ.get("BREAKS", "no such"), os.environ.get("HANGS", "no such")
 if "--out" in sys.argv:
     to = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
     to.write_text(json.dumps({{"stands in": to.stem}}))
@@ -119,7 +119,7 @@ def test_results_and_table_are_kept(keep: ModuleType, tmp_path: Path) -> None:
     kept = json.loads((results / "gpu_nvidia-h100-80gb-hbm3.json").read_text())
     assert kept["rows"] == [{"kernel": "W4A16", "median_us": 2.0}] and kept["tuned"] is False and copy.read_text() == before
     written(out, "tuned", rows=[{"kernel": "W4A16", "median_us": 1.0}])
-    (out / "tune.json").write_text(json.dumps({"table": table, "sizes": {"SCRATCH_FROM": 768, "CUDA_UP_TO": 8}}))
+    (out / "tune.json").write_text(json.dumps({"table": table, "sizes": {"SCRATCH_FROM": 768, "CUDA_UP_TO": 0.5}}))
     keep.keep(out, results, copy)
     kept = json.loads((results / "gpu_nvidia-h100-80gb-hbm3.json").read_text())
     assert kept["rows"][0]["median_us"] == 1.0 and kept["tuned"] is True
@@ -128,7 +128,7 @@ def test_results_and_table_are_kept(keep: ModuleType, tmp_path: Path) -> None:
     assert names["TABLE"]["int4"][0][1].stages == Tile(16, 64, 4, 9).stages and (
         names["SCRATCH_FROM"],
         names["CUDA_UP_TO"],
-    ) == (768, 8)
+    ) == (768, 0.5)
 
 
 def test_an_empty_folder_is_refused(keep: ModuleType, tmp_path: Path) -> None:

@@ -17,18 +17,24 @@ REACH = {Kind.FLOAT: 448.0, Kind.INT: 127.0}
 
 
 @jit
+def to_float8(y: tl.tensor) -> Any:
+    """float32 within +-448 -> the nearest value of float8 e4m3fn, ties to even, still float32: normal numbers by carrying
+    into the 3 bits kept, the others (below 2^-6) to multiples of 2^-9."""
+    bits = y.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, normal)
+
+
+@jit
 def to_code(x: tl.tensor, scale: tl.tensor, REACH: tl.constexpr, FLOAT: tl.constexpr, SIM: tl.constexpr) -> Any:
     """float32 -> the nearest code, ties to even, saturated.
 
-    The interpreter's float8 conversion loses the carry into the next power of two, so SIM rounds beforehand: normal numbers
-    by carrying into the 3 bits kept, the others (below 2^-6) to multiples of 2^-9.
+    The interpreter's float8 conversion loses the carry into the next power of two, so SIM rounds beforehand.
     """
     y = tl.minimum(tl.maximum(tl.div_rn(x, scale), -REACH), REACH)
     if FLOAT:
         if SIM:
-            bits = y.to(tl.int32, bitcast=True)
-            normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-            y = tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, normal)
+            y = to_float8(y)
         code = y.to(tl.float8e4nv)
     else:
         code = ((y + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23 leaves no fraction bits: adding it rounds

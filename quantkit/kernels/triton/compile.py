@@ -153,7 +153,7 @@ def _helpers() -> Iterator[Case]:
     for bits in (4, 8):
         flags = {"BN": 32, "RUN": 64, "BITS": bits, "SHARED": 2, "ALIKE": 1, "ASYM": False, "SIM": False}
         yield Case(f"widen int{bits}", weight_only.widen_kernel, flags)
-    grid = {"BN": repair.ROWS, "BK": repair.MOST, "ASYM": False, "SIM": False}
+    grid = {"BN": repair.ROWS, "BK": repair.MOST, "ASYM": False}
     floats = {"step": "*fp32", "offset": "*fp32", "factor": "*fp32", "errors": "*fp32", "weight": "*fp32"}
     ints = {**grid, "LOW": -8.0, "HIGH": 7.0, "FLOAT": False}
     yield Case("gptq int4", repair.repair_kernel, {**ints, "ASYM": True}, types={**floats, "codes": "*i8"})

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels.checks import check, cut
-from quantkit.kernels.triton.activation import to_code
-from quantkit.kernels.triton.lang import kernel_of, on_device, simulated, tl
+from quantkit.kernels.triton.activation import to_float8
+from quantkit.kernels.triton.lang import kernel_of, on_device, tl
 from quantkit.scheme import Grid, Kind
 
 __all__ = ["MOST", "repair", "repair_kernel"]
@@ -40,7 +40,6 @@ def repair_kernel(
     HIGH: tl.constexpr,
     FLOAT: tl.constexpr,
     ASYM: tl.constexpr,
-    SIM: tl.constexpr,
 ) -> None:
     """weight, step, offset, codes [N, K] and factor [K, K] (its strides are DOWN and ALONG) at the columns START to
     START + WIDTH; errors [N, WIDTH]."""
@@ -53,8 +52,9 @@ def repair_kernel(
         w = tl.sum(tl.where((at == i)[None, :], left, 0.0), 1)
         s = tl.load(step + line + here)
         if FLOAT:
-            code = to_code(w, s, HIGH, True, SIM)
-            value = code.to(tl.float32) * s
+            # The value is not read back from the code: on an H100 Triton 3.6 gives half of the rows another one.
+            y = to_float8(tl.minimum(tl.maximum(tl.div_rn(w, s), LOW), HIGH))
+            code, value = y.to(tl.float8e4nv), y * s
         else:
             # Adding 1.5 * 2^23 rounds; what is far beyond the grid is cut before, where that would not be exact.
             y = (tl.minimum(tl.maximum(tl.div_rn(w, s), -4096.0), 4096.0) + 12582912.0) - 12582912.0
@@ -95,7 +95,6 @@ def repair(
             HIGH=float(grid.qmax),
             FLOAT=grid.kind is Kind.FLOAT,
             ASYM=offset is not None,
-            SIM=simulated(),
             num_warps=4,
             enable_fp_fusion=False,
         )
