@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from quantkit.errors import shown_lines
 from quantkit.report import plots, words
 from quantkit.report.metrics import Metric, broken_where, metrics, worst_expert, worst_weight
 from quantkit.report.schema import LinearRow, Report, Run
+from quantkit.report.template import environment
 
 __all__ = ["html"]
 
@@ -77,23 +77,16 @@ class _View:
 
 def html(runs: Sequence[Run]) -> str:
     """The page. Everything that comes from a model, a text or a name is escaped; plots are SVG that `plots` made."""
-    environment = Environment(
-        loader=PackageLoader("quantkit.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=words.number, percent=words.percent, size=words.size, visible=visible)
-    environment.globals.update(
+    page = environment(_printable)
+    page.filters.update(number=words.number, percent=words.percent, size=words.size, visible=visible)
+    page.globals.update(
         value=words.value, interval=words.interval, bounds=words.bounds, heat=heat, broken_where=broken_where
     )
     views = [
         _View(f"r{i}", run.name, run.report, _plots(f"r{i}", run.report), metrics(run.report)) for i, run in enumerate(runs)
     ]
     pareto = Markup(plots.pareto(runs)) if len(runs) > 1 else ""
-    return environment.get_template("report.html.j2").render(views=views, pareto=pareto)
+    return page.get_template("report.html.j2").render(views=views, pareto=pareto)
 
 
 def _printable(value: object) -> object:

@@ -11,6 +11,7 @@ from quantkit.report import words
 from quantkit.report.metrics import Metric, metrics, worst_expert, worst_weight
 from quantkit.report.names import METRICS
 from quantkit.report.schema import Figure, Report, Run
+from quantkit.report.template import environment
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -56,22 +57,13 @@ def _view(name: str, report: Report) -> _View:
 
 
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     def escaped(value: object) -> object:
         """Of each expression of the template: what Markdown would read is marked as text, so Jinja leaves it alone."""
         return Markup(_safe(value)) if isinstance(value, str) and not isinstance(value, Markup) else value
 
-    environment = Environment(
-        loader=PackageLoader("quantkit.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=escaped,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["literal"] = lambda text: Markup(shown(text, 2000))
-    environment.globals.update({name: getattr(words, name) for name in words.__all__})
-    return environment
+    text = environment(escaped)
+    text.filters["literal"] = lambda text: Markup(shown(text, 2000))
+    text.globals.update({name: getattr(words, name) for name in words.__all__})
+    return text

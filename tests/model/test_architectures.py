@@ -15,9 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quantkit
-from quantkit.calib.replay import Applied, Listening, gather
-from quantkit.calib.streams import Part, Place, Stream
-from quantkit.calib.tape import Tape
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError
 from quantkit.model.cache import Cache, KVFormat
@@ -25,9 +22,9 @@ from quantkit.model.forward import forward, head
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import Attention, Layer, Linear, ModelSpec, MoE, Router, Yarn
 from quantkit.recipe import Recipe
-from quantkit.stats import LinearStats
 from tests.conftest import random_weights, write_checkpoint
 from tests.helpers.architectures import TINY
+from tests.helpers.replay import Replayed
 from tests.helpers.weights import InMemory
 
 transformers = pytest.importorskip("transformers")
@@ -201,30 +198,12 @@ def test_replay_equals_forward(name: str, theirs: Callable[[str], Theirs], tmp_p
     states that are left for the next layer are the forward's. K and V are lent to layers that borrow them."""
     spec, tensors = theirs(name).spec, theirs(name).weights.tensors
     ids = torch.randint(1, 257, (6, 96), generator=torch.Generator().manual_seed(2))
-    recording, listening = Recording(tensors), Listening(tensors.__getitem__)
+    recording, replayed = Recording(tensors), Replayed(spec, tensors, ids, tmp_path)
     expected = {trace.index: trace.hidden.flatten(0, 1) for trace in forward(spec, recording, ids)}
-    tape, seen = Tape.create(tmp_path / "hidden", ids.numel(), spec.hidden), dict[str, LinearStats]()
-    device = torch.device("cpu")
-    stream = Stream(Place(spec, device, tmp_path), (6, 96), listening, tape, tape)
-
-    def passes(part: Part) -> None:
-        for wave in part.waves:
-            statistics = {group: LinearStats.empty(group[0].in_features, device, True) for group in wave}
-            gather(part, listening, statistics)
-            for group, stats in statistics.items():
-                seen.update(dict.fromkeys([ref.key for ref in group], stats))
-                listening.apply(group, [Applied(tensors[ref.weight]) for ref in group])
-        part.finish()
-        listening.forget()
-
-    stream.embed(ids)
-    for layer in spec.layers:
-        passes(stream.attention(layer))
-        for part in stream.mlps(layer):
-            passes(part)
-        stream.close()
-        torch.testing.assert_close(tape.read(0, ids.numel()), expected[layer.index], atol=1e-4, rtol=1e-4)
-    stream.remove()
+    for layer, hidden in replayed.layers():
+        torch.testing.assert_close(hidden, expected[layer.index], atol=1e-4, rtol=1e-4)
+    replayed.stream.remove()
+    seen = replayed.seen
     assert [path.name for path in tmp_path.iterdir()] == ["hidden"]
     assert seen.keys() == {ref.key for ref in spec.linears()}
     for ref in spec.linears():

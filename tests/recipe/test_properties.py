@@ -15,9 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantkit.calib import streams
-from quantkit.calib.replay import Applied, Listening, gather
-from quantkit.calib.streams import Part, Place, Stream
-from quantkit.calib.tape import Tape
 from quantkit.dtypes import torch_dtype
 from quantkit.errors import ConfigError
 from quantkit.formats.packing import pack_rows, unpack_rows
@@ -35,6 +32,7 @@ from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, Strategy, fp8_blo
 from quantkit.stats import LinearStats
 from tests.conftest import CONFIG, random_weights
 from tests.helpers.architectures import TINY
+from tests.helpers.replay import Replayed
 
 some = partial(settings, deadline=None, derandomize=True)  # the same examples each time
 SEEDS = st.integers(0, 2**31)
@@ -257,27 +255,9 @@ def replayed(
     spec: ModelSpec, tensors: dict[str, Tensor], ids: Tensor, folder: Path, kv_format: KVFormat | None
 ) -> tuple[Tensor, dict[str, LinearStats]]:
     """Hidden states after the last layer, and what was gathered on the way."""
-    listening, seen = Listening(tensors.__getitem__), dict[str, LinearStats]()
-    tape, device = Tape.create(folder / "hidden", ids.numel(), spec.hidden), torch.device("cpu")
-    stream = Stream(Place(spec, device, folder), (len(ids), ids.shape[1]), listening, tape, tape, kv_format)
-
-    def passes(part: Part) -> None:
-        for wave in part.waves:
-            statistics = {group: LinearStats.empty(group[0].in_features, device, True) for group in wave}
-            gather(part, listening, statistics)
-            for group, stats in statistics.items():
-                seen.update(dict.fromkeys([ref.key for ref in group], stats))
-                listening.apply(group, [Applied(tensors[ref.weight]) for ref in group])
-        part.finish()
-        listening.forget()
-
-    stream.embed(ids)
-    for layer in spec.layers:
-        passes(stream.attention(layer))
-        for part in stream.mlps(layer):
-            passes(part)
-        stream.close()
-    return tape.read(0, ids.numel()).clone(), seen
+    text = Replayed(spec, tensors, ids, folder, kv_format)
+    *_, (_, hidden) = text.layers()
+    return hidden, text.seen
 
 
 def relative(a: Tensor, b: Tensor) -> float:
