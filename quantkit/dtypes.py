@@ -97,3 +97,12 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return nbytes(self.dtype, self.shape)
+
+    @property
+    def row(self) -> int:
+        """Bytes of one row of the first dimension; of all where there is none."""
+        return nbytes(self.dtype, self.shape[1:])
+
+    def rows_in(self, limit: int) -> int:
+        """How many rows so many bytes hold; at least one."""
+        return max(1, limit // max(1, self.row))

@@ -6,7 +6,8 @@ import ast
 import hashlib
 import platform
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from quantkit.errors import ConfigError
 __all__ = [
     "arithmetic",
     "code_digest",
+    "every",
     "instructions",
     "peak_memory",
     "pick_device",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 _DEVICES = ("cpu", "cuda")
 _DECISIVE = ("avx", "fma", "amx", "sse4")  # processor flags by which libraries choose their code
 
@@ -87,6 +91,20 @@ def using_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def every(work: Callable[[Given], Made], items: Iterable[Given]) -> list[Made]:
+    """Of each item, in order; as many at once as torch has threads, with one of torch's in each of them. Reading, hashing,
+    torch's arithmetic and writing leave Python's lock. When one fails, what was not begun is not."""
+    number = torch.get_num_threads()
+    if number == 1:
+        return [work(item) for item in items]
+    with using_threads(1), ThreadPoolExecutor(number) as pool:
+        try:
+            return [future.result() for future in [pool.submit(work, item) for item in items]]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 @contextmanager

@@ -57,6 +57,16 @@ class QuantizedTensor:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Rows start to stop, without a copy; of a grid in blocks, start at a block's first row."""
+        first, last = start, stop
+        if self.grid.block:
+            first, last = start // self.grid.block[0], -(-stop // self.grid.block[0])
+        whole = self.grid.strategy is Strategy.TENSOR
+        scale = self.scale if whole else self.scale[first:last]
+        zero = self.zero if whole or self.zero is None else self.zero[first:last]
+        return QuantizedTensor(self.codes[start:stop], scale, zero, self.grid, self.input_scale)
+
     def dequantize(self) -> Tensor:
         """(codes - zero) * scale, float32 [out, in]."""
         values = self.codes.float()

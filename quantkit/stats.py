@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LinearStats", "weight_error"]
+__all__ = ["LinearStats", "WeightError", "weight_error"]
 
-_ROWS = 256  # of a weight in float64 at once; only memory depends on it
+_ELEMENTS = 1 << 17  # of a weight in float64 at once: what stays in a core's cache; no result depends on it
 
 
 @dataclass
@@ -80,17 +80,35 @@ def _largest(x: Tensor) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def weight_error(weight: Tensor, dequantized: Tensor) -> float:
-    """||weight - dequantized|| / ||weight|| (Frobenius) of two floats [out, in] on any device; 0 for a weight of zeros that
-    stayed so, infinite for one that did not.
+class WeightError:
+    """||weight - dequantized|| / ||weight|| (Frobenius), taken in a piece of rows at a time, on any device.
 
-    The same to the last digit for any number of threads and any instruction set, so that a record of it can be checked: the
-    arithmetic is float64, rows are summed by numpy's pairwise order and then exactly.
+    The same to the last digit for any number of threads, any instruction set and any cut into pieces, so that a record of it
+    can be checked: the arithmetic is float64, rows are summed by numpy's pairwise order and then exactly.
     """
-    lost, whole = list[float](), list[float]()
-    for rows, other in zip(weight.split(_ROWS), dequantized.split(_ROWS), strict=True):
-        exact = rows.cpu().double().numpy()
-        lost += np.square(other.cpu().double().numpy() - exact).sum(axis=1).tolist()
-        whole += np.square(exact).sum(axis=1).tolist()
-    difference, norm = math.sqrt(math.fsum(lost)), math.sqrt(math.fsum(whole))
-    return difference / norm if norm else math.inf if difference else 0.0
+
+    def __init__(self) -> None:
+        self._lost, self._whole = list[float](), list[float]()
+
+    def add(self, weight: Tensor, dequantized: Tensor) -> None:
+        """Take in two floats [rows, in]."""
+        at_once = max(1, _ELEMENTS // max(1, weight.shape[1]))
+        for rows, other in zip(weight.split(at_once), dequantized.split(at_once), strict=True):
+            exact = rows.cpu().double().numpy()
+            lost = other.cpu().double().numpy()
+            np.subtract(lost, exact, out=lost)
+            self._lost += np.square(lost, out=lost).sum(axis=1).tolist()
+            self._whole += np.square(exact, out=exact).sum(axis=1).tolist()
+
+    @property
+    def value(self) -> float:
+        """0 for a weight of zeros that stayed so, infinite for one that did not."""
+        difference, norm = math.sqrt(math.fsum(self._lost)), math.sqrt(math.fsum(self._whole))
+        return difference / norm if norm else math.inf if difference else 0.0
+
+
+def weight_error(weight: Tensor, dequantized: Tensor) -> float:
+    """`WeightError` of two floats [out, in]."""
+    error = WeightError()
+    error.add(weight, dequantized)
+    return error.value

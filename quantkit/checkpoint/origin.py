@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,23 @@ class DigestingReader(CheckpointReader):
 
     def tensor(self, key: str) -> Tensor:
         tensor = super().tensor(key)
-        digest = tensor_digest(tensor)
+        self._seen(key, tensor_digest(tensor))
+        return tensor
+
+    def rows(self, key: str, at_once: int) -> Iterator[Tensor]:
+        if not self.entry(key).shape:
+            yield self.tensor(key)
+            return
+        digest = hashlib.sha256()
+        for part in super().rows(key, at_once):
+            digest.update(raw(part).numpy().data)
+            yield part
+        self._seen(key, digest.hexdigest())
+
+    def _seen(self, key: str, digest: str) -> None:
         if self.digests.setdefault(key, digest) != digest:
             where = self.folder / self.entries[key].shard
             raise CheckpointError(f"{where}: tensor '{key}' has changed since it was read first", "leave the model alone")
-        return tensor
 
 
 def content_digest(entries: Mapping[str, Entry], digests: Mapping[str, str]) -> str:

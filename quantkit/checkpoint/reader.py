@@ -11,12 +11,14 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from quantkit.atomic import unreadable
 from quantkit.checkpoint.fingerprint import fingerprint
-from quantkit.checkpoint.shard import OpenShard, ShardHeader, read_header, tensor_of
-from quantkit.dtypes import Entry, torch_dtype
+from quantkit.checkpoint.finite import first_not_finite
+from quantkit.checkpoint.shard import OpenShard, ShardHeader, read_header, rows_of, tensor_of
+from quantkit.dtypes import Entry
 from quantkit.errors import CheckpointError, shown
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ class CheckpointReader:
         self.entries: dict[str, Entry] = {}
         self._headers: dict[str, ShardHeader] = {}
         self._open: dict[str, OpenShard] = {}  # the one that was read last comes last
+        self._lock = Lock()  # of `_open`; several threads may read
         expected = self._expected()
         for shard in sorted(set(expected.values())) if expected else [SINGLE]:
             self._read_header(shard)
@@ -112,37 +115,51 @@ class CheckpointReader:
         return tensor_of(self._file(entry.shard), key, entry)
 
     def _file(self, shard: str) -> OpenShard:
-        """A shard, open, whose header is still the one that was read. A copy, or a file that was touched, is as good."""
-        file = self._open.pop(shard, None) or OpenShard(self.folder / shard)
-        for oldest in [*self._open][: 1 - _OPEN]:
-            self._open.pop(oldest).close()
-        self._open[shard] = file
-        header, status = self._headers[shard], file.status()
-        if (status.st_size, status.st_mtime_ns) != (header.size, header.changed):
-            if status.st_size != header.size or (now := read_header(self.folder / shard)).tensors != header.tensors:
-                raise CheckpointError(
-                    f"shard {file.path} has changed since its header was read: {header.size:,} bytes then, "
-                    f"{status.st_size:,} now",
-                    "wait until it is whole, and repeat the command",
-                )
-            self._headers[shard] = now
-        return file
+        """A shard, open, whose header is still the one that was read. A copy, or a file that was touched, is as good. One
+        that is open no longer is closed as soon as nobody reads it."""
+        with self._lock:
+            file = self._open.pop(shard, None) or OpenShard(self.folder / shard)
+            for oldest in [*self._open][: 1 - _OPEN]:
+                del self._open[oldest]
+            self._open[shard] = file
+            header, status = self._headers[shard], file.status()
+            if (status.st_size, status.st_mtime_ns) != (header.size, header.changed):
+                if status.st_size != header.size or (now := read_header(self.folder / shard)).tensors != header.tensors:
+                    raise CheckpointError(
+                        f"shard {file.path} has changed since its header was read: {header.size:,} bytes then, "
+                        f"{status.st_size:,} now",
+                        "wait until it is whole, and repeat the command",
+                    )
+                self._headers[shard] = now
+            return file
 
     def tensor(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype. Raises CheckpointError when it holds NaN or infinity."""
         tensor = self.stored(key)
-        if tensor.dtype.is_floating_point:
-            # A finite sum of |x| says that all are finite, in one pass; one that is not (float64 may overflow) says: look.
-            wide = tensor.float() if tensor.element_size() == 1 else tensor
-            if not wide.abs().sum(dtype=torch_dtype("F64")).isfinite():
-                bad = (~wide.isfinite()).flatten().nonzero()
-                if len(bad):
-                    raise CheckpointError(
-                        f"{self.folder / self.entries[key].shard}: tensor '{key}' holds {len(bad)} NaN or infinite "
-                        f"values, the first at flat index {int(bad[0])}",
-                        "fetch that shard again, or repair the checkpoint: a weight must be finite",
-                    )
+        self._check(key, tensor, 0)
         return tensor
+
+    def rows(self, key: str, at_once: int) -> Iterator[Tensor]:
+        """The same, in pieces of so many rows of its first dimension, which follow each other; a scalar is one piece."""
+        entry = self.entry(key)
+        if not entry.shape:
+            yield self.tensor(key)
+            return
+        for start in range(0, entry.shape[0], at_once):
+            part = rows_of(self._file(entry.shard), key, entry, start, min(start + at_once, entry.shape[0]))
+            self._check(key, part, start)
+            yield part
+
+    def _check(self, key: str, values: Tensor, row: int) -> None:
+        """Raises CheckpointError where values, which begin at that row of the tensor, are not all finite."""
+        if (found := first_not_finite(values)) is not None:
+            count, first = found
+            first += row * (values[:1].numel() if values.ndim else 1)
+            raise CheckpointError(
+                f"{self.folder / self.entries[key].shard}: tensor '{key}' holds {count} NaN or infinite "
+                f"values, the first at flat index {first}",
+                "fetch that shard again, or repair the checkpoint: a weight must be finite",
+            )
 
     def tensors(self, device: torch.device | str = "cpu") -> Mapping[str, Tensor]:
         """All tensors by name, each read when it is asked for and brought to a device."""

@@ -22,7 +22,7 @@ from quantkit.errors import CheckpointError, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["OpenShard", "ShardHeader", "read_header", "tensor_of"]
+__all__ = ["OpenShard", "ShardHeader", "read_header", "rows_of", "tensor_of"]
 
 _LONGEST_HEADER = 100_000_000  # as the safetensors library allows
 _LONGEST_NAME = 512
@@ -88,6 +88,12 @@ class OpenShard:
 def tensor_of(file: OpenShard, key: str, entry: Entry) -> Tensor:
     """One tensor of an open shard, in its stored dtype. Raises CheckpointError."""
     return file.read(entry.start, entry.nbytes, f"tensor '{key}'").view(torch_dtype(entry.dtype)).reshape(entry.shape)
+
+
+def rows_of(file: OpenShard, key: str, entry: Entry, start: int, stop: int) -> Tensor:
+    """Rows start to stop of one tensor of an open shard, in its stored dtype. Raises CheckpointError."""
+    data = file.read(entry.start + start * entry.row, (stop - start) * entry.row, f"tensor '{key}'")
+    return data.view(torch_dtype(entry.dtype)).reshape(stop - start, *entry.shape[1:])
 
 
 def read_header(path: Path) -> ShardHeader:

@@ -17,13 +17,15 @@ from quantkit.checkpoint.opened import format_of
 from quantkit.checkpoint.origin import STATEMENT
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import CheckpointError, QuantkitError, VerificationError, counted, shown
+from quantkit.host import every
 from quantkit.model.spec import Linear, ModelSpec
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Scheme, Strategy
-from quantkit.stats import weight_error
+from quantkit.stats import WeightError
 
 __all__ = ["Found", "check_linears"]
 
+_ELEMENTS = 1 << 18  # of a weight that are looked at together: in float32 they stay in a core's cache
 _LAST_DIGITS = 1e-9  # relative: what another machine's float64 may differ by
 
 
@@ -40,6 +42,13 @@ class Found:
     unstated: int = 0
     unscaled: int = 0
 
+    def add(self, other: Found) -> None:
+        self.problems += other.problems
+        self.unread += other.unread
+        for role, errors in other.errors.items():
+            self.errors.setdefault(role, []).extend(errors)
+        self.unstated, self.unscaled = self.unstated + other.unstated, self.unscaled + other.unscaled
+
 
 def check_linears(
     reader: CheckpointReader,
@@ -49,41 +58,50 @@ def check_linears(
     stated: Mapping[str, Any],
 ) -> Found:
     """Decode each quantized linear once. stated: rows of quantkit.json by linear; few matter without an original."""
-    findings, layout = Found(), format_of(reader)
-    for layer in spec.layers:
-        for group in layer.same_input():
-            shared = _shared_range(original, group, schemes[group[0].key]) if original else None
-            for ref in group:
-                if (scheme := schemes[ref.key]) is None:
-                    continue
-                row = stated.get(ref.key)
-                findings.unstated += row is None
-                findings.unscaled += scheme.static and (row is None or "input_scale" not in row)
-                try:
-                    q = layout.decode(ref, scheme, reader.tensors())
-                    _check_values(reader, ref, q, row or {})
-                    if original is not None:
-                        error = _check_against(original.tensor(ref.weight).float(), ref, scheme, q, row, shared)
-                        findings.errors.setdefault(ref.role.value, []).append(error)
-                except CheckpointError as broken:
-                    findings.unread.append(broken.problem)
-                except QuantkitError as broken:
-                    findings.problems.append(broken.problem)
+    layout = format_of(reader)
+
+    def check(group: tuple[Linear, ...]) -> Found:
+        found = Found()
+        shared = _shared_range(original, group, schemes[group[0].key]) if original else None
+        for ref in group:
+            if (scheme := schemes[ref.key]) is None:
+                continue
+            row = stated.get(ref.key)
+            found.unstated += row is None
+            found.unscaled += scheme.static and (row is None or "input_scale" not in row)
+            try:
+                q = layout.decode(ref, scheme, reader.tensors())
+                _check_values(reader, ref, q, row or {})
+                if original is not None:
+                    found.errors.setdefault(ref.role.value, []).append(_check_against(original, ref, scheme, q, row, shared))
+            except CheckpointError as broken:
+                found.unread.append(broken.problem)
+            except QuantkitError as broken:
+                found.problems.append(broken.problem)
+        return found
+
+    findings = Found()
+    for found in every(check, [group for layer in spec.layers for group in layer.same_input()]):
+        findings.add(found)
     return findings
 
 
 def _shared_range(original: CheckpointReader, group: tuple[Linear, ...], scheme: Scheme | None) -> Range | None:
-    """The range of linears that read one input and so share one scale; None where each has its own."""
-    if scheme is None or scheme.weight.strategy is not Strategy.TENSOR or len(group) == 1:
+    """The range of linears that read one input and so share one scale; None where each row has its own."""
+    if scheme is None or scheme.weight.strategy is not Strategy.TENSOR:
         return None
-    ranges = []
-    for ref in group:
-        try:
-            ranges.append(range_of(original.tensor(ref.weight).float(), scheme.weight))
-        except CheckpointError:
-            return None  # which is said where that linear is looked at
-    lows, highs = zip(*ranges, strict=True)
+    try:
+        parts = (part for ref in group for part in original.rows(ref.weight, _at_once(ref, scheme)))
+        lows, highs = zip(*(range_of(part.float(), scheme.weight) for part in parts), strict=True)
+    except CheckpointError:
+        return None  # which is said where that linear is looked at
     return torch.stack(lows).amin(0), torch.stack(highs).amax(0)
+
+
+def _at_once(ref: Linear, scheme: Scheme) -> int:
+    """Rows to look at together, whole blocks of them."""
+    whole = scheme.weight.block[0] if scheme.weight.block else 1
+    return max(1, _ELEMENTS // max(1, ref.in_features) // whole) * whole
 
 
 def _check_values(reader: CheckpointReader, ref: Linear, q: QuantizedTensor, row: Mapping[str, Any]) -> None:
@@ -100,35 +118,62 @@ def _check_values(reader: CheckpointReader, ref: Linear, q: QuantizedTensor, row
         raise VerificationError(f"'{ref.key}.weight_shape' is not {[ref.out_features, ref.in_features]}")
 
 
+@torch.inference_mode()
 def _check_against(
-    weight: Tensor, ref: Linear, scheme: Scheme, q: QuantizedTensor, row: Mapping[str, Any] | None, shared: Range | None
+    original: CheckpointReader,
+    ref: Linear,
+    scheme: Scheme,
+    q: QuantizedTensor,
+    row: Mapping[str, Any] | None,
+    shared: Range | None,
 ) -> float:
-    """The relative error against float32 weight [out, in]. Raises VerificationError when it is not what the method gives."""
-    value = q.dequantize()
-    error = weight_error(weight, value)
+    """The relative error against the source's weight. Raises VerificationError when it is not what the method gives."""
+    method, stated = (row or {}).get("method"), (row or {}).get("weight_error")
+    known = method in METHODS
+    scales, codes, lost, start = _Wrong("scale"), _Wrong("code"), WeightError(), 0
+    for part in original.rows(ref.weight, _at_once(ref, scheme)):
+        weight, here = part.float(), q.rows(start, start + len(part))
+        value = here.dequantize()
+        lost.add(weight, value)
+        if known:
+            scales.add(wrong_scales(here, shared or range_of(weight, scheme.weight), str(method)))
+        if method == "rtn":
+            codes.add(misplaced_codes(weight, here, value))
+        start += len(part)
+    error = lost.value
     if error > scheme.weight.codes.worst:
         raise VerificationError(f"'{ref.key}' differs from its source by {error:.1%}: more than {scheme.name} can lose")
     if row is None:
         return error
-    method, stated = row.get("method"), row.get("weight_error")
-    if method not in METHODS:
+    if not known:
         raise VerificationError(f"'{ref.key}' was made by {shown(method)!r}, as {STATEMENT} states: nothing bounds that")
-    wrong = wrong_scales(q, shared or range_of(weight, scheme.weight), method)
-    if wrong.any():
-        raise VerificationError(f"'{ref.key}': {_first(wrong, 'scale')} not what {_by(method)} gives for its source")
-    if method == "rtn" and (wrong := misplaced_codes(weight, q, value)).any():
-        raise VerificationError(f"'{ref.key}': {_first(wrong, 'code')} more than half a step from its source")
+    if scales.number:
+        raise VerificationError(f"'{ref.key}': {scales} not what {_by(str(method))} gives for its source")
+    if codes.number:
+        raise VerificationError(f"'{ref.key}': {codes} more than half a step from its source")
     if not isinstance(stated, float) or not math.isclose(error, stated, rel_tol=_LAST_DIGITS):
         problem = f"'{ref.key}' differs from its source by {error!r}"
         raise VerificationError(f"{problem}, and {STATEMENT} states {shown(stated)}")
     return error
 
 
+class _Wrong:
+    """Where things are wrong, in pieces of rows that follow each other: `3 of 128 scales, the first at [0, 2], are`."""
+
+    def __init__(self, thing: str) -> None:
+        self.thing, self.number, self._total, self._rows, self._first = thing, 0, 0, 0, list[int]()
+
+    def add(self, wrong: Tensor) -> None:
+        if not self.number and wrong.any():
+            self._first = wrong.nonzero()[0].tolist()
+            self._first[0] += self._rows
+        self.number += int(wrong.sum())
+        self._total, self._rows = self._total + wrong.numel(), self._rows + len(wrong)
+
+    def __str__(self) -> str:
+        are = "is" if self.number == 1 else "are"
+        return f"{self.number:,} of {counted(self._total, self.thing)}, the first at {self._first}, {are}"
+
+
 def _by(method: str) -> str:
     return "rounding" if method == "rtn" else "a search of scales"
-
-
-def _first(wrong: Tensor, thing: str) -> str:
-    """`3 of 128 scales, the first at [0, 2], are`."""
-    number, where = int(wrong.sum()), wrong.nonzero()[0].tolist()
-    return f"{number:,} of {counted(wrong.numel(), thing)}, the first at {where}, {'is' if number == 1 else 'are'}"

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from quantkit.atomic import disk_errors, fsync_folder, temporary_name
+from quantkit.checkpoint.ranges import write_from
 from quantkit.dtypes import ITEMSIZE, TensorPlan, raw, torch_dtype
 
 if TYPE_CHECKING:
@@ -51,24 +52,41 @@ class ShardPlan:
 
 
 class ShardWriter:
-    """Context manager. The file gets its name only on a clean exit with every tensor written."""
+    """Context manager. The file gets its name only on a clean exit with every tensor written. Several threads may write
+    tensors, each its own."""
 
     def __init__(self, folder: Path, plan: ShardPlan) -> None:
         self.path = folder / plan.file
         self._temporary = temporary_name(self.path)
         header, self._pending = plan.layout()
+        self._begun: dict[str, int] = {}  # rows of tensors of which some are written
         with disk_errors(self.path):
-            self._file = open(self._temporary, "xb")  # noqa: SIM115 (closed by __exit__)
-            self._file.write(header)
+            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            write_from(self._file.fileno(), memoryview(header), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Store one tensor. Raises ValueError when it is not what the plan says, KeyError when it is not in the plan."""
         offset, plan = self._pending.pop(name)
         if tuple(tensor.shape) != plan.shape or tensor.dtype is not torch_dtype(plan.dtype):
             raise ValueError(f"'{name}' is {tensor.dtype} {tuple(tensor.shape)}, planned {plan.dtype} {plan.shape}")
+        self._store(tensor, offset)
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Store the rows that follow those of a tensor that are stored already. Raises as `write`, and where there are more
+        than were planned."""
+        (offset, plan), done = self._pending[name], self._begun.get(name, 0)
+        if rows.shape[1:] != plan.shape[1:] or rows.dtype is not torch_dtype(plan.dtype) or done + len(rows) > plan.shape[0]:
+            raise ValueError(
+                f"'{name}': rows {rows.dtype} {tuple(rows.shape)} after {done}, planned {plan.dtype} {plan.shape}"
+            )
+        self._store(rows, offset + done * (plan.nbytes // plan.shape[0]))
+        self._begun[name] = done + len(rows)
+        if self._begun[name] == plan.shape[0]:
+            del self._pending[name], self._begun[name]
+
+    def _store(self, values: Tensor, offset: int) -> None:
         with disk_errors(self.path):
-            self._file.seek(offset)
-            self._file.write(raw(tensor.cpu()).numpy().data)
+            write_from(self._file.fileno(), raw(values.cpu()).numpy().data, offset)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -79,7 +97,6 @@ class ShardWriter:
                 raise ValueError(f"shard {self.path.name} misses {len(self._pending)} tensors: {min(self._pending)}, ...")
             with disk_errors(self.path):
                 if kind is None:
-                    self._file.flush()
                     os.fsync(self._file.fileno())
                 self._file.close()
                 if kind is None:

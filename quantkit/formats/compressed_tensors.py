@@ -20,7 +20,9 @@ from quantkit.scheme import FP8_TENSOR, PRESETS, Packing, Scheme, fp8_block, sch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMAT", "config", "decode", "encode", "groups", "inexact", "matrices", "parse", "planned", "written"]
+__all__ = [
+    *("FORMAT", "config", "decode", "encode", "encode_rows", "groups", "inexact", "matrices", "parse", "planned", "written"),
+]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or expert, within a name
 _ANY = r"\d+"
@@ -53,16 +55,24 @@ def encode(ref: Linear, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]
     for a shape that does not fill whole words."""
     if scheme.packing is Packing.WORDS and (problem := scheme.misfit(ref.out_features, ref.in_features)):
         raise ConfigError(f"'{ref.key}' cannot be {scheme.name}: {problem}", "keep it as it is, or use --to bf16")
-    tensors = {f"{ref.key}.weight_scale": q.scale}
+    tensors = encode_rows(ref.key, scheme, q)
     if scheme.packing is Packing.WORDS:
-        tensors[f"{ref.key}.weight_packed"] = pack_rows(q.codes, scheme.weight.bits)
         tensors[f"{ref.key}.weight_shape"] = q.codes.new_tensor(q.shape, dtype=torch_dtype("I64"))
-    else:
-        tensors[f"{ref.key}.weight"] = q.codes
-    if q.zero is not None:
-        tensors[f"{ref.key}.weight_zero_point"] = pack_rows(q.zero.T.contiguous(), scheme.weight.bits).T.contiguous()
     if q.input_scale is not None:
         tensors[f"{ref.key}.input_scale"] = q.input_scale
+    return tensors
+
+
+def encode_rows(key: str, scheme: Scheme, q: QuantizedTensor) -> dict[str, Tensor]:
+    """Of some rows of a linear: the rows of those tensors whose first dimension is the linear's. Zero points lie several to
+    a word along it, so that 32 / bits rows, or a multiple, go together."""
+    tensors = {f"{key}.weight_scale": q.scale}
+    if scheme.packing is Packing.WORDS:
+        tensors[f"{key}.weight_packed"] = pack_rows(q.codes, scheme.weight.bits)
+    else:
+        tensors[f"{key}.weight"] = q.codes
+    if q.zero is not None:
+        tensors[f"{key}.weight_zero_point"] = pack_rows(q.zero.T.contiguous(), scheme.weight.bits).T.contiguous()
     return tensors
 
 

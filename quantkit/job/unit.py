@@ -26,6 +26,8 @@ from quantkit.checkpoint.writer import ShardWriter
 from quantkit.dtypes import Entry
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
+from quantkit.host import every
+from quantkit.job import rows
 from quantkit.job.group import GroupJob
 from quantkit.job.methods import needs_tokens
 from quantkit.job.placement import Unit
@@ -33,6 +35,8 @@ from quantkit.job.plan import Plan
 from quantkit.model.spec import Layer, Linear
 from quantkit.model.weights import PlainWeights
 from quantkit.qtensor import QuantizedTensor
+from quantkit.quant import rounding
+from quantkit.quant.solve import Outcome
 from quantkit.stats import LinearStats
 
 __all__ = ["Outcomes", "Place", "UnitRun"]
@@ -97,16 +101,45 @@ class UnitRun:
         else passes through it."""
         with ExitStack() as stack:
             self.writers = [stack.enter_context(ShardWriter(self.place.partial, s)) for s in self.unit.shards]
-            for key in self.unit.kept:
-                self._write(key, self.place.reader.tensor(key))
+            every(self._carry, self.unit.kept)
             if following is not None or lockstep is not None:
                 self._pass(tape, following, lockstep, _Quantizing(self))
-                return self.outcomes
-            for layer in self.unit.layers:
-                for group in layer.same_input():
-                    self.store(group, None)
-                self.done(layer, self.outcomes)
+            else:
+                self._round()
         return self.outcomes
+
+    def _carry(self, key: str) -> None:
+        rows.carry(self.place.reader, self._writer(key), key)
+
+    def _round(self) -> None:
+        """Without a text: rows of linears that can be rounded so, the others whole."""
+        for layer in self.unit.layers:
+            streamed, carried = list[Linear](), list[str]()
+            for group in layer.same_input():
+                scheme = self.plan.schemes[group[0].key]
+                if scheme is None:
+                    carried += [ref.weight for ref in group]
+                elif rounding.by_rows(scheme):
+                    streamed += group
+                else:
+                    self.store(group, None)
+            every(self._carry, carried)
+            for ref, outcome in zip(streamed, every(self._round_one, streamed), strict=True):
+                self._record(ref, outcome)
+            self.done(layer, self.outcomes)
+
+    def _round_one(self, ref: Linear) -> Outcome:
+        scheme = self.plan.schemes[ref.key]
+        assert scheme is not None
+        return rows.round_rows(self.place.reader, self._writer, ref, scheme, self.place.device)
+
+    def _writer(self, name: str) -> ShardWriter:
+        return self.writers[self.shard_of[name]]
+
+    def _record(self, ref: Linear, outcome: Outcome, **more: float) -> None:
+        scheme = self.plan.schemes[ref.key]
+        assert scheme is not None
+        self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **more}
 
     def again(self, tape: Tape | None, following: Tape) -> None:
         """Leave the hidden states that `run` left, to the bit, by the weights in the unit's shards."""
@@ -136,7 +169,7 @@ class UnitRun:
         loop.run(layers, maker, done=lambda layer: self.done(layer, self.outcomes) if quantizing else None)
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        self.writers[self.shard_of[name]].write(name, tensor)
+        self._writer(name).write(name, tensor)
 
     def statistics(self, group: Group) -> LinearStats | None:
         """Empty ones of what these linears need: none, the range, or the Hessian too."""
@@ -162,7 +195,7 @@ class UnitRun:
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
             scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
-            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
+            self._record(ref, outcome, **scale)
         return [q for q, _ in solved]
 
     def apply(self, group: tuple[Linear, ...], stored: Sequence[Tensor | QuantizedTensor]) -> None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.qtensor import QuantizedTensor, expand
+from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.gptq import NotPositive, Repair, gptq, repair
-from quantkit.quant.grid import encode, minmax_scale
 from quantkit.quant.method import Method
+from quantkit.quant.rounding import rtn
 from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import LinearStats, weight_error
 
-__all__ = ["Outcome", "rtn", "solve"]
+__all__ = ["Outcome", "solve"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,6 @@ class Outcome:
     coverage: float | None
     lent: int
     weight_error: float
-
-
-def rtn(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-    """Round float32 weight [out, in] to the nearest code under min-max scales."""
-    grid, shape = scheme.weight, (weight.shape[0], weight.shape[1])
-    scale, zero = minmax_scale(weight, grid)
-    step = expand(scale.float(), grid, shape)
-    offset = None if zero is None else expand(zero.float(), grid, shape)
-    return QuantizedTensor(encode(weight, step, offset, grid), scale, zero, grid)
 
 
 def _by_row(matrix: Tensor, hessian: Tensor) -> Tensor:

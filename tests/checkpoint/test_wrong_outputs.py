@@ -24,7 +24,7 @@ from quantkit.cli import main
 from quantkit.errors import QuantkitError, VerificationError
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.grid import search_scale
-from quantkit.quant.solve import rtn
+from quantkit.quant.rounding import rtn
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS, scheme_named
 from tests.conftest import CONFIG, SMALL, random_weights, write_checkpoint

@@ -24,7 +24,8 @@ from quantkit.model.registry import build_spec
 from quantkit.model.spec import Linear, Role
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.method import Method
-from quantkit.quant.solve import rtn, solve
+from quantkit.quant.rounding import rtn
+from quantkit.quant.solve import solve
 from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS, scheme_named
 from quantkit.stats import LinearStats

@@ -14,7 +14,8 @@ from quantkit.qtensor import expand
 from quantkit.quant.gptq import DAMPING, NotPositive, gptq
 from quantkit.quant.grid import minmax_scale, search_scale
 from quantkit.quant.method import Method
-from quantkit.quant.solve import rtn, solve
+from quantkit.quant.rounding import rtn
+from quantkit.quant.solve import solve
 from quantkit.scheme import PRESETS, Activation, Kind, Scheme, Strategy, scheme_named
 from quantkit.stats import LinearStats
 

@@ -27,7 +27,8 @@ from quantkit.model.weights import Weights
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.gptq import gptq
 from quantkit.quant.method import Method
-from quantkit.quant.solve import rtn, solve
+from quantkit.quant.rounding import rtn
+from quantkit.quant.solve import solve
 from quantkit.scheme import FP8_TENSOR, PRESETS, Kind, Scheme, Strategy, fp8_block, scheme_named, weight_only
 from quantkit.stats import LinearStats
 from tests.conftest import CONFIG, random_weights

@@ -27,7 +27,8 @@ from quantkit.kernels.reference import linear, round_activation
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import OPTION_ROLES, Linear, Role
 from quantkit.quant.method import DAMPING, PARAMETERS, Method
-from quantkit.quant.solve import rtn, solve
+from quantkit.quant.rounding import rtn
+from quantkit.quant.solve import solve
 from quantkit.recipe import Recipe, Rule
 from quantkit.scheme import CODES, PRESETS, Activation, Grid, Kind, Packing, Scheme, Strategy, scheme_named
 from quantkit.stats import LinearStats
