@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,21 +85,24 @@ class WeightError:
     """||weight - dequantized|| / ||weight|| (Frobenius), taken in a piece of rows at a time, on any device.
 
     The same to the last digit for any number of threads, any instruction set and any cut into pieces, so that a record of it
-    can be checked: the arithmetic is float64, rows are summed by numpy's pairwise order and then exactly.
+    can be checked: rows are summed in float64 by numpy's pairwise order, and then exactly.
     """
 
     def __init__(self) -> None:
         self._lost, self._whole = list[float](), list[float]()
 
     def add(self, weight: Tensor, dequantized: Tensor) -> None:
-        """Take in two floats [rows, in]."""
+        """Take in two floats [rows, in]. Their difference is taken in float32, its squares and their sums in float64."""
         at_once = max(1, _ELEMENTS // max(1, weight.shape[1]))
         for rows, other in zip(weight.split(at_once), dequantized.split(at_once), strict=True):
-            exact = rows.cpu().double().numpy()
-            lost = other.cpu().double().numpy()
-            np.subtract(lost, exact, out=lost)
-            self._lost += np.square(lost, out=lost).sum(axis=1).tolist()
-            self._whole += np.square(exact, out=exact).sum(axis=1).tolist()
+            exact = rows.float()
+            lost, whole = ((part.cpu().double().numpy()) for part in (other.float() - exact, exact))
+            self.add_sums(*(np.square(part, out=part).sum(axis=1) for part in (lost, whole)))
+
+    def add_sums(self, lost: Iterable[float], whole: Iterable[float]) -> None:
+        """Take in the sums of squares of some rows: of what was lost, and of the weight."""
+        self._lost += [float(value) for value in lost]
+        self._whole += [float(value) for value in whole]
 
     @property
     def value(self) -> float:

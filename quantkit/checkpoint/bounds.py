@@ -13,7 +13,7 @@ from torch import Tensor
 from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.scheme import Grid, Kind, Strategy
 
-__all__ = ["METHODS", "Range", "misplaced_codes", "range_of", "wrong_scales"]
+__all__ = ["METHODS", "TIE", "Range", "misplaced_codes", "range_of", "wrong_scales"]
 
 METHODS = ("rtn", "gptq")
 Range = tuple[Tensor, Tensor]
@@ -21,7 +21,7 @@ _PARTS = (0.5, 1.05)  # of the range, that a search of scales may choose
 _TINY = torch.finfo(torch.bfloat16).tiny
 _LAST_BIT = 2.0**-7  # of a bfloat16, relative to it, at most
 _DIVISION = 1e-6  # what a division in float32 may be off, relative, on any device
-_TIE = 1e-4  # of a step: how far from the middle between two codes either may be taken
+TIE = 1e-4  # of a step: how far from the middle between two codes either may be taken
 
 
 def range_of(weight: Tensor, grid: Grid) -> Range:
@@ -67,4 +67,4 @@ def misplaced_codes(weight: Tensor, q: QuantizedTensor, value: Tensor) -> Tensor
     else:
         zero = 0.0 if q.zero is None else expand(q.zero.float(), grid, q.shape)
         nearest = ((weight / step).round() + zero).clamp(grid.qmin, grid.qmax) - zero
-    return (weight - value).abs() > (weight - nearest * step).abs() + _TIE * step
+    return (weight - value).abs() > (weight - nearest * step).abs() + TIE * step

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.bounds import METHODS, Range, misplaced_codes, range_of, wrong_scales
+from quantkit import rowwise
+from quantkit.checkpoint.bounds import METHODS, TIE, Range, misplaced_codes, range_of, wrong_scales
 from quantkit.checkpoint.by_name import NamedSpec
 from quantkit.checkpoint.opened import format_of
 from quantkit.checkpoint.origin import STATEMENT
@@ -133,12 +134,11 @@ def _check_against(
     scales, codes, lost, start = _Wrong("scale"), _Wrong("code"), WeightError(), 0
     for part in original.rows(ref.weight, _at_once(ref, scheme)):
         weight, here = part.float(), q.rows(start, start + len(part))
-        value = here.dequantize()
-        lost.add(weight, value)
+        seen = _compared(weight, here, method == "rtn", lost)
         if known:
-            scales.add(wrong_scales(here, shared or range_of(weight, scheme.weight), str(method)))
-        if method == "rtn":
-            codes.add(misplaced_codes(weight, here, value))
+            scales.add(wrong_scales(here, shared or seen.span, str(method)))
+        if seen.misplaced is not None:
+            codes.add(seen.misplaced)
         start += len(part)
     error = lost.value
     if error > scheme.weight.codes.worst:
@@ -155,6 +155,23 @@ def _check_against(
         problem = f"'{ref.key}' differs from its source by {error!r}"
         raise VerificationError(f"{problem}, and {STATEMENT} states {shown(stated)}")
     return error
+
+
+@dataclass(frozen=True)
+class _Seen:
+    span: Range
+    misplaced: Tensor | None
+
+
+def _compared(weight: Tensor, q: QuantizedTensor, codes: bool, lost: WeightError) -> _Seen:
+    """Some rows beside what they became: their range under each scale, which codes are misplaced if that is asked, and what
+    was lost, which is added to `lost`. In one pass where there is a compiler."""
+    if (done := rowwise.compare_rows(weight, q, TIE, codes)) is not None:
+        lost.add_sums(done.lost.tolist(), done.whole.tolist())
+        return _Seen((done.smallest, done.largest), done.misplaced)
+    value = q.dequantize()
+    lost.add(weight, value)
+    return _Seen(range_of(weight, q.grid), misplaced_codes(weight, q, value) if codes else None)
 
 
 class _Wrong:

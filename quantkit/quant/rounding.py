@@ -7,6 +7,7 @@ import math
 
 from torch import Tensor
 
+from quantkit import rowwise
 from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.quant.grid import encode, minmax_scale
 from quantkit.scheme import Scheme, Strategy
@@ -48,6 +49,10 @@ class Rounding:
     def rows(self, weight: Tensor) -> QuantizedTensor:
         """Any float [rows, in] -> its codes and scales."""
         weight = weight.float()
+        if (done := rowwise.round_rows(weight, self.scheme.weight)) is not None:
+            rounded, lost, whole = done
+            self._error.add_sums(lost.tolist(), whole.tolist())
+            return rounded
         rounded = rtn(weight, self.scheme)
         self._error.add(weight, rounded.dequantize())
         return rounded

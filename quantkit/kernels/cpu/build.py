@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quantkit.kernels.build_cache import BuildError, cache_folder, kept, open_library, run
 
-__all__ = ["FLAGS", "KERNELS", "SOURCE", "build", "kernels", "load", "missing_cpu_flags"]
+__all__ = ["FLAGS", "KERNELS", "SOURCE", "build", "kernels", "load", "missing_cpu_flags", "rowwise"]
 
 SOURCE = Path(__file__).with_name("csrc") / "quantkit_cpu.cpp"
 KERNELS = ("int4", "fp8", "int8", "int4_bytes", "int8_bytes")  # a format's number is its place
@@ -47,7 +47,9 @@ def missing_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return sorted(CPU_FLAGS - set(line.partition(":")[2].split()))
 
 
-def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Path | None, str]:
+def build(
+    cache: Path, compiler: str = "g++", source: Path = SOURCE, flags: tuple[str, ...] = FLAGS
+) -> tuple[Path | None, str]:
     """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason).
 
     What decides it: the source and the headers beside it, compiler version and flags.
@@ -58,16 +60,16 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
         return None, f"no compiler: '{compiler}' is not on PATH"
     try:
         texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-        parts = (*texts, run([executable, "--version"]).encode(), " ".join(FLAGS).encode())
-        return kept(cache, LIBRARY, parts, lambda target: run([executable, *FLAGS, str(source), "-o", str(target)])), ""
+        parts = (*texts, run([executable, "--version"]).encode(), " ".join(flags).encode())
+        return kept(cache, LIBRARY, parts, lambda target: run([executable, *flags, str(source), "-o", str(target)])), ""
     except (BuildError, OSError) as error:
         return None, str(error)
 
 
-def _library(source: Path) -> ctypes.CDLL | str:
+def _library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | str:
     import torch  # noqa: F401  loads the OpenMP runtime that the library shall share
 
-    path, reason = build(cache_folder(), source=source)
+    path, reason = build(cache_folder(), source=source, flags=flags)
     if path is None:
         return reason
     try:
@@ -96,3 +98,9 @@ def kernels(number: int) -> ctypes.CDLL | str:
         shared = pool.submit(load)
         library = _library(SOURCE.with_name(f"{KERNELS[number]}.cpp"))
     return reason if isinstance(reason := shared.result(), str) else library
+
+
+@lru_cache(maxsize=1)
+def rowwise() -> ctypes.CDLL | str:
+    """The loaded library of what is done to a weight row by row (rowwise.cpp), or the reason why there is none."""
+    return _library(SOURCE.with_name("rowwise.cpp"), (*FLAGS, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"))
