@@ -69,10 +69,11 @@ def round_rows(weight: Tensor, grid: Grid) -> tuple[QuantizedTensor, Tensor, Ten
 
 @dataclass(frozen=True)
 class Compared:
-    """What codes and scales are beside their weight. misplaced: bool [rows, in], None if not asked for. smallest, largest:
-    of each scale's weights, float32 in the scale's shape, 0 among them. lost, whole: as of `round_rows`."""
+    """What codes and scales are beside their weight. misplaced: how many codes, and the flat index of the first; (0, 0) if
+    not asked for. smallest, largest: of each scale's weights, float32 in the scale's shape, 0 among them. lost, whole: as of
+    `round_rows`."""
 
-    misplaced: Tensor | None
+    misplaced: tuple[int, int]
     smallest: Tensor
     largest: Tensor
     lost: Tensor
@@ -99,12 +100,13 @@ def compare_rows(weight: Tensor, q: QuantizedTensor, tie: float, codes: bool) ->
     scale = q.scale.float().contiguous()
     zero = None if q.zero is None else q.zero.contiguous()
     table = _neighbours(q.grid)
-    misplaced = torch.empty(weight.shape, dtype=torch.bool) if codes else None
+    misplaced = torch.zeros(2, dtype=torch.int64)
     smallest, largest = torch.empty(2, *q.scale.shape)
     lost, whole = torch.empty(2, rows, dtype=torch.float64)
     library.quantkit_compare_rows(
         *(ctypes.byref(_grid(q.grid, columns)), *_at(weight), ctypes.c_int64(rows), ctypes.c_int64(columns)),
         *(*_at(q.codes, scale, zero, *table), ctypes.c_float(tie)),
-        *_at(misplaced, smallest, largest, lost, whole),
+        *_at(misplaced if codes else None, smallest, largest, lost, whole),
     )
-    return Compared(misplaced, smallest, largest, lost, whole)
+    number, first = misplaced.tolist()
+    return Compared((number, first), smallest, largest, lost, whole)

@@ -135,10 +135,9 @@ def _check_against(
     for part in original.rows(ref.weight, _at_once(ref, scheme)):
         weight, here = part.float(), q.rows(start, start + len(part))
         seen = _compared(weight, here, method == "rtn", lost)
-        if known:
-            scales.add(wrong_scales(here, shared or seen.span, str(method)))
-        if seen.misplaced is not None:
-            codes.add(seen.misplaced)
+        if known and (shared is None or not start):  # one for all is looked at once
+            scales.add(*_where(wrong_scales(here, shared or seen.span, str(method))))
+        codes.add(*seen.misplaced, here.shape)
         start += len(part)
     error = lost.value
     if error > scheme.weight.codes.worst:
@@ -157,39 +156,47 @@ def _check_against(
     return error
 
 
-@dataclass(frozen=True)
-class _Seen:
-    span: Range
-    misplaced: Tensor | None
-
-
-def _compared(weight: Tensor, q: QuantizedTensor, codes: bool, lost: WeightError) -> _Seen:
-    """Some rows beside what they became: their range under each scale, which codes are misplaced if that is asked, and what
-    was lost, which is added to `lost`. In one pass where there is a compiler."""
-    if (done := rowwise.compare_rows(weight, q, TIE, codes)) is not None:
-        lost.add_sums(done.lost.tolist(), done.whole.tolist())
-        return _Seen((done.smallest, done.largest), done.misplaced)
-    value = q.dequantize()
-    lost.add(weight, value)
-    return _Seen(range_of(weight, q.grid), misplaced_codes(weight, q, value) if codes else None)
-
-
 class _Wrong:
     """Where things are wrong, in pieces of rows that follow each other: `3 of 128 scales, the first at [0, 2], are`."""
 
     def __init__(self, thing: str) -> None:
         self.thing, self.number, self._total, self._rows, self._first = thing, 0, 0, 0, list[int]()
 
-    def add(self, wrong: Tensor) -> None:
-        if not self.number and wrong.any():
-            self._first = wrong.nonzero()[0].tolist()
-            self._first[0] += self._rows
-        self.number += int(wrong.sum())
-        self._total, self._rows = self._total + wrong.numel(), self._rows + len(wrong)
+    def add(self, number: int, first: int, shape: tuple[int, ...]) -> None:
+        """Of a piece of that shape: how many are, and the flat index of the first."""
+        if number and not self.number:
+            row = math.prod(shape[1:])
+            self._first = [self._rows + first // row, *([first % row] if len(shape) > 1 else [])]
+        self.number += number
+        self._total, self._rows = self._total + math.prod(shape), self._rows + shape[0]
 
     def __str__(self) -> str:
         are = "is" if self.number == 1 else "are"
         return f"{self.number:,} of {counted(self._total, self.thing)}, the first at {self._first}, {are}"
+
+
+def _where(wrong: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """How many of a bool tensor are true, the flat index of the first, and its shape."""
+    places = wrong.flatten().nonzero()
+    return len(places), int(places[0]) if len(places) else 0, tuple(wrong.shape)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    span: Range
+    misplaced: tuple[int, int]
+
+
+def _compared(weight: Tensor, q: QuantizedTensor, codes: bool, lost: WeightError) -> _Seen:
+    """Some rows beside what they became: their range under each scale, how many codes are misplaced, if that is asked, and
+    the first, and what was lost, which is added to `lost`. In one pass where there is a compiler."""
+    if (done := rowwise.compare_rows(weight, q, TIE, codes)) is not None:
+        lost.add_sums(done.lost.tolist(), done.whole.tolist())
+        return _Seen((done.smallest, done.largest), done.misplaced)
+    value = q.dequantize()
+    lost.add(weight, value)
+    number, first, _ = _where(misplaced_codes(weight, q, value)) if codes else (0, 0, ())
+    return _Seen(range_of(weight, q.grid), (number, first))
 
 
 def _by(method: str) -> str:

@@ -28,6 +28,7 @@ from quantkit.checkpoint.shard import OpenShard
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.job import pipeline
+from quantkit.kernels.cpu import build
 from quantkit.qtensor import QuantizedTensor
 from quantkit.recipe import Recipe
 from tests.conftest import CONFIG, random_weights, write_checkpoint
@@ -215,6 +216,7 @@ class Counted:
 def test_verify_reads_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each header is parsed once, each file hashed once, each weight dequantized once; a shard is opened for its header, for
     its tensors, and not for each of them."""
+    monkeypatch.setattr(build, "rowwise", lambda: "not here: it dequantizes within")
     record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
     counted = Counted(monkeypatch)
     report = verify(tmp_path / "out", model)
@@ -232,6 +234,7 @@ def test_rounding_without_calibration_dequantizes_for_the_stated_error_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard is hashed when it is committed and once more when it is read again to be verified."""
+    monkeypatch.setattr(build, "rowwise", lambda: "not here: it dequantizes within")
     counted = Counted(monkeypatch)
     monkeypatch.setattr(pipeline, "verify", lambda *_: None)
     record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))

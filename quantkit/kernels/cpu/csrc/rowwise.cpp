@@ -138,19 +138,20 @@ void quantkit_round_rows(const Grid* grid, const float* weight, int64_t rows, in
 }
 
 // What of codes and scales (float32) is to be said beside the weight that they were made from. values, below, above: of each of
-// 256 codes its value and those of its neighbours. misplaced [rows, columns]: 1 where a neighbour is nearer by more than `tie`
-// of a step. smallest, largest: float32 of each
-// cell, 0 among them. lost, whole: as above. misplaced may be null.
+// 256 codes its value and those of its neighbours. misplaced: how many codes there are of which a neighbour is nearer by more
+// than `tie` of a step, and where the first lies; null: not looked for. smallest, largest: float32 of each cell, 0 among them.
+// lost, whole: as above.
 void quantkit_compare_rows(const Grid* grid, const float* weight, int64_t rows, int64_t columns, const uint8_t* codes,
                            const float* scales, const int8_t* zeros, const float* values, const float* below, const float* above,
-                           float tie, uint8_t* misplaced, int32_t* smallest, int32_t* largest, double* lost, double* whole) {
+                           float tie, int64_t* misplaced, int32_t* smallest, int32_t* largest, double* lost, double* whole) {
     const int64_t high = grid->rows, wide = grid->columns, across = (columns + wide - 1) / wide;
     std::vector<float> errors(size_t(columns), 0.0f);
+    if (misplaced) misplaced[0] = misplaced[1] = 0;
     for (int64_t row = 0; row < rows; ++row) {
         for (int64_t cell = 0; cell < across; ++cell) {
             const int64_t at = row / high * across + cell, left = cell * wide, width = std::min(wide, columns - left);
-            const float scale = scales[at], zero = zeros ? float(zeros[at]) : 0.0f;
-            const float *from = weight + row * columns + left;
+            const float scale = scales[at], zero = zeros ? float(zeros[at]) : 0.0f, allowed = tie * std::fabs(scale);
+            const float* from = weight + row * columns + left;
             const uint8_t* code = codes + row * columns + left;
             float* error = errors.data() + left;
             int32_t least = row % high ? smallest[at] : 0, most = row % high ? largest[at] : 0;
@@ -159,35 +160,24 @@ void quantkit_compare_rows(const Grid* grid, const float* weight, int64_t rows, 
             largest[at] = most;
             for (int64_t i = 0; i < width; ++i) error[i] = (values[code[i]] - zero) * scale - from[i];
             if (!misplaced) continue;
-            uint8_t* bad = misplaced + row * columns + left;
-            const float allowed = tie * std::fabs(scale);
-            for (int64_t i = 0; i < width; ++i) {
+            const auto wrong = [&](int64_t i) {
                 const float down = (below[code[i]] - zero) * scale - from[i], up = (above[code[i]] - zero) * scale - from[i];
-                bad[i] = std::fabs(error[i]) > std::min(std::fabs(down), std::fabs(up)) + allowed;
-            }
+                return std::fabs(error[i]) > std::min(std::fabs(down), std::fabs(up)) + allowed;
+            };
+            int32_t count = 0;
+            for (int64_t i = 0; i < width; ++i) count += wrong(i);
+            if (count && !misplaced[0])
+                for (misplaced[1] = row * columns + left; !wrong(misplaced[1] - row * columns - left);) ++misplaced[1];
+            misplaced[0] += count;
         }
         lost[row] = pairwise(errors.data(), columns);
         whole[row] = pairwise(weight + row * columns, columns);
     }
-    float value;
     for (int64_t cell = 0; cell < (rows + high - 1) / high * across; ++cell) {
-        value = back(smallest[cell]);
+        float value = back(smallest[cell]);
         std::memcpy(smallest + cell, &value, 4);
         value = back(largest[cell]);
         std::memcpy(largest + cell, &value, 4);
-    }
-}
-
-// int8 codes of 4 bits [count] -> bytes [count / 2]: code + 8, the first of two in the low half.
-void quantkit_pack4(const uint8_t* codes, int64_t count, uint8_t* bytes) {
-    for (int64_t i = 0; i < count / 2; ++i)
-        bytes[i] = uint8_t(((codes[2 * i] + 8) & 15) | ((codes[2 * i + 1] + 8) & 15) << 4);
-}
-
-void quantkit_unpack4(const uint8_t* bytes, int64_t count, uint8_t* codes) {
-    for (int64_t i = 0; i < count / 2; ++i) {
-        codes[2 * i] = uint8_t((bytes[i] & 15) - 8);
-        codes[2 * i + 1] = uint8_t((bytes[i] >> 4) - 8);
     }
 }
 }
