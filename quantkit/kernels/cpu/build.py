@@ -47,8 +47,8 @@ def missing_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return sorted(CPU_FLAGS - set(line.partition(":")[2].split()))
 
 
-def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Path | None, str]:
-    """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason).
+def build(cache: Path, compiler: str = "g++", source: Path = SOURCE, extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
+    """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason). extra: more flags.
 
     What decides it: the source and the headers beside it, compiler version and flags.
     """
@@ -56,10 +56,11 @@ def build(cache: Path, compiler: str = "g++", source: Path = SOURCE) -> tuple[Pa
         return None, f"this processor lacks {', '.join(missing)}"
     if not (executable := shutil.which(compiler)):
         return None, f"no compiler: '{compiler}' is not on PATH"
+    flags = (*FLAGS, *extra)
     try:
         texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-        parts = (*texts, run([executable, "--version"]).encode(), " ".join(FLAGS).encode())
-        return kept(cache, LIBRARY, parts, lambda target: run([executable, *FLAGS, str(source), "-o", str(target)])), ""
+        parts = (*texts, run([executable, "--version"]).encode(), " ".join(flags).encode())
+        return kept(cache, LIBRARY, parts, lambda target: run([executable, *flags, str(source), "-o", str(target)])), ""
     except (BuildError, OSError) as error:
         return None, str(error)
 
