@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.dtypes import torch_dtype
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.grid import search_scale
 from quantkit.quant.loops import PLAIN, Loops
 from quantkit.quant.method import DAMPING
-from quantkit.scheme import Grid, Strategy
+from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["DAMPING", "NotPositive", "Solved", "gptq"]
 
@@ -111,7 +110,8 @@ class _Made:
 def _solve(weight: Tensor, factor: Tensor, order: Tensor, steps: _Steps, loops: Loops, keep_latent: bool) -> _Made:
     """Some rows of a weight: its columns are rows here, [in, rows], in that order, and visited from the last on."""
     columns, diagonal = weight.index_select(1, order).T.float().contiguous(), factor.diagonal()
-    codes = torch.empty(columns.shape, dtype=torch_dtype(steps.grid.codes.dtype), device=weight.device)
+    kind = torch.float8_e4m3fn if steps.grid.kind is Kind.FLOAT else torch.int8
+    codes = torch.empty(columns.shape, dtype=kind, device=weight.device)
     errors = torch.empty(columns.shape, dtype=loops.feedback, device=weight.device)
     latent = torch.empty(columns.shape, dtype=torch.float16, device=weight.device) if keep_latent else None
     lost, squares = columns.new_zeros(len(weight)), columns.new_zeros(len(weight))

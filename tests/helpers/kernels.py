@@ -95,8 +95,8 @@ def close(out: Tensor, same_precision: Tensor, exact: Tensor, factor: float = 2.
 
 
 def check_repair(repair: Callable[..., loops.Block], grid: Grid, columns: int, rows: int) -> None:
-    """GPTQ's block of columns is what the specification makes it, bit by bit, on the default device: with steps of both signs
-    where the grid has them, and weights far outside of it."""
+    """GPTQ's block of columns is what the specification makes it, bit by bit, on the default device: with steps of both
+    signs where the grid has them, and weights far outside of it."""
     weight = torch.randn(columns, rows) * 3
     left = weight + torch.randn(columns, rows)
     factor = torch.triu(torch.randn(columns, columns) * 0.3) + torch.diag(torch.rand(columns) + 1)

@@ -89,4 +89,4 @@ def test_what_a_model_does_not_use_is_not_compiled(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "load", build.load.__wrapped__)
     assert build.kernels.__wrapped__(build.KERNELS.index("int4")) == "no quantkit_cpu.cpp"
     assert sorted(asked) == ["int4.cpp", "quantkit_cpu.cpp"]
-    assert {path.stem for path in build.SOURCE.parent.glob("*.cpp")} == {"quantkit_cpu", *build.KERNELS}
+    assert {path.stem for path in build.SOURCE.parent.glob("*.cpp")} == {"quantkit_cpu", "solve", *build.KERNELS}
