@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +14,18 @@ from torch import Tensor
 __all__ = ["LinearStats", "WeightError", "weight_error"]
 
 _ELEMENTS = 1 << 17  # of a weight in float64 at once: what stays in a core's cache; no result depends on it
+_COLUMNS = 512  # of a block of the Hessian
 
 
 @dataclass
 class LinearStats:
     """Sums over calibration tokens at one linear's input x [in].
 
-    hessian: float32 [in, in], sum of weight * x x^T; None when no algorithm asks for it. amax: largest |x|, infinite if
-    one is not finite, of the tokens that the layer really sends here; lent_amax: of those lent to it, because the real
-    ones were too few (see calib/streams.py). tokens and lent count them; mass is the sum of their weights.
+    hessian: float32 [in, in], sum of weight * x x^T, of which only blocks of the lower triangle are made (`whole_hessian`
+    makes the rest); None when no algorithm asks for it. On a CPU that multiplies bfloat16, it is that of x rounded to it:
+    products are of bfloat16 numbers, sums are float32. amax: largest |x|, infinite if one is not finite, of
+    the tokens that the layer really sends here; lent_amax: of those lent to it, because the real ones were too few (see
+    calib/streams.py). tokens and lent count them; mass is the sum of their weights.
     """
 
     in_features: int
@@ -62,7 +66,11 @@ class LinearStats:
 
     def _accumulate(self, x: Tensor, weight: float) -> None:
         if self.hessian is not None:
-            self.hessian.addmm_(x.float().T, x.float(), alpha=weight)
+            x = x.float()
+            with _bfloat16_products():
+                for start in range(0, self.in_features, _COLUMNS):
+                    stop = start + _COLUMNS
+                    self.hessian[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop], alpha=weight)
         self.mass += weight * len(x)
 
     @property
@@ -70,9 +78,27 @@ class LinearStats:
         """Real tokens per input feature; below 1 the Hessian of the real tokens alone is singular."""
         return self.tokens / self.in_features
 
-    def mean_hessian(self) -> Tensor | None:
-        """Weighted mean of x x^T, [in, in]; None without a Hessian or without a token."""
-        return self.hessian / self.mass if self.hessian is not None and self.mass > 0 else None
+    def whole_hessian(self) -> Tensor | None:
+        """`mass` times the weighted mean of x x^T, [in, in], symmetric; None without a Hessian or without a token. It is the
+        sum itself, whose upper triangle is filled in: no copy is made, and tokens may be added afterwards."""
+        if self.hessian is None or not self.mass > 0:
+            return None
+        for start in range(_COLUMNS, self.in_features, _COLUMNS):
+            stop = start + _COLUMNS
+            self.hessian[:start, start:stop] = self.hessian[start:stop, :start].T
+        return self.hessian
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """On the CPU float32 matrices are multiplied as bfloat16 with float32 sums, where the processor does so."""
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
 
 
 def _largest(x: Tensor) -> float:

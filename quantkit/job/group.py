@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cpu import solve as compiled
 from quantkit.qtensor import QuantizedTensor
-from quantkit.quant import gptq
+from quantkit.quant.loops import PLAIN, Loops
 from quantkit.quant.method import Method
 from quantkit.quant.solve import Outcome, solve
-from quantkit.scheme import Scheme
+from quantkit.scheme import Kind, Scheme
 from quantkit.stats import LinearStats
 
-__all__ = ["GroupJob", "repair_on"]
+__all__ = ["GroupJob", "loops_on"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,18 @@ class GroupJob:
 
     def run(self, device: torch.device) -> list[tuple[QuantizedTensor, Outcome]]:
         """Codes and scales of each, and what happened to it."""
-        weights = [weight.to(device).float() for weight in self.weights]
-        return solve(weights, self.scheme, self.method, self.stats, repair_on(device))
+        weights = [weight.to(device) for weight in self.weights]
+        return solve(weights, self.scheme, self.method, self.stats, loops_on(device, self.scheme.weight.kind))
 
 
-def repair_on(device: torch.device) -> gptq.Repair:
-    """GPTQ's block of columns, in one launch where the device is a GPU with Triton."""
+def loops_on(device: torch.device, kind: Kind) -> Loops:
+    """GPTQ's loops: a block of columns in one launch where the device is a GPU with Triton, compiled ones where the CPU
+    kernels can be built (integers only), else plain torch. On the same errors all give the same codes; what is compiled
+    hands errors on as bfloat16, which such a CPU multiplies several times as fast."""
     if device.type == "cuda" and find_spec("triton"):
         from quantkit.kernels.triton.repair import repair
 
-        return repair
-    return gptq.repair
+        return replace(PLAIN, repair=repair)
+    if device.type == "cpu" and kind is Kind.INT and not isinstance(compiled.library(), str):
+        return Loops(compiled.least, compiled.repair, torch.bfloat16)
+    return PLAIN

@@ -69,7 +69,8 @@ class Step:
 # Modules whose code decides the bytes of OUT.
 DECISIVE = (
     *("calib", "checkpoint", "dtypes", "formats", "host", "job", "kernels.reference", "kernels.triton.activation"),
-    *("kernels.triton.repair", "model", "qtensor", "quant", "recipe", "rowwise", "scheme", "stats"),
+    *("kernels.cpu.build", "kernels.cpu.solve", "kernels.triton.repair", "model", "qtensor", "quant", "recipe", "rowwise"),
+    *("scheme", "stats"),
 )
 Progress = Callable[[Step], None]
 RunRecord = dict[str, Any]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantkit.qtensor import expand
+from quantkit.quant.loops import PLAIN, Loops
 from quantkit.scheme import Grid, Kind, Strategy
 
-__all__ = ["encode", "minmax_scale", "search_scale"]
+__all__ = ["minmax_scale", "search_scale"]
 
 # Fractions of the min-max range tried by `search_scale`: down to half of it, one bit less of range for one bit more of
 # resolution, and a little above 1, since the largest code of a symmetric grid is -8 and not 7.
 # The caller's default dtype and device must not reach what is made when this is imported.
 _SHRINK = torch.linspace(0.5, 1.05, 23, dtype=torch.float32, device="cpu").tolist()
+_WHOLE = min(range(len(_SHRINK)), key=lambda i: abs(_SHRINK[i] - 1))
+_VALUES = {False: 1 << 18, True: 1 << 26}  # of a weight searched at once, on the CPU (what its caches hold) and on a GPU
 
 
 def _per_scale(values: Tensor, grid: Grid, largest: bool) -> Tensor:
@@ -56,48 +58,34 @@ def minmax_scale(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     return _finish(low, high, grid)
 
 
-def search_scale(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scale, among shrunken min-max ranges, with the least sum of importance * (weight - rounded)^2 under it.
+def search_scale(weight: Tensor, grid: Grid, importance: Tensor, loops: Loops = PLAIN) -> tuple[Tensor, Tensor | None]:
+    """The scale, among shrunken min-max ranges, with the least sum of importance * (weight - rounded)^2 under it; of
+    symmetric integers its sign as well, since under a negative one the code that has no opposite lies on the other side.
 
-    importance: float32 [in] >= 0, the diagonal of the Hessian: what an error in that input feature costs.
+    weight: [out, in], a float. importance: float32 [in] >= 0, the diagonal of the Hessian: what an error in that input
+    feature costs.
     """
     if grid.strategy not in (Strategy.GROUP, Strategy.CHANNEL):
-        return minmax_scale(weight, grid)
-    low = _per_scale(weight, grid, largest=False).clamp(max=0)
-    high = _per_scale(weight, grid, largest=True).clamp(min=0)
-    best_scale, best_zero = _finish(low, high, grid)
-    best_loss = torch.full(best_scale.shape, torch.inf, device=weight.device)
-    for shrink in _SHRINK:
-        scale, zero = _finish(low * shrink, high * shrink, grid)
-        error = weight - _value(weight, scale, zero, grid)
-        loss = _sum_per_scale(error.square_().mul_(importance), grid)
-        better = loss < best_loss
-        best_loss = torch.where(better, loss, best_loss)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        return minmax_scale(weight.float(), grid)
+    found = [
+        _search(rows.float(), grid, importance, loops)
+        for rows in weight.split(max(1, _VALUES[weight.is_cuda] // weight.shape[1]))
+    ]
+    scales, zeros = zip(*found, strict=True)
+    return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
 
 
-def _sum_per_scale(values: Tensor, grid: Grid) -> Tensor:
-    if grid.strategy is Strategy.CHANNEL:
-        return values.sum(1, keepdim=True)
-    assert grid.group_size
-    return values.view(values.shape[0], -1, grid.group_size).sum(2)
-
-
-def _value(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
-    shape = (weight.shape[0], weight.shape[1])
-    step = expand(scale.float(), grid, shape)
-    offset = None if zero is None else expand(zero.float(), grid, shape)
-    codes = encode(weight, step, offset, grid).float()
-    return (codes if offset is None else codes - offset) * step
-
-
-def encode(weight: Tensor, step: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
-    """Round to the nearest code. step and offset are float32 and broadcast against weight. int8 or float8_e4m3fn."""
-    codes = weight / step
-    if grid.kind is Kind.FLOAT:
-        return codes.clamp(grid.qmin, grid.qmax).to(torch.float8_e4m3fn)
-    codes = codes.round() if offset is None else codes.round() + offset
-    return codes.clamp(grid.qmin, grid.qmax).to(torch.int8)
+def _search(weight: Tensor, grid: Grid, importance: Tensor, loops: Loops) -> tuple[Tensor, Tensor | None]:
+    span = grid.group_size if grid.strategy is Strategy.GROUP else weight.shape[1]
+    assert span
+    cells = weight.unflatten(1, (-1, span))
+    ladder = torch.tensor(_SHRINK, device=weight.device).view(-1, 1, 1)
+    low, high = cells.amin(2).clamp(max=0), cells.amax(2).clamp(min=0)
+    scales, zeros = _finish(low * ladder, high * ladder, grid)
+    offsets = None if zeros is None else zeros.float()
+    best = loops.least(cells, importance.view(-1, span), scales.float(), offsets, grid)
+    ways = 2 if grid.signed else 1
+    best = torch.where(best < 0, ways * _WHOLE, best)
+    at = (best // ways).unsqueeze(0)
+    scale = scales.gather(0, at).squeeze(0)
+    return torch.where(best % ways == 1, -scale, scale), None if zeros is None else zeros.gather(0, at).squeeze(0)

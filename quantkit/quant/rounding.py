@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from quantkit import rowwise
 from quantkit.qtensor import QuantizedTensor, expand
-from quantkit.quant.grid import encode, minmax_scale
+from quantkit.quant.grid import minmax_scale
+from quantkit.quant.loops import encode
 from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import WeightError
 
@@ -25,8 +27,8 @@ def by_rows(scheme: Scheme) -> bool:
 
 
 def rtn(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-    """Round float32 weight [out, in] to the nearest code under min-max scales."""
-    grid, shape = scheme.weight, (weight.shape[0], weight.shape[1])
+    """Round weight [out, in], a float, to the nearest code under min-max scales."""
+    weight, grid, shape = weight.float(), scheme.weight, (weight.shape[0], weight.shape[1])
     scale, zero = minmax_scale(weight, grid)
     step = expand(scale.float(), grid, shape)
     offset = None if zero is None else expand(zero.float(), grid, shape)
@@ -56,6 +58,14 @@ class Rounding:
         rounded = rtn(weight, self.scheme)
         self._error.add(weight, rounded.dequantize())
         return rounded
+
+    def whole(self, weight: Tensor) -> QuantizedTensor:
+        """All of it: float [out, in], a piece at a time."""
+        parts = [self.rows(part) for part in weight.split(self.at_once)]
+        codes = torch.cat([part.codes.view(torch.int8) for part in parts]).view(parts[0].codes.dtype)
+        zeros = [part.zero for part in parts if part.zero is not None]
+        scale, zero = torch.cat([part.scale for part in parts]), torch.cat(zeros) if zeros else None
+        return QuantizedTensor(codes, scale, zero, self.scheme.weight)
 
     @property
     def error(self) -> float:

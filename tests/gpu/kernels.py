@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from quantkit.kernels.triton.backend import BACKEND
 from quantkit.kernels.triton.layout import PackedInt, Stack, join, pack
 from quantkit.kernels.triton.tiles import TABLE, Tile
 from quantkit.quant import gptq
+from quantkit.quant.loops import PLAIN
 from quantkit.scheme import PRESETS, Grid, Kind, Scheme, Strategy, scheme_named
-from tests.helpers.kernels import ON_GPU, close, layer, poison, product, random_expert, random_weight, stacked
+from tests.helpers.kernels import ON_GPU, check_repair, close, layer, poison, product, random_expert, random_weight, stacked
 
 BF16 = torch.bfloat16
 ROUNDED = [name for name in ON_GPU if PRESETS[name].activation]
@@ -217,6 +219,12 @@ def test_sort_by_expert(tokens: int, top_k: int, experts: int, block: int, monke
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16", "FP8_DYNAMIC"])
+@pytest.mark.parametrize(("columns", "rows"), [(128, 20), (1, 1), (37, 19)])
+def test_gptq_repairs_a_block_as_it_does_without_the_kernel(name: str, columns: int, rows: int) -> None:
+    check_repair(repair.repair, PRESETS[name].weight, columns, rows)
+
+
 @pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "FP8_DYNAMIC"])
 def test_gptq_rounds_as_it_does_without_the_kernel(name: str) -> None:
     """20 rows, two blocks of columns, the second one of 32; the codes are the same, or nearly so where a GPU adds in another
@@ -225,14 +233,14 @@ def test_gptq_rounds_as_it_does_without_the_kernel(name: str) -> None:
     columns = 160
     weight, x = torch.randn(20, columns), torch.randn(512, columns) * torch.linspace(0.2, 2.0, columns)
     hessian = x.T @ x / len(x)
-    plain, fast = gptq.gptq(weight, hessian, grid, gptq.repair), gptq.gptq(weight, hessian, grid, repair.repair)
+    plain, fast = gptq.gptq(weight, hessian, grid), gptq.gptq(weight, hessian, grid, replace(PLAIN, repair=repair.repair))
     same = plain.quantized.codes.view(torch.int8) == fast.quantized.codes.view(torch.int8)
     assert same.double().mean() > (0.98 if same.is_cuda else 0.9999), float(same.double().mean())
-    nearest = gptq.gptq(weight, torch.diag(hessian.diagonal()), grid, gptq.repair).quantized
+    nearest = gptq.gptq(weight, torch.diag(hessian.diagonal()), grid).quantized
     losses = [float(((q.dequantize() - weight) @ x.T).norm()) for q in (fast.quantized, nearest)]
     assert losses[0] < losses[1]  # it did repair something
     with pytest.raises(ValueError, match="no block"):
-        repair.repair(weight, hessian, weight, None, fast.quantized.codes, 0, 129, grid)
+        repair.repair(torch.ones(129, 2), torch.ones(129, 2), torch.eye(129), torch.ones(129, 2), None, grid)
 
 
 def test_a_call_chooses_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

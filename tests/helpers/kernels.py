@@ -14,9 +14,10 @@ from quantkit.kernels.backend import Expert
 from quantkit.kernels.reference import round_activation
 from quantkit.kernels.triton.layout import Packed, Stack, join, pack
 from quantkit.qtensor import QuantizedTensor
-from quantkit.scheme import PRESETS, Kind, Scheme
+from quantkit.quant import loops
+from quantkit.scheme import PRESETS, Grid, Kind, Scheme
 
-__all__ = ["close", "layer", "poison", "product", "random_expert", "random_weight", "stacked"]
+__all__ = ["check_repair", "close", "layer", "poison", "product", "random_expert", "random_weight", "stacked"]
 
 ON_GPU = [name for name in PRESETS if name != "W4AFP8"]  # presets that have a GPU kernel
 
@@ -43,6 +44,8 @@ def random_weight(rows: int, columns: int, scheme: Scheme, input_scale: float = 
     else:
         codes = torch.randint(int(grid.qmin), int(grid.qmax) + 1, (rows, columns), dtype=torch.int8)
     scale = (torch.rand(shape) + 0.5) / (grid.qmax * columns**0.5)
+    if grid.signed:
+        scale = torch.where(torch.rand(shape) < 0.5, -scale, scale)
     static = torch.tensor([input_scale]).bfloat16() if scheme.static else None
     return QuantizedTensor(codes, scale.bfloat16(), zero, grid, static)
 
@@ -89,3 +92,22 @@ def close(out: Tensor, same_precision: Tensor, exact: Tensor, factor: float = 2.
     assert out.shape == exact.shape and bool(out.isfinite().all())
     error, allowed = (out.double() - exact).norm(), (same_precision.double() - exact).norm()
     assert error <= factor * allowed + 1e-9, (float(error / exact.norm()), float(allowed / exact.norm()))
+
+
+def check_repair(repair: Callable[..., loops.Block], grid: Grid, columns: int, rows: int) -> None:
+    """GPTQ's block of columns is what the specification makes it, bit by bit, on the default device: with steps of both
+    signs where the grid has them, and weights far outside of it."""
+    weight = torch.randn(columns, rows) * 3
+    left = weight + torch.randn(columns, rows)
+    factor = torch.triu(torch.randn(columns, columns) * 0.3) + torch.diag(torch.rand(columns) + 1)
+    step = torch.rand(columns, rows) + 0.2
+    if grid.signed:
+        step = torch.where(torch.rand(columns, rows) < 0.5, -step, step)
+    offset = None if grid.symmetric else torch.randint(-8, 8, (columns, rows)).float()
+    mine, spec = left.clone(), left.clone()
+    codes, *found = repair(mine, weight, factor, step, offset, grid)
+    expected, *exact = loops.repair(spec, weight, factor, step, offset, grid)
+    assert torch.equal(codes.view(torch.int8), expected.view(torch.int8))
+    assert columns * rows < 30 or codes.view(torch.int8).unique().numel() > 3
+    for a, b in ((mine, spec), *zip(found, exact, strict=True)):
+        assert a.shape == b.shape and torch.equal(a, b)

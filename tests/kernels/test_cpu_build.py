@@ -80,7 +80,7 @@ def test_what_a_model_does_not_use_is_not_compiled(monkeypatch: pytest.MonkeyPat
     """For INT4 the shared part and INT4's kernels, both at once."""
     asked, both = [], threading.Barrier(2, timeout=30)
 
-    def fake(cache: Path, source: Path, flags: tuple[str, ...]) -> tuple[Path | None, str]:
+    def fake(cache: Path, source: Path, extra: tuple[str, ...]) -> tuple[Path | None, str]:
         asked.append(source.name)
         both.wait()
         return None, f"no {source.name}"
@@ -89,4 +89,5 @@ def test_what_a_model_does_not_use_is_not_compiled(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(build, "load", build.load.__wrapped__)
     assert build.kernels.__wrapped__(build.KERNELS.index("int4")) == "no quantkit_cpu.cpp"
     assert sorted(asked) == ["int4.cpp", "quantkit_cpu.cpp"]
-    assert {path.stem for path in build.SOURCE.parent.glob("*.cpp")} == {"quantkit_cpu", "rowwise", *build.KERNELS}
+    sources = {path.stem for path in build.SOURCE.parent.glob("*.cpp")}
+    assert sources == {"quantkit_cpu", "rowwise", "solve", *build.KERNELS}

@@ -210,7 +210,9 @@ def test_replay_equals_forward(name: str, theirs: Callable[[str], Theirs], tmp_p
         x, stats = recording.inputs.get(ref.key, torch.empty(0, ref.in_features)), seen[ref.key]
         assert stats.tokens == len(x) and len(x) + stats.lent >= min(ref.in_features, ids.numel())
         if not stats.lent and stats.hessian is not None:
-            torch.testing.assert_close(stats.hessian, x.T @ x, atol=1e-3 * float((x * x).sum(0).max()), rtol=0)
+            torch.testing.assert_close(
+                stats.hessian, x.T @ x, atol=5e-3 * float((x * x).sum(0).max()), rtol=0
+            )  # of bfloat16
 
 
 @pytest.fixture(scope="module")

@@ -301,7 +301,9 @@ def test_replay_equals_forward(
             continue  # with a cache its halves are multiplied instead
         assert stats.tokens == len(x)
         if exact and not stats.lent and stats.hessian is not None:
-            torch.testing.assert_close(stats.hessian, x.T @ x, atol=1e-3 * float((x * x).sum(0).max()), rtol=0)
+            torch.testing.assert_close(
+                stats.hessian, x.T @ x, atol=5e-3 * float((x * x).sum(0).max()), rtol=0
+            )  # of bfloat16
 
 
 @pytest.mark.parametrize("name", MODELS)

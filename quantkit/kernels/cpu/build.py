@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quantkit.kernels.build_cache import BuildError, cache_folder, kept, open_library, run
 
-__all__ = ["FLAGS", "KERNELS", "SOURCE", "build", "kernels", "load", "missing_cpu_flags", "rowwise"]
+__all__ = ["EXACT", "FLAGS", "KERNELS", "SOURCE", "build", "kernels", "library", "load", "missing_cpu_flags", "rowwise"]
 
 SOURCE = Path(__file__).with_name("csrc") / "quantkit_cpu.cpp"
 KERNELS = ("int4", "fp8", "int8", "int4_bytes", "int8_bytes")  # a format's number is its place
@@ -31,6 +31,7 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
+EXACT = ("-ffp-contract=off",)  # products and sums are rounded one by one
 CPU_FLAGS = frozenset(
     {"avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"}
 )
@@ -47,10 +48,8 @@ def missing_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return sorted(CPU_FLAGS - set(line.partition(":")[2].split()))
 
 
-def build(
-    cache: Path, compiler: str = "g++", source: Path = SOURCE, flags: tuple[str, ...] = FLAGS
-) -> tuple[Path | None, str]:
-    """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason).
+def build(cache: Path, compiler: str = "g++", source: Path = SOURCE, extra: tuple[str, ...] = ()) -> tuple[Path | None, str]:
+    """The library built from `source`, compiled unless `cache` has it: (path, "") or (None, reason). extra: more flags.
 
     What decides it: the source and the headers beside it, compiler version and flags.
     """
@@ -58,6 +57,7 @@ def build(
         return None, f"this processor lacks {', '.join(missing)}"
     if not (executable := shutil.which(compiler)):
         return None, f"no compiler: '{compiler}' is not on PATH"
+    flags = (*FLAGS, *extra)
     try:
         texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
         parts = (*texts, run([executable, "--version"]).encode(), " ".join(flags).encode())
@@ -66,10 +66,11 @@ def build(
         return None, str(error)
 
 
-def _library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | str:
+def library(source: Path, extra: tuple[str, ...] = ()) -> ctypes.CDLL | str:
+    """The loaded library of a source beside SOURCE, or the reason why there is none. extra: more flags."""
     import torch  # noqa: F401  loads the OpenMP runtime that the library shall share
 
-    path, reason = build(cache_folder(), source=source, flags=flags)
+    path, reason = build(cache_folder(), source=source, extra=extra)
     if path is None:
         return reason
     try:
@@ -81,13 +82,13 @@ def _library(source: Path, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | str:
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | str:
     """The loaded library, or the reason why there is none. Built on first use, once a machine."""
-    if isinstance(library := _library(SOURCE), str):
-        return library
+    if isinstance(shared := library(SOURCE), str):
+        return shared
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.quantkit_matmul.restype = library.quantkit_experts.restype = ctypes.c_int
-    library.quantkit_matmul.argtypes = [*[pointer] * 3, size, ctypes.c_int]
-    library.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
-    return library
+    shared.quantkit_matmul.restype = shared.quantkit_experts.restype = ctypes.c_int
+    shared.quantkit_matmul.argtypes = [*[pointer] * 3, size, ctypes.c_int]
+    shared.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
+    return shared
 
 
 @lru_cache
@@ -96,11 +97,11 @@ def kernels(number: int) -> ctypes.CDLL | str:
     beside `load`'s library if that is not there yet (some seconds)."""
     with ThreadPoolExecutor(1) as pool:
         shared = pool.submit(load)
-        library = _library(SOURCE.with_name(f"{KERNELS[number]}.cpp"))
-    return reason if isinstance(reason := shared.result(), str) else library
+        own = library(SOURCE.with_name(f"{KERNELS[number]}.cpp"))
+    return reason if isinstance(reason := shared.result(), str) else own
 
 
 @lru_cache(maxsize=1)
 def rowwise() -> ctypes.CDLL | str:
     """The loaded library of what is done to a weight row by row (rowwise.cpp), or the reason why there is none."""
-    return _library(SOURCE.with_name("rowwise.cpp"), (*FLAGS, "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"))
+    return library(SOURCE.with_name("rowwise.cpp"), (*EXACT, "-fno-trapping-math", "-fno-math-errno"))

@@ -154,7 +154,7 @@ def _helpers() -> Iterator[Case]:
         flags = {"BN": 32, "RUN": 64, "BITS": bits, "SHARED": 2, "ALIKE": 1, "ASYM": False, "SIM": False}
         yield Case(f"widen int{bits}", weight_only.widen_kernel, flags)
     grid = {"BN": repair.ROWS, "BK": repair.MOST, "ASYM": False}
-    floats = {"step": "*fp32", "offset": "*fp32", "factor": "*fp32", "errors": "*fp32", "weight": "*fp32"}
+    floats = dict.fromkeys(("left", "weight", "ratios", "squares", "step", "offset", "errors", "lost"), "*fp32")
     ints = {**grid, "LOW": -8.0, "HIGH": 7.0, "FLOAT": False}
     yield Case("gptq int4", repair.repair_kernel, {**ints, "ASYM": True}, types={**floats, "codes": "*i8"})
     yield Case("gptq fp8", repair.repair_kernel, {**grid, "LOW": -448.0, "HIGH": 448.0, "FLOAT": True}, types=floats)

@@ -1,0 +1,82 @@
+"""The loops of quantization, compiled: `quantkit.quant.loops` says what they compute, and both give the same codes."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from quantkit.kernels.checks import check
+from quantkit.kernels.cpu import build
+from quantkit.scheme import Grid, Kind
+
+__all__ = ["MOST", "least", "library", "repair"]
+
+MOST = 128  # columns of a block
+SOURCE = build.SOURCE.with_name("solve.cpp")
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | str:
+    """The loaded library, or the reason why there is none. Built on first use, once a machine."""
+    if isinstance(found := build.library(SOURCE, build.EXACT), str):
+        return found
+    pointer, size, value, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    found.quantkit_least.argtypes = [*[pointer] * 5, *[size] * 4, value, value, whole, whole]
+    found.quantkit_repair.argtypes = [*[pointer] * 9, size, size, value, value, whole]
+    found.quantkit_least.restype = found.quantkit_repair.restype = None
+    return found
+
+
+def _loaded(grid: Grid, *tensors: Tensor | None) -> ctypes.CDLL:
+    """Raises ValueError for what the library does not take, RuntimeError where there is none."""
+    check(grid.kind is Kind.INT, f"these loops round to integers, not to {grid.kind.value} codes")
+    for tensor in (tensor for tensor in tensors if tensor is not None):
+        check(tensor.dtype is torch.float32 and tensor.device.type == "cpu", f"a {tensor.dtype} tensor on {tensor.device}")
+        check(tensor.is_contiguous(), "a tensor is not contiguous")
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(f"the loops of quantization are not compiled: {found}")
+    return found
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def least(cells: Tensor, importance: Tensor, steps: Tensor, offsets: Tensor | None, grid: Grid) -> Tensor:
+    """`quantkit.quant.loops.least` of integers: int64 [rows, cells]. All tensors float32, contiguous, on the CPU. Raises
+    ValueError, and RuntimeError where nothing is compiled."""
+    found = _loaded(grid, cells, importance, steps, offsets)
+    rows, count, span = cells.shape
+    check(span > 0 and importance.shape == (count, span), f"importance {tuple(importance.shape)} does not fit the weight")
+    check(
+        all(t.shape == (len(steps), rows, count) for t in (steps, offsets) if t is not None), "steps do not fit the weight"
+    )
+    best = torch.empty(rows, count, dtype=torch.int64)
+    given = (cells, importance, steps, offsets, best)
+    sizes = (rows, count, span, len(steps), grid.qmin, grid.qmax, int(grid.signed), torch.get_num_threads())
+    found.quantkit_least(*map(_address, given), *sizes)
+    return best
+
+
+def repair(
+    left: Tensor, weight: Tensor, factor: Tensor, step: Tensor, offset: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantkit.quant.loops.repair` to integers, of at most MOST columns: codes, errors and lost; left becomes what was
+    rounded. left, weight, step, offset: float32, contiguous, on the CPU. Raises ValueError, RuntimeError as `least`."""
+    columns, rows = left.shape
+    check(0 < columns <= MOST, f"{columns} columns are no block: it has 1 to {MOST}")
+    check(factor.shape == (columns, columns), f"the factor is {tuple(factor.shape)}, not [{columns}, {columns}]")
+    check(
+        all(t.shape == left.shape for t in (weight, step, offset) if t is not None), "step or weight do not fit what is left"
+    )
+    diagonal = factor.diagonal()
+    ratios, squares = (factor / diagonal[:, None]).contiguous(), diagonal * diagonal
+    found = _loaded(grid, left, weight, ratios, squares, step, offset)
+    codes, errors, lost = torch.empty(left.shape, dtype=torch.int8), torch.empty_like(left), left.new_empty(rows)
+    given = (left, weight, ratios, squares, step, offset, codes, errors, lost)
+    found.quantkit_repair(*map(_address, given), columns, rows, grid.qmin, grid.qmax, torch.get_num_threads())
+    return codes, errors, lost
