@@ -1,5 +1,5 @@
-"""One linear by llm-compressor's GPTQ, with an interpreter that has it: FOLDER with weight and tokens, and the observer of
-weights; writes what it took and made. What its modifier does to a module is called as it calls it."""
+"""One linear by llm-compressor's GPTQ, with an interpreter that has it: FOLDER with weight and tokens, RUNS, and the
+observer of weights; writes what it took and made. What its modifier does to a module is called as it calls it."""
 
 import json
 import resource
