@@ -330,3 +330,14 @@ def test_triangle_blocks_make_a_whole_hessian(monkeypatch: pytest.MonkeyPatch) -
     assert first is both is stats.hessian and both is not None and torch.equal(both, both.T)
     assert torch.equal(both, x[:30].T @ x[:30] + 0.25 * x[30:].T @ x[30:])  # which every precision holds
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16"])
+def test_without_a_compiler_the_codes_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, grid, cpu = correlated(512, 288), weight(40, 288), small(name).weight, torch.device("cpu")
+    built = gptq(w, x.T @ x, grid, loops_on(cpu, Kind.INT))
+    monkeypatch.setattr("quantkit.kernels.cpu.solve.library", lambda: "no compiler")
+    plain = gptq(w, x.T @ x, grid, loops_on(cpu, Kind.INT))
+    assert loops_on(cpu, Kind.INT).repair is PLAIN.repair
+    assert torch.equal(built.quantized.scale, plain.quantized.scale)
+    assert torch.equal(built.quantized.codes, plain.quantized.codes)
