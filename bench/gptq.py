@@ -69,7 +69,8 @@ def measure(shape: str, tokens: int, runs: int, tools: dict[str, tuple[list[str]
         folder = Path(name)
         save_file(given, folder / "given.safetensors")
         for tool, (command, tree) in tools.items():
-            took = run([*command[:2], name, str(runs), *command[2:]], tree, folder)
+            count = "1" if tree != ROOT else str(runs)
+            took = run([*command[:2], name, count, *command[2:]], tree, folder)
             made = load_file(folder / "made.safetensors")["value"]
             medians = {key: statistics.median(one[key] for one in took["runs"]) for key in ("statistics", "solve")}
             lost = error(given["weight"], made, unseen)
@@ -85,7 +86,9 @@ def measure(shape: str, tokens: int, runs: int, tools: dict[str, tuple[list[str]
 @click.option("--tokens", default=4096, show_default=True)
 @click.option("--runs", default=3, show_default=True, help="Medians of so many; the first starts libraries.")
 @click.option("--peer", default=None, help="An interpreter that has llm-compressor 0.14.")
-@click.option("--before", type=click.Path(path_type=Path, exists=True), default=None, help="Another tree of quantkit.")
+@click.option(
+    "--before", type=click.Path(path_type=Path, exists=True), default=None, help="Another tree of quantkit, run once."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "gptq.json", show_default=True)
 def main(shapes: tuple[str, ...], tokens: int, runs: int, peer: str | None, before: Path | None, out: Path) -> None:
     ours = [sys.executable, str(HERE / "peers" / "linear_quantkit.py")]

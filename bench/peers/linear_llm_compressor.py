@@ -1,5 +1,5 @@
-"""One linear by llm-compressor's GPTQ, with an interpreter that has it: FOLDER with weight and tokens, and the observer of
-weights; writes what it took and made. What its modifier does to a module is called as it calls it."""
+"""One linear by llm-compressor's GPTQ, with an interpreter that has it: FOLDER with weight and tokens, RUNS, and the
+observer of weights; writes what it took and made. What its modifier does to a module is called as it calls it."""
 
 import json
 import resource
@@ -19,7 +19,8 @@ torch.set_num_threads(1)
 folder, runs, observer, took = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], []
 for _ in range(runs):
     given = load_file(folder / "given.safetensors")
-    module = torch.nn.Linear(*given["weight"].shape[::-1], bias=False, dtype=given["weight"].dtype)
+    out_features, in_features = given["weight"].shape
+    module = torch.nn.Linear(in_features, out_features, bias=False, dtype=given["weight"].dtype)
     module.weight.data = given["weight"]
     args = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 128, "observer": observer}
     args = QuantizationArgs(**args, actorder="weight")  # its default, which it calls static

@@ -1,4 +1,4 @@
-"""One linear by quantkit, of whichever tree is on PYTHONPATH: FOLDER with weight and tokens; writes what it took and made."""
+"""One linear by quantkit, of the tree on PYTHONPATH: FOLDER with weight and tokens, RUNS; writes what it took and made."""
 
 import json
 import resource

@@ -59,6 +59,12 @@ def _backend(view: View) -> list[Hit]:
     return [Hit(None, "more than one device")] if parallel and view.model_type == "hunyuan_v1_moe" else []
 
 
+def _signed(view: View) -> list[Hit]:
+    schemes = {weight.scheme.name for weight in view.weights if weight.scheme and weight.scheme.weight.signed}
+    asked = view.deployment.on_gpu and "W4A16" in schemes
+    return [Hit(None, "GPTQ's scales of symmetric integers may be negative")] if asked else []
+
+
 RULES = (
     Rule(
         "vllm.architecture",
@@ -286,6 +292,15 @@ RULES = (
         "Experts of INT4 with FP8 inputs have sides on a device in multiples of 256.",
         "read: compressed_tensors_moe_w4a8_fp8.py create_weights",
         checks.undivided("W4AFP8", 256),
+    ),
+    Rule(
+        "vllm.marlin-int8-inputs",
+        Verdict.LOADS,
+        "Serve without VLLM_MARLIN_INPUT_DTYPE=int8: with it Marlin divides group scales by their largest, signed, which is "
+        "wrong where scales are negative.",
+        "read: marlin_utils.py marlin_act_int8_process_scales; not run",
+        _signed,
+        fix="leave VLLM_MARLIN_INPUT_DTYPE unset, or round with method rtn, whose scales are positive",
     ),
     *vllm_cpu.RULES,
     *other_formats.VLLM,

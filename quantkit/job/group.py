@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from quantkit.kernels.cpu import build
 from quantkit.kernels.cpu import solve as compiled
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.loops import PLAIN, Loops
@@ -37,12 +38,16 @@ class GroupJob:
 
 def loops_on(device: torch.device, kind: Kind) -> Loops:
     """GPTQ's loops: a block of columns in one launch where the device is a GPU with Triton, compiled ones where the CPU
-    kernels can be built (integers only), else plain torch. On the same errors all give the same codes; what is compiled
-    hands errors on as bfloat16, which such a CPU multiplies several times as fast."""
-    if device.type == "cuda" and find_spec("triton"):
+    kernels can be built (integers only), else plain torch: the codes are the same.
+
+    Errors are handed on as bfloat16 where the CPU multiplies that, several times as fast as float32."""
+    if device.type == "cuda":
+        if not find_spec("triton"):
+            return PLAIN
         from quantkit.kernels.triton.repair import repair
 
         return replace(PLAIN, repair=repair)
-    if device.type == "cpu" and kind is Kind.INT and not isinstance(compiled.library(), str):
-        return Loops(compiled.least, compiled.repair, torch.bfloat16)
-    return PLAIN
+    plain = replace(PLAIN, feedback=torch.float32 if build.missing_cpu_flags() else torch.bfloat16)
+    if kind is not Kind.INT or isinstance(compiled.library(), str):
+        return plain
+    return replace(plain, least=compiled.least, repair=compiled.repair)

@@ -152,6 +152,7 @@ def added(name: str, tensor: Tensor) -> Break:
 WEIGHTS: dict[str, tuple[Break, str]] = {
     "all scales x 1.2": (each("weight_scale", lambda s: (s.float() * 1.2).to(s.dtype)), "differs from its source|scales"),
     "one scale x 1.2": (one(f"{EXPERT}weight_scale", one_wider), "'model"),
+    "sign of a scale": (one(f"{EXPERT}weight_scale", bit(11, 7)), EXPERT[:-1]),
     "last bit of a scale": (one(f"{EXPERT}weight_scale", bit(10, 0)), EXPERT[:-1]),
     "every code off by one": (each("weight_packed", lambda words: words ^ 0x11111111), "experts"),
     "last bit of a code": (one(f"{EXPERT}weight_packed", bit(100, 0)), EXPERT[:-1]),
@@ -262,6 +263,10 @@ def test_bounds_know_rounding_and_the_search(preset: str) -> None:
     scale, zero = search_scale(weight, scheme.weight, torch.rand(160))
     searched = QuantizedTensor(q.codes, scale, zero, scheme.weight)
     assert not wrong_scales(searched, span, "gptq").any()
+    assert bool((scale < 0).any()) == scheme.weight.signed
+    turned = QuantizedTensor(q.codes, -q.scale, q.zero, scheme.weight)
+    assert wrong_scales(turned, span, "rtn").all()  # which a search may choose only where integers are symmetric
+    assert wrong_scales(turned, span, "gptq")[q.scale != 1].any() == (not scheme.weight.signed)
     wide = QuantizedTensor(q.codes, (scale.float() * 2.2).bfloat16(), zero, scheme.weight)
     assert wrong_scales(wide, span, "gptq").any()
     bits = q.scale.clone()

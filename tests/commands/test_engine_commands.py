@@ -97,12 +97,12 @@ def test_plan_without_an_engine_is_the_dry_run(models: Path, tmp_path: Path) -> 
 
 def test_hunyuan_large_loads_where_quantkit_brings_it(models: Path) -> None:
     for engine, rules, code in (
-        ("vllm", ["vllm.plugin"], 0),
+        ("vllm", ["vllm.plugin", "vllm.marlin-int8-inputs"], 0),
         ("sglang", ["sglang.architecture"], 1),
         ("transformers", ["transformers.register"], 0),
     ):
         found = ask("plan", models / "large", "--group-size", 32, "--engine", engine, code=code)["engine"]
-        assert [f["rule"] for f in found["model"]] == rules and all("'hunyuan'" in f["why"] for f in found["model"])
+        assert [f["rule"] for f in found["model"]] == rules and "'hunyuan'" in found["model"][0]["why"]
         again = ask("verify", models / "large-int4", "--engine", engine, code=code)
         assert again["problems"] == [] and [f["rule"] for f in again["model"]] == rules
     found = ask("plan", models / "large", "--group-size", 32, "--engine", "vllm", "--pp", 2, code=1)["engine"]

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.engines.assess import assess
 from quantkit.engines.held import Deployment
 from quantkit.engines.registry import engine_named
@@ -107,7 +108,17 @@ def make_model(name: str, folder: Path, **changes: Any) -> Path:
 
 
 def recipe(column: str) -> Recipe:
-    return Recipe(method="rtn", **RECIPES[column])
+    """INT4 by GPTQ, half of whose scales are negative; the rest by rounding."""
+    how: dict[str, Any] = {"method": "rtn"}
+    if column == "W4A16":
+        how = {"method": "gptq", "samples": 4, "seq_len": 32}
+    return Recipe(**how, **RECIPES[column])
+
+
+def negative_scales(folder: Path) -> bool:
+    """Whether any weight there has one."""
+    reader = CheckpointReader(folder)
+    return any(bool((reader.tensor(name) < 0).any()) for name in reader.entries if name.endswith("weight_scale"))
 
 
 def said(engine: str, model: str, column: str, deployment: Deployment) -> Verdict:

@@ -18,7 +18,7 @@ from quantkit.recipe import Recipe
 from quantkit.scheme import BF16
 from tests.engines.conftest import Results, Vllm
 from tests.engines.judge import LIMIT, PROMPTS, divergence, kernels_like_vllm, logprobs
-from tests.engines.models import CASES, damaged, make_model, recipe, said
+from tests.engines.models import CASES, damaged, make_model, negative_scales, recipe, said
 
 # Inputs of FP8_DYNAMIC linears and of INT4 experts are both rounded there, and those of DeepSeek's kv_b_proj are not.
 LIMITS = {"Experts W4A16, rest FP8_DYNAMIC": 0.02}
@@ -53,6 +53,7 @@ def test_serves(
 ) -> None:
     """It does what the rules say, and what it serves is right."""
     folder = checkpoint(made, tmp_path, name, column)
+    assert column != "W4A16" or negative_scales(folder)
     answer = vllm.serve(folder, PROMPTS, tmp_path / "answer")
     verdicts = [said(f"vllm=={vllm.version}", name, column, Deployment(hardware=h, eager=True)) for h in vllm.kinds]
     happened = Verdict.REFUSED if answer.error else Verdict.LOADS

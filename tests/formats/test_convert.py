@@ -47,7 +47,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "model", SMALL_CONFIG, random_weights(SMALL_CONFIG))
     (folder / "a.txt").write_text("some words " * 50)
     for name in SOURCES:
-        fields: dict[str, Any] = {"scheme": name, "method": "rtn", "group_size": 32, "samples": 2, "seq_len": 16}
+        method = "gptq" if name in ("W4A16", "W8A16") else "rtn"  # whose scales have signs
+        fields: dict[str, Any] = {"scheme": name, "method": method, "group_size": 32, "samples": 2, "seq_len": 16}
         quantkit.quantize(folder / "model", folder / name, Recipe(**fields, calibration=str(folder / "a.txt")))
     return folder
 
@@ -94,6 +95,8 @@ def test_the_documented_table_is_true(source: str, to: str, cell: str, made: Pat
         return
     quantkit.convert(tmp_path / "out", tmp_path / "back", "compressed-tensors")
     there, back = tensors(made / source), tensors(tmp_path / "back")
+    signs = {bool((t < 0).any()) for key, t in there.items() if key.endswith("weight_scale")}
+    assert (True in signs) == (source in ("W4A16", "W8A16"))
     added = {key for key in back if key.endswith("weight_zero_point")} if "as" in cell else set()
     assert back.keys() - added == there.keys() and all(same(back[key], there[key]) for key in there)
     assert all((back[key] == 0x88888888 - 2**32).all() for key in added)

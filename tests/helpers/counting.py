@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Memory", "ran", "steps"]
+__all__ = ["Memory", "MostAlive", "ran", "steps"]
 
 
 class Memory(TorchDispatchMode):
@@ -30,6 +31,26 @@ class Memory(TorchDispatchMode):
                 size = x.untyped_storage().nbytes()
                 self.largest, self.total = max(self.largest, size), self.total + size
         return out
+
+
+class MostAlive(TorchDispatchMode):
+    """most: of tensors that operations made, how many of at least so many elements lay in memory at once, views left out."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.bytes, self.most, self.made = 4 * elements, 0, list[weakref.ref[Tensor]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given -= {tensor.untyped_storage().data_ptr() for tensor in self._alive()}
+        out = func(*args, **(kwargs or {}))
+        large = [x for x in tree_leaves(out) if isinstance(x, Tensor) and x.untyped_storage().nbytes() >= self.bytes]
+        self.made = [weakref.ref(x) for x in (*self._alive(), *large) if x.untyped_storage().data_ptr() not in given]
+        self.most = max(self.most, len({tensor.untyped_storage().data_ptr() for tensor in self._alive()}))
+        return out
+
+    def _alive(self) -> list[Tensor]:
+        return [tensor for tensor in (made() for made in self.made) if tensor is not None]
 
 
 def ran(function: Any) -> Memory:

@@ -63,7 +63,7 @@ def integers(
     size = inputs if group == -1 else group
     q = rng.integers(0, 2**bits, (inputs, out))
     z = np.full((inputs // size, out), 2 ** (bits - 1)) if sym else rng.integers(1, 2**bits, (inputs // size, out))
-    s = torch.from_numpy(rng.uniform(0.001, 0.02, z.shape)).to(scales)
+    s = torch.from_numpy(rng.uniform(0.001, 0.02, z.shape) * (rng.choice([-1, 1], z.shape) if sym else 1)).to(scales)
     groups = np.arange(inputs) // size
     weight = torch.from_numpy(q - z[groups]).double() * s.double()[groups]
     if awq:

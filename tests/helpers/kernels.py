@@ -17,7 +17,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.quant import loops
 from quantkit.scheme import PRESETS, Grid, Kind, Scheme
 
-__all__ = ["check_repair", "close", "layer", "poison", "product", "random_expert", "random_weight", "stacked"]
+__all__ = ["check_repair", "close", "either_sign", "layer", "poison", "product", "random_expert", "random_weight", "stacked"]
 
 ON_GPU = [name for name in PRESETS if name != "W4AFP8"]  # presets that have a GPU kernel
 
@@ -34,6 +34,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", empty)
 
 
+def either_sign(scale: Tensor, grid: Grid) -> Tensor:
+    """Half of the scales negative, where a grid has such."""
+    return torch.where(torch.rand(scale.shape, device=scale.device) < 0.5, -scale, scale) if grid.signed else scale
+
+
 def random_weight(rows: int, columns: int, scheme: Scheme, input_scale: float = 0.01) -> QuantizedTensor:
     """Random codes over the whole grid, and scales that make its products of order 1."""
     grid = scheme.weight
@@ -44,8 +49,7 @@ def random_weight(rows: int, columns: int, scheme: Scheme, input_scale: float = 
     else:
         codes = torch.randint(int(grid.qmin), int(grid.qmax) + 1, (rows, columns), dtype=torch.int8)
     scale = (torch.rand(shape) + 0.5) / (grid.qmax * columns**0.5)
-    if grid.signed:
-        scale = torch.where(torch.rand(shape) < 0.5, -scale, scale)
+    scale = either_sign(scale, grid)
     static = torch.tensor([input_scale]).bfloat16() if scheme.static else None
     return QuantizedTensor(codes, scale.bfloat16(), zero, grid, static)
 
@@ -100,9 +104,7 @@ def check_repair(repair: Callable[..., loops.Block], grid: Grid, columns: int, r
     weight = torch.randn(columns, rows) * 3
     left = weight + torch.randn(columns, rows)
     factor = torch.triu(torch.randn(columns, columns) * 0.3) + torch.diag(torch.rand(columns) + 1)
-    step = torch.rand(columns, rows) + 0.2
-    if grid.signed:
-        step = torch.where(torch.rand(columns, rows) < 0.5, -step, step)
+    step = either_sign(torch.rand(columns, rows) + 0.2, grid)
     offset = None if grid.symmetric else torch.randint(-8, 8, (columns, rows)).float()
     mine, spec = left.clone(), left.clone()
     codes, *found = repair(mine, weight, factor, step, offset, grid)

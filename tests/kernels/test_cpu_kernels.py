@@ -16,6 +16,7 @@ from quantkit.kernels.cpu.backend import rounding_of_w4a8
 from quantkit.kernels.cpu.linear import Packed, experts, gather, matmul, pack, stack, unfit
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import PRESETS, Activation, Grid, Kind, Scheme, Strategy
+from tests.helpers.kernels import either_sign
 
 LIBRARY = build.load()
 built = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"no CPU kernels: {LIBRARY}")
@@ -43,9 +44,8 @@ def random_codes(grid: Grid, rows: int, inputs: int) -> Tensor:
 def random_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     shape = grid.scale_shape(rows, inputs)
     zero = None if grid.symmetric else torch.randint(int(grid.qmin), int(grid.qmax) + 1, shape, dtype=torch.int8)
-    return QuantizedTensor(
-        random_codes(grid, rows, inputs), (torch.rand(shape) + 0.1).to(torch_dtype(grid.scale_dtype)), zero, grid
-    )
+    scale = either_sign(torch.rand(shape) + 0.1, grid).to(torch_dtype(grid.scale_dtype))
+    return QuantizedTensor(random_codes(grid, rows, inputs), scale, zero, grid)
 
 
 def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
@@ -54,7 +54,7 @@ def exact_weight(grid: Grid, rows: int, inputs: int) -> QuantizedTensor:
     codes = torch.randint(-7, 8, (rows, inputs))
     stored = codes.to(torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8)
     zero = None if grid.symmetric else torch.randint(-8, 8, shape, dtype=torch.int8)
-    scale = (2.0 ** torch.randint(-2, 2, shape)).to(torch_dtype(grid.scale_dtype))
+    scale = either_sign(2.0 ** torch.randint(-2, 2, shape), grid).to(torch_dtype(grid.scale_dtype))
     return QuantizedTensor(stored, scale, zero, grid)
 
 

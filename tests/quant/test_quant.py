@@ -8,16 +8,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantkit import stats as stats_module
 from quantkit.formats.packing import pack_rows, unpack_rows
+from quantkit.job.group import loops_on
 from quantkit.kernels.reference import linear, round_activation
 from quantkit.qtensor import expand
+from quantkit.quant import gptq as gptq_module
+from quantkit.quant import solve as solve_module
 from quantkit.quant.gptq import DAMPING, NotPositive, gptq
 from quantkit.quant.grid import minmax_scale, search_scale
+from quantkit.quant.loops import PLAIN
 from quantkit.quant.method import Method
 from quantkit.quant.rounding import rtn
 from quantkit.quant.solve import solve
 from quantkit.scheme import PRESETS, Activation, Kind, Scheme, Strategy, scheme_named
 from quantkit.stats import LinearStats
+from tests.helpers.counting import MostAlive
 
 
 def correlated(rows: int, features: int, seed: int = 0) -> Tensor:
@@ -251,3 +257,88 @@ def test_signed_scales_lose_less() -> None:
         step = expand(one.float(), grid, (64, 128))
         losses.append(((w / step).round().clamp(-8, 7) * step - w).square().mul(h.diagonal()).sum())
     assert losses[1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16"])
+@pytest.mark.parametrize("features", [64, 288, 640])
+def test_the_solve_knows_what_it_lost(name: str, features: int) -> None:
+    """Against the product that defines it; 288 and 640 features are several blocks of columns, the first one not whole."""
+    x, w, grid = correlated(2 * features, features), weight(48, features), small(name).weight
+    h = x.T @ x / len(x)
+    for loops, tolerance in ((PLAIN, 1e-4), (loops_on(torch.device("cpu"), Kind.INT), 1e-2)):
+        solved = gptq(w, h, grid, loops)
+        e = (w - solved.quantized.dequantize()).double()
+        exact = (e @ h.double() * e).sum(1)
+        assert solved.lost.sum().item() == pytest.approx(exact.sum().item(), rel=tolerance)
+        torch.testing.assert_close(solved.lost.double(), exact, rtol=5 * tolerance, atol=tolerance * exact.mean().item())
+
+
+def test_gptq_is_the_same_under_any_multiple_of_the_hessian() -> None:
+    x, w, grid = correlated(256, 64), weight(16, 64), small("W4A16").weight
+    h = x.T @ x
+    assert torch.equal(gptq(w, h, grid).quantized.codes, gptq(w, h / 256, grid).quantized.codes)
+
+
+def test_rows_are_solved_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, grid = correlated(512, 256), weight(70, 256), small("W4A16_ASYM").weight
+    whole = gptq(w, x.T @ x, grid, keep_latent=True)
+    monkeypatch.setattr(gptq_module, "_ROWS", {False: 32})
+    parts = gptq(w, x.T @ x, grid, keep_latent=True)
+    assert (
+        torch.equal(whole.quantized.codes, parts.quantized.codes) and whole.latent is not None and parts.latent is not None
+    )
+    assert torch.equal(whole.latent, parts.latent)
+    torch.testing.assert_close(whole.lost, parts.lost)
+
+
+def test_many_rows_are_compared_by_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No product of all rows where rounding clearly loses more; all of them where a sample cannot tell."""
+    whole = list[int]()
+    lost = solve_module._lost
+    monkeypatch.setattr(solve_module, "_lost", lambda w, q, h: (whole.append(len(w)), lost(w, q, h))[1])
+    w = weight(600, 128)
+    x = correlated(512, 128)
+    for needed, products in ((4, 0), (1e9, 2)):
+        monkeypatch.setattr(solve_module, "_STANDARD_ERRORS", needed)
+        whole.clear()
+        ((q, outcome),) = solve([w], small("W4A16"), Method("gptq"), stats_of(x))
+        assert len(whole) == products and outcome.method == "gptq"
+        h = x.T @ x
+        e = w - q.dequantize()
+        exact = float((e @ h * e).sum() / (w @ h * w).sum())
+        assert outcome.error == pytest.approx(exact, rel=0.2)
+
+
+def test_two_arrays_of_the_hessians_size() -> None:
+    """The sum and its factor are all that is alive of that size at once, from the first token to the codes."""
+    features = 1024
+    tokens, w = torch.randn(512, features), weight(8, features)
+    stats = LinearStats.empty(features, w.device, with_hessian=True)
+    with MostAlive(features * features) as alive:
+        stats.add(tokens)
+        solve([w], small("W4A16"), Method("gptq"), stats, loops_on(w.device, Kind.INT))
+    assert alive.most == 1  # beside the sum
+
+
+def test_triangle_blocks_make_a_whole_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats_module, "_COLUMNS", 24)
+    stats, x = LinearStats.empty(100, torch.device("cpu"), True), torch.randint(-8, 9, (40, 100)).float()
+    assert stats.whole_hessian() is None
+    stats.add(x[:30])
+    first = stats.whole_hessian()
+    stats.lend(x[30:], 0.25)
+    both = stats.whole_hessian()
+    assert first is both is stats.hessian and both is not None and torch.equal(both, both.T)
+    assert torch.equal(both, x[:30].T @ x[:30] + 0.25 * x[30:].T @ x[30:])  # which every precision holds
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM", "W8A16"])
+def test_without_a_compiler_the_codes_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, grid, cpu = correlated(512, 288), weight(40, 288), small(name).weight, torch.device("cpu")
+    built = gptq(w, x.T @ x, grid, loops_on(cpu, Kind.INT))
+    monkeypatch.setattr("quantkit.kernels.cpu.solve.library", lambda: "no compiler")
+    plain = gptq(w, x.T @ x, grid, loops_on(cpu, Kind.INT))
+    assert loops_on(cpu, Kind.INT).repair is PLAIN.repair
+    assert torch.equal(built.quantized.scale, plain.quantized.scale)
+    assert torch.equal(built.quantized.codes, plain.quantized.codes)

@@ -173,6 +173,8 @@ def weights(draw: st.DrawFn) -> tuple[Linear, Scheme, QuantizedTensor]:
     scale = torch.rand(shape, generator=g) * 0.1 + 0.001
     if draw(st.booleans()):
         scale = 2.0 ** -torch.randint(1, 9, shape, generator=g)  # which every float holds
+    if grid.signed:
+        scale *= torch.randint(0, 2, shape, generator=g) * 2 - 1
     activation = scheme.activation
     input_scale = None
     if scheme.static and activation is not None:

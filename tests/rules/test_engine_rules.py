@@ -60,6 +60,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vllm.w4afp8": (v("mixtral", "W4AFP8"), v("mixtral")),
     "vllm.w4afp8-linear": (v("llama", "W4AFP8", hardware="sm100"), v("llama", "W4AFP8", hardware="sm90")),
     "vllm.w4afp8-experts": (v("hunyuan", "W4AFP8"), v("mixtral", "W4AFP8")),  # 18304 = 71.5 * 256
+    "vllm.marlin-int8-inputs": (v("llama"), v("llama", hardware="cpu")),
     "vllm.cpu-experts": (v("mixtral", hardware="cpu"), v("mixtral", parts={"experts": "BF16"}, hardware="cpu")),
     "vllm.zen-experts": (v("mixtral", hardware="zen", ep=True), v("mixtral", hardware="zen")),
     "vllm.amx": (v("mixtral", "W8A8", hardware="amx"), v("mixtral", hardware="amx")),
