@@ -12,11 +12,21 @@ from quantkit.choices import KERNELS, METHODS
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from quantkit.allocate.engine import Served
     from quantkit.engines.held import Deployment
     from quantkit.recipe import Recipe
     from quantkit.tasks.tasks import Plan
 
-__all__ = ["bos_option", "deployment", "engine_options", "read_recipe", "read_tasks", "recipe_options", "task_options"]
+__all__ = [
+    "bos_option",
+    "deployment",
+    "engine_options",
+    "read_recipe",
+    "read_tasks",
+    "recipe_options",
+    "served_by",
+    "task_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +49,7 @@ def recipe_options(function: F) -> F:
     return _all(
         function,
         [
-            click.option("--scheme", help="Scheme of every linear that no other option names. [default: W4A16]"),
+            click.option("--scheme", help="Scheme of every linear that no other option names. [default: docs/quantize.md]"),
             click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts."),
             click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts."),
             click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections."),
@@ -98,6 +108,19 @@ def deployment(options: dict[str, Any], needed_by: str | None = None) -> Deploym
     if needed_by and devices != Deployment():
         raise ConfigError(f"--tp, --hardware and their like say how an engine would run: {devices}", f"give {needed_by} too")
     return devices
+
+
+def served_by(engine: str | None, options: dict[str, Any], model: str) -> Served | None:
+    """Take `engine_options` out of a command's options: the engine, and how it would run MODEL. Raises ConfigError."""
+    if engine is None:
+        deployment(options, needed_by="--engine")
+        return None
+    from quantkit.allocate.engine import Served
+    from quantkit.checkpoint.folder import find_model
+    from quantkit.checkpoint.reader import load_json
+    from quantkit.engines.registry import engine_named
+
+    return Served(engine_named(engine), deployment(options), load_json(find_model(model) / "config.json"))
 
 
 def task_options(function: F) -> F:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,12 @@ def quantize(
     device: str = "auto",
     progress: Progress | None = None,
     beside: Sequence[Observer] = (),
+    allocation: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Quantize the checkpoint `model` into the new folder `out`; returns what run.json there says.
 
     beside: what else passes through the layers while they are quantized, such as held-out text (`measure.run.Evaluation`);
-    not called where OUT is there already.
+    not called where OUT is there already. allocation: what the recipe was chosen by, for run.json; it decides nothing.
 
     Interrupted, the same call resumes and ends with the same bytes; finished, it returns that again. Raises a QuantkitError,
     and leaves no `out`, when anything is wrong.
@@ -99,7 +100,7 @@ def quantize(
         return record
     if shortage := ready.shortage():
         raise OutputError(shortage, "free space, or choose another OUT")
-    job = _Job(ready, key, beside)
+    job = _Job(ready, key, beside, allocation)
     try:
         return job.run(progress or (lambda step: None))
     finally:
@@ -176,7 +177,10 @@ def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str
 
 
 class _Job:
-    def __init__(self, ready: _Ready, key: dict[str, str], beside: Sequence[Observer]) -> None:
+    def __init__(
+        self, ready: _Ready, key: dict[str, str], beside: Sequence[Observer], allocation: Mapping[str, Any] | None
+    ) -> None:
+        self.allocation = allocation
         self.start, self.target, self.source = ready.start, ready.target, ready.source
         self.reader, self.plan, self.ids, self.key, self.ready = ready.reader, ready.plan, ready.ids, key, ready
         self.partial = partial_of(ready.target)
@@ -350,4 +354,5 @@ class _Job:
             "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
             "peak_memory_bytes": peak_memory(),
             "notes": [*self.plan.notes, *self.ready.text_notes],
+            **({"allocation": dict(self.allocation)} if self.allocation else {}),
         }

@@ -126,7 +126,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
             f"{where} says the model is already quantized", "start from the BF16 model, or use 'quantkit convert --to bf16'"
         )
     spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
-    chosen = None
+    recipe, chosen = recipe.settled({ref.role for ref in spec.linears()}), None
     if isinstance(spec, ModelSpec):
         _check_names(reader, spec)
     else:

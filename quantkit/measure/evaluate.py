@@ -30,6 +30,7 @@ from quantkit.measure.sections import divergence, kv_cache, layer_rows, moe, pro
 from quantkit.measure.sides import side_by_side
 from quantkit.model.cache import KVFormat
 from quantkit.model.spec import ModelSpec
+from quantkit.report.allocation_schema import allocation_in
 from quantkit.report.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.report.text_schema import TextTokens
 from quantkit.run.bench import bench, matrices_of
@@ -112,6 +113,7 @@ def measure(
         worst_tokens=worst_tokens(run.worst, data, job.read.tokenizer),
         samples=samples,
         notes=[*job.notes(), *notes, *where],
+        allocation=allocation_in(record),
         size=size(models[0].folder, models[1].folder, record, round(time.monotonic() - begun, 2)).model_copy(
             update={"speed": _speed(models[1], device) if extent.speed else []}
         ),

@@ -1,0 +1,118 @@
+"""What an engine can load of what an allocation might choose: asked of the engine's rules, which name no allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from quantkit.allocate.groups import Group, assigned, label
+from quantkit.engines.assess import check_deployment, loads
+from quantkit.engines.held import Deployment
+from quantkit.engines.rules import Engine
+from quantkit.errors import ConfigError
+from quantkit.model.spec import ModelSpec, Role
+from quantkit.scheme import Scheme
+
+__all__ = ["Served", "largest_groups", "ties"]
+
+Schemes = dict[str, Scheme | None]
+# How groups may have to be tied, finest first: what groups that share a key must have in common is their scheme.
+_TIES: tuple[Callable[[Group], str], ...] = (
+    lambda group: group.name,
+    lambda group: group.role.value if group.role is Role.EXPERTS else group.name,
+    lambda group: group.role.value,
+    lambda group: "all",
+)
+
+
+@dataclass(frozen=True)
+class Served:
+    """The engine, how it would be run, and the model's config.json."""
+
+    engine: Engine
+    deployment: Deployment
+    config: Mapping[str, Any]
+
+    def loads(self, spec: ModelSpec, schemes: Mapping[str, Scheme | None]) -> bool:
+        return loads(self.engine, spec, self.config, schemes, self.deployment)
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine.name} {self.engine.version} with --tp {self.deployment.tp}" + (
+            " --ep" if self.deployment.ep else ""
+        )
+
+
+def ties(served: Served | None, spec: ModelSpec, groups: Sequence[Group]) -> list[list[Group]]:
+    """The groups, each with the choices that the engine loads, tied as it demands: those of one list get one scheme.
+
+    What is tied is found by trial: schemes are dealt out in turn, and the finest ties with which the engine loads that are
+    taken. Raises ConfigError where it loads nothing.
+    """
+    if served is None:
+        return [[group] for group in groups]
+    check_deployment(served.deployment, spec)
+    usable = _usable(served, spec, groups)
+    for tie in _TIES:
+        tied: dict[str, list[Group]] = {}
+        for group in usable:
+            tied.setdefault(tie(group), []).append(group)
+        classes = [_alike(members) for members in tied.values()]
+        if all(members[0].choices for members in classes) and _takes_any(served, spec, classes):
+            return classes
+    raise ConfigError(f"{served.name} loads no mixture of these schemes", "name one with --scheme, or see `quantkit plan`")
+
+
+def _alike(members: Sequence[Group]) -> list[Group]:
+    """With the choices that all of them have."""
+    common = [scheme for scheme in members[0].choices if all(scheme in group.choices for group in members)]
+    return [replace(group, choices=tuple(common)) for group in members]
+
+
+def _takes_any(served: Served, spec: ModelSpec, classes: Sequence[Sequence[Group]]) -> bool:
+    """Whether it loads schemes that are dealt out in turn, each class beginning with another of its choices."""
+    for shift in range(2):
+        schemes: Schemes = {}
+        for number, members in enumerate(classes):
+            choices = members[0].choices
+            schemes |= assigned(members, {group.name: choices[(number + shift) % len(choices)] for group in members})
+        if not served.loads(spec, schemes):
+            return False
+    return True
+
+
+def _usable(served: Served, spec: ModelSpec, groups: Sequence[Group]) -> list[Group]:
+    """The groups with the choices that load: those that can stand, for all groups of a role, in the first assignment of a
+    scheme to each role that loads."""
+    roles = list(dict.fromkeys(group.role for group in groups))
+    of_role = {role: list(dict.fromkeys(s for g in groups if g.role is role for s in g.choices)) for role in roles}
+
+    def trial(schemes: Iterable[Scheme | None]) -> bool:
+        by_role = dict(zip(roles, schemes, strict=True))
+        chosen = {g.name: by_role[g.role] if by_role[g.role] in g.choices else g.choices[0] for g in groups}
+        return served.loads(spec, assigned(groups, chosen))
+
+    first = next(filter(trial, product(*of_role.values())), None)
+    if first is None:
+        offered = ", ".join(dict.fromkeys(label(s) for schemes in of_role.values() for s in schemes))
+        raise ConfigError(
+            f"{served.name} loads this model in no combination of {offered}",
+            "give --schemes that it loads (`quantkit plan --engine` says which), or another --tp",
+        )
+    allowed = {
+        role: {s for s in of_role[role] if trial((*first[:number], s, *first[number + 1 :]))}
+        for number, role in enumerate(roles)
+    }
+    return [replace(g, choices=tuple(s for s in g.choices if s in allowed[g.role])) for g in groups]
+
+
+def largest_groups(served: Served, spec: ModelSpec, schemes_with: Callable[[int], Schemes | None]) -> int | None:
+    """The largest of 128, 64 and 32 weights to a scale with which the engine loads the model; None where it loads none.
+    schemes_with: the schemes for a size, None where it does not fit the shapes."""
+    for size in (128, 64, 32):
+        schemes = schemes_with(size)
+        if schemes is not None and served.loads(spec, schemes):
+            return size
+    return None
