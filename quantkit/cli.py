@@ -14,7 +14,7 @@ from quantkit.choices import KERNELS, TARGETS, Kernels, KVFormat
 from quantkit.commands import allocation as cli_allocation
 from quantkit.commands import evaluate as cli_eval
 from quantkit.commands.command import Main, as_json, command, show
-from quantkit.commands.options import bos_option, deployment, engine_options, read_recipe, recipe_options, served_by
+from quantkit.commands.options import bos_option, deployment, engine_options, fitting, read_recipe, recipe_options, served_by
 
 __all__ = ["main"]
 
@@ -79,7 +79,7 @@ def quantize(
     from quantkit.job import pipeline
 
     asked, served = cli_allocation.asked_for(options), served_by(engine, options, model)
-    recipe = read_recipe(recipe_file, options)
+    recipe = fitting(read_recipe(recipe_file, options), served)
     screen = console(stderr=True)
     if held_out and recipe.linears:
         raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
@@ -139,7 +139,7 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     from quantkit.job.plan import make_plan, summary
 
     asked, served = cli_allocation.asked_for(options), served_by(engine, options, model)
-    recipe = read_recipe(recipe_file, options)
+    recipe = fitting(read_recipe(recipe_file, options), served)
     if served and recipe.linears:
         raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
     found = cli_allocation.found(model, recipe, asked, served, None)

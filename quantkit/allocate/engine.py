@@ -12,11 +12,14 @@ from quantkit.engines.assess import check_deployment, loads
 from quantkit.engines.held import Deployment
 from quantkit.engines.rules import Engine
 from quantkit.errors import ConfigError
+from quantkit.model.registry import build_spec
 from quantkit.model.spec import ModelSpec, Role
+from quantkit.recipe import Recipe
 from quantkit.scheme import Scheme
 
-__all__ = ["Served", "largest_groups", "ties"]
+__all__ = ["Served", "ties", "with_groups"]
 
+_SIZES = (128, 64, 32)  # of groups: what engines have kernels for
 Schemes = dict[str, Scheme | None]
 # How groups may have to be tied, finest first: what groups that share a key must have in common is their scheme.
 _TIES: tuple[Callable[[Group], str], ...] = (
@@ -108,11 +111,21 @@ def _usable(served: Served, spec: ModelSpec, groups: Sequence[Group]) -> list[Gr
     return [replace(g, choices=tuple(s for s in g.choices if s in allowed[g.role])) for g in groups]
 
 
-def largest_groups(served: Served, spec: ModelSpec, schemes_with: Callable[[int], Schemes | None]) -> int | None:
-    """The largest of 128, 64 and 32 weights to a scale with which the engine loads the model; None where it loads none.
-    schemes_with: the schemes for a size, None where it does not fit the shapes."""
-    for size in (128, 64, 32):
-        schemes = schemes_with(size)
-        if schemes is not None and served.loads(spec, schemes):
-            return size
-    return None
+def with_groups(served: Served | None, recipe: Recipe) -> Recipe:
+    """The recipe with the largest groups, of 128, 64 and 32, with which the engine loads what it says: tensor parallelism
+    does not cut a group. As it is where it names a size, or where no size helps."""
+    if served is None or recipe.group_size is not None or recipe.linears:
+        return recipe
+    spec = build_spec(dict(served.config), "config.json")
+    check_deployment(served.deployment, spec)
+    refs = list(spec.linears())
+    settled = recipe.settled({ref.role for ref in refs})
+    for size in _SIZES:
+        sized = settled.model_copy(update={"group_size": size})
+        schemes = {ref.key: sized.scheme_of(ref) for ref in refs}
+        fits = not any(
+            s and s.misfit(ref.out_features, ref.in_features) for ref, s in zip(refs, schemes.values(), strict=True)
+        )
+        if fits and served.loads(spec, schemes):
+            return recipe if size == _SIZES[0] else recipe.model_copy(update={"group_size": size})
+    return recipe

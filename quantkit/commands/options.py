@@ -21,6 +21,7 @@ __all__ = [
     "bos_option",
     "deployment",
     "engine_options",
+    "fitting",
     "read_recipe",
     "read_tasks",
     "recipe_options",
@@ -121,6 +122,15 @@ def served_by(engine: str | None, options: dict[str, Any], model: str) -> Served
     from quantkit.engines.registry import engine_named
 
     return Served(engine_named(engine), deployment(options), load_json(find_model(model) / "config.json"))
+
+
+def fitting(recipe: Recipe, served: Served | None) -> Recipe:
+    """The recipe in the largest groups that the engine loads, where it names none."""
+    if served is None:
+        return recipe
+    from quantkit.allocate.engine import with_groups
+
+    return with_groups(served, recipe)
 
 
 def task_options(function: F) -> F:

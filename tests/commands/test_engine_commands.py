@@ -57,9 +57,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = {**CONFIG, "intermediate_size": 11 * 32, "num_hidden_layers": 2}  # 11 is odd, as 143 is in the real one
     for name, config in (("a13b", A13B), ("large", large)):
         write_checkpoint(folder / name, config, random_weights(config))
-    quantkit.quantize(folder / "a13b", folder / "int4", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(folder / "a13b", folder / "int4", Recipe(scheme="W4A16", method="rtn", group_size=32))
     quantkit.quantize(folder / "a13b", folder / "fp8", Recipe(scheme="FP8", **SMALL))
-    quantkit.quantize(folder / "large", folder / "large-int4", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(folder / "large", folder / "large-int4", Recipe(scheme="W4A16", method="rtn", group_size=32))
     return folder
 
 

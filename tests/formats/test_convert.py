@@ -187,7 +187,7 @@ def test_bf16_is_what_another_dequantizer_makes(name: str, tmp_path: Path) -> No
     inexact = sum(int((w.float().bfloat16().float() != w.float()).sum()) for w in weights.values())
     assert record["rounded_weights"] == inexact > 0 and not record["lossless"]
     assert "inputs; in BF16 they stay as they are" in record["notes"][0]
-    quantkit.quantize(tmp_path / "out", tmp_path / "again", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(tmp_path / "out", tmp_path / "again", Recipe(scheme="W4A16", method="rtn", group_size=32))
 
 
 def test_bf16_that_is_exact_says_so(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[...,
 
 @built
 def test_w4a8_when_asked(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = Recipe(group_size=32, attention="FP8_DYNAMIC", method="rtn")
+    recipe = Recipe(scheme="W4A16", group_size=32, attention="FP8_DYNAMIC", method="rtn")
     quantkit.quantize(make_model(), tmp_path / "out", recipe)
     model = check_against_reference(tmp_path / "out", "w4a8", 0.03)
     kernels = {row["role"]: row["kernel"] for row in model.explain()}
