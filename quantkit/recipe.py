@@ -119,7 +119,7 @@ class Recipe(BaseModel):
     method: MethodName | None = None
     damping: _Damping | None = None
     calibration: str = "stdlib"
-    samples: int = Field(default=128, ge=1)
+    samples: int | None = Field(default=None, ge=1)  # None: by the model's shapes, see job/forecast.py
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
     add_bos: bool | None = None  # whether raw text gets a beginning-of-text token; None: as the model was trained

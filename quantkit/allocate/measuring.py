@@ -20,10 +20,12 @@ from quantkit.allocate.passing import Anchor, Loss, Texts, Variant, run_pass
 from quantkit.allocate.sensitivity import Anchored, Lost, Sensitivity, exponent_of
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
+from quantkit.calib.mixture import read_mixture
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import ConfigError
 from quantkit.host import arithmetic, code_digest, pick_device, plain_arithmetic
+from quantkit.job.forecast import windows_for
 from quantkit.job.journal import Journal
 from quantkit.job.methods import needs_tokens
 from quantkit.job.partial import WORK, partial_of
@@ -103,6 +105,7 @@ def measuring_of(reader: CheckpointReader, recipe: Recipe, extent: Extent) -> Me
     if recipe.linears:
         raise ConfigError("sensitivities need an architecture that quantkit knows", "leave out --linears")
     spec = build_spec(reader.config, str(reader.folder / "config.json"))
+    recipe = recipe.model_copy(update={"samples": recipe.samples or windows_for(spec, recipe.seq_len)})
     groups = groups_of(spec, recipe, extent.schemes, extent.bands)
     if all(len(group.choices) < 2 for group in groups):
         raise ConfigError("each group of linears has but one scheme, which leaves no choice", "give two --schemes or more")
@@ -184,16 +187,13 @@ def _texts(reader: CheckpointReader, measuring: Measuring) -> tuple[Texts, str]:
     recipe, extent = measuring.recipe, measuring.extent
     tokenizer, pairs = load_text_tokenizer(reader.folder, recipe.add_bos), _pairs(measuring)
     calibrated = any(needs_tokens(scheme, method_of(recipe, ref, scheme)) for ref, scheme in pairs)
-    texts = read_documents(recipe.calibration) if calibrated or not extent.text else None
-    how = (recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
-    calibration = tokens.calibration_windows(tokenizer, texts, *how) if texts is not None and calibrated else None
+    mixture, samples = read_mixture(recipe.calibration) if calibrated or not extent.text else None, recipe.samples or 0
+    calibration = mixture.windows(tokenizer, samples, recipe.seq_len, recipe.seed) if mixture and calibrated else None
     if extent.text:
         data = tokens.evaluation_set(tokenizer, read_documents(extent.text), recipe.seq_len, extent.windows, extent.text)
         return Texts(calibration, data.ids, data.lengths), extent.text
-    assert texts is not None
-    spare = tokens.spare_windows(
-        tokenizer, texts, recipe.samples, extent.windows, recipe.seq_len, recipe.seed, recipe.calibration
-    )
+    assert mixture is not None
+    spare = mixture.spare(tokenizer, samples, extent.windows, recipe.seq_len, recipe.seed)
     lengths = torch.full((len(spare),), spare.shape[1])
     return Texts(calibration, spare, lengths), f"{recipe.calibration}, beside the calibration's windows"
 

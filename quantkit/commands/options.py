@@ -65,8 +65,10 @@ def recipe_options(function: F) -> F:
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
             click.option("--method", type=click.Choice(METHODS), help="[default: gptq for INT4, rtn for 8 bits]"),
-            click.option("--calibration", metavar="FILE|NAME", help="A text: docs/formats.md. [default: stdlib]"),
-            click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
+            click.option(
+                "--calibration", metavar="FILE|NAME", help="A text, or a=2+b+c: docs/formats.md. [default: stdlib]"
+            ),
+            click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: by the model]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),
             click.option("--seed", type=int, help="Which windows are drawn, 0 or more. [default: 0]"),
             bos_option,

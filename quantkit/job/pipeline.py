@@ -15,8 +15,9 @@ from torch import Tensor
 import quantkit
 from quantkit.atomic import sha256
 from quantkit.calib import tokens
-from quantkit.calib.documents import read_documents
 from quantkit.calib.lockstep import Lockstep, Observer
+from quantkit.calib.mixture import read_mixture
+from quantkit.calib.profile import one_kind, profile_of
 from quantkit.calib.tape import Tape
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.checkpoint.by_name import Part
@@ -165,15 +166,20 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
 def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
     """Windows, what they were made of, and what to tell of it."""
     recipe = plan.recipe
-    tokenizer, texts = load_text_tokenizer(reader.folder, recipe.add_bos), read_documents(recipe.calibration)
-    ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
+    tokenizer, mixture = load_text_tokenizer(reader.folder, recipe.add_bos), read_mixture(recipe.calibration)
+    ids = mixture.windows(tokenizer, plan.samples, recipe.seq_len, recipe.seed)
     if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
             f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
             "use the tokenizer that belongs to this model",
         )
-    note = texts.note(recipe.calibration)
-    return ids, tokens.beginning(tokenizer, texts), (note,) if note else ()
+    texts = mixture.documents
+    profile, counts = profile_of(texts), mixture.counts(plan.samples)
+    text = {**tokens.beginning(tokenizer, texts), "profile": profile.as_dict()}
+    if len(counts) > 1:
+        text["windows"] = {source.name: count for source, count in zip(mixture.sources, counts, strict=True)}
+    kind = one_kind(recipe.calibration, profile)
+    return ids, text, (*mixture.notes(), *([kind] if kind else []))
 
 
 class _Job:
