@@ -23,7 +23,7 @@ import quantkit
 from quantkit.allocate.choose import Target, allocate
 from quantkit.allocate.groups import named
 from quantkit.allocate.measuring import SCHEMES, Extent, measure, measuring_of
-from quantkit.allocate.sensitivity import Sensitivity
+from quantkit.allocate.sensitivity import Sensitivity, combined
 from quantkit.calib.documents import read_documents
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.commands.tables import console, print_tables
@@ -61,7 +61,8 @@ def rows_of(
     mixed = {**judge(model, Recipe(), held, windows, folder), "run": "W4A16 experts, W8A16 rest"}
     found = [uniform, mixed]
     for row, anchor in zip(found, measured.anchors, strict=True):
-        row["predicted_kl"] = anchor.kl
+        losses = [measured.kl(group, scheme) for group, scheme in anchor.schemes.items()]
+        row |= {"predicted_kl": combined(losses, measured.exponent)}
     reader = CheckpointReader(model)
     for target in bits:
         allocation = allocate(reader, Recipe(), measured, Target(bits=target))

@@ -122,6 +122,7 @@ class Recipe(BaseModel):
     samples: int | None = Field(default=None, ge=1)  # None: by the model's shapes, see job/forecast.py
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
+    cover: bool = False  # choose windows by where the BF16 model routes them, see calib/covering.py
     add_bos: bool | None = None  # whether raw text gets a beginning-of-text token; None: as the model was trained
 
     @model_validator(mode="before")

@@ -71,6 +71,7 @@ def recipe_options(function: F) -> F:
             click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: by the model]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),
             click.option("--seed", type=int, help="Which windows are drawn, 0 or more. [default: 0]"),
+            click.option("--cover", is_flag=True, default=None, help="Choose windows so that no expert is short."),
             bos_option,
             click.option(
                 "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win."

@@ -15,6 +15,7 @@ from torch import Tensor
 import quantkit
 from quantkit.atomic import sha256
 from quantkit.calib import tokens
+from quantkit.calib.covering import POOL
 from quantkit.calib.lockstep import Lockstep, Observer
 from quantkit.calib.mixture import read_mixture
 from quantkit.calib.profile import one_kind, profile_of
@@ -30,6 +31,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import ConfigError, OutputError, QuantkitError, VerificationError
 from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
+from quantkit.job.covered import chosen_file, covered
 from quantkit.job.journal import Journal
 from quantkit.job.partial import (
     RECORD,
@@ -112,7 +114,7 @@ def quantize(
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
     """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
     without enough space is a note: the plan may be for another machine."""
-    ready = _prepare(model, out, recipe, device)
+    ready = _prepare(model, out, recipe, device, dry=True)
     made_by(ready.target, ready.key())
     plan, shortage = ready.plan, ready.shortage()
     return {**summary(plan), "notes": [*plan.notes, *ready.text_notes, *([shortage] if shortage else [])]}
@@ -151,7 +153,7 @@ class _Ready:
         }
 
 
-def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> _Ready:
+def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str, dry: bool = False) -> _Ready:
     start, place, target = time.monotonic(), pick_device(device), Path(out)
     folder = find_model(model)
     refuse_others(target)
@@ -159,15 +161,24 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     changed = published_files(folder, reader.config)
     source = Watch(folder, reader.shards, watched(folder, changed))
     plan = make_plan(reader, recipe)
-    ids, text, notes = _calibration(reader, plan) if plan.calibrated else (None, None, ())
+    ids, text, notes = _calibration(reader, plan, place, target, dry) if plan.calibrated else (None, None, ())
     return _Ready(reader, source, plan, ids, text, notes, changed, target, place, start)
 
 
-def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
-    """Windows, what they were made of, and what to tell of it."""
+def _calibration(
+    reader: CheckpointReader, plan: Plan, device: torch.device, target: Path, dry: bool
+) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+    """Windows, what they were made of, and what to tell of it. dry: without a pass of the model that chooses them."""
     recipe = plan.recipe
     tokenizer, mixture = load_text_tokenizer(reader.folder, recipe.add_bos), read_mixture(recipe.calibration)
-    ids = mixture.windows(tokenizer, plan.samples, recipe.seq_len, recipe.seed)
+    choice: dict[str, Any] = {}
+    notes = list(mixture.notes())
+    if recipe.cover and (not dry or chosen_file(target).exists()):
+        ids, choice = covered(reader, plan, tokenizer, mixture, device, target)
+    else:
+        ids = mixture.windows(tokenizer, plan.samples, recipe.seq_len, recipe.seed)
+        if recipe.cover:
+            notes.append(f"--cover passes {POOL} times {ids.numel():,} tokens through the BF16 model first, but not here")
     if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
             f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
@@ -175,11 +186,11 @@ def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str
         )
     texts = mixture.documents
     profile, counts = profile_of(texts), mixture.counts(plan.samples)
-    text = {**tokens.beginning(tokenizer, texts), "profile": profile.as_dict()}
+    text = {**tokens.beginning(tokenizer, texts), "profile": profile.as_dict(), **({"cover": choice} if choice else {})}
     if len(counts) > 1:
         text["windows"] = {source.name: count for source, count in zip(mixture.sources, counts, strict=True)}
     kind = one_kind(recipe.calibration, profile)
-    return ids, text, (*mixture.notes(), *([kind] if kind else []))
+    return ids, text, (*notes, *([kind] if kind else []))
 
 
 class _Job:

@@ -37,7 +37,14 @@ from quantkit.scheme import BF16, Scheme, Strategy, labels
 
 __all__ = ["Plan", "make_plan", "summary"]
 
-_TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a recipe decides nothing without calibration
+_TEXT = {
+    "calibration",
+    "samples",
+    "seq_len",
+    "seed",
+    "add_bos",
+    "cover",
+}  # what of a recipe decides nothing without calibration
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class Plan:
         fields = self.recipe.model_dump(mode="json")
         fields |= {role.value: fields[role.value] or self.recipe.scheme for role in OPTION_ROLES}
         # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
-        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0])}
+        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0]), "cover": (False,)}
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
             return {name: value for name, value in fields.items() if name not in _TEXT}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib import tokens
+from quantkit.calib.covering import POOL
 from quantkit.calib.mixture import read_mixture
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
@@ -121,7 +122,10 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
     recipe = Recipe.of(record["recipe"], RECORD)
     try:
         mixture, tokenizer = read_mixture(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
-        windows = mixture.windows(tokenizer, recipe.samples or 0, recipe.seq_len, recipe.seed)
+        chosen = (record.get("calibration_text") or {}).get("cover", {}).get("chosen")
+        samples = (recipe.samples or 0) * (POOL if chosen else 1)
+        windows = mixture.windows(tokenizer, samples, recipe.seq_len, recipe.seed)
+        windows = windows[torch.tensor(chosen)] if chosen else windows
     except (CalibrationError, ConfigError) as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
     if tokens.digest(windows) != record["job"].get("tokens"):

@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.calib.covering import chosen_windows, lacking, routed_tokens
 from quantkit.calib.documents import Conversation
 from quantkit.calib.mixture import Source, read_mixture, short_name, sources_of
 from quantkit.calib.profile import Profile, one_kind, profile_of, unlike
 from quantkit.calib.tokenizer import TextTokenizer
 from quantkit.calib.tokens import calibration_windows
+from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.errors import CalibrationError
 from quantkit.job.forecast import forecast, windows_for
 from quantkit.model.registry import build_spec
+from quantkit.run.model import Model
 from tests.conftest import CONFIG, byte_tokenizer
 from tests.helpers.architectures import RELEASED, SMALLER
-from tests.helpers.commands import cli, run
+from tests.helpers.commands import cli, refused, run
 
 ENGLISH = "The weather was fine that morning, and they went down to the river together.\n" * 40
 CHINESE = "那天早上天气很好，他们一起走到河边去。\n" * 80
@@ -110,3 +113,45 @@ def test_from_the_command_line(make_model: Callable[..., Path], texts: dict[str,
     plan = run("plan", model, "--group-size", 32, "--samples", 2, "--seq-len", 32)
     assert plan["coverage_forecast"] == {"tokens": 64, "per_expert": 16, "features": 128, "tokens_per_feature": 0.125}
     assert any("64 calibration tokens give each routed expert about 16 for 128 inputs" in note for note in plan["notes"])
+
+
+def test_windows_are_chosen_for_experts_that_lack_tokens() -> None:
+    """The greedy choice against the best of all, and that what is rare is taken."""
+    counts = torch.zeros(12, 3, dtype=torch.int32)
+    counts[:, 0] = 16  # an expert that every window feeds
+    counts[5, 1], counts[9, 2], counts[2, 2] = 8, 6, 2
+    need = torch.tensor([20, 8, 8])
+    chosen = chosen_windows(counts, 3, need)
+    assert chosen.tolist() == [2, 5, 9] and lacking(counts[chosen], need) == 0
+    assert lacking(counts[:3], need) == 2 and len(chosen_windows(counts, 12, need)) == 12
+
+
+def test_cover_from_the_command_line(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """No more experts are short than without; the same command finds the choice again, and an evaluation the windows."""
+    model = make_model()
+    options = ("--samples", 6, "--seq-len", 32, "--group-size", 32, "--cover")
+    given = ("quantize", model, "-o", tmp_path / "out", *options)
+    assert any("passes 4 times 192 tokens" in note for note in run(*given, "--dry-run")["notes"])
+    record = run(*given)
+    cover = record["calibration_text"]["cover"]
+    assert len(cover["chosen"]) == 6 and cover["short"] <= cover["short_without"] <= cover["experts"] == 16
+    assert record["recipe"]["cover"] and run(*given) == record and not list(tmp_path.glob(".out-coverage*"))
+    assert cli("eval", tmp_path / "out", "--baseline", model, "--seq-len", 32, "--windows", 4).exit_code == 0
+    report = json.loads((tmp_path / "out" / "eval" / "report.json").read_text())
+    assert report["provenance"]["overlap"]["share"] is not None
+    dense = make_model("dense", num_experts=1, num_shared_expert=0, use_mixed_mlp_moe=False)
+    assert "the model has none" in refused("quantize", dense, "-o", tmp_path / "d", *options)
+
+
+def test_counts_are_the_models_routing(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model()
+    reader, spec = CheckpointReader(folder), build_spec(CONFIG, "test")
+    ids = torch.randint(0, 257, (5, 24), generator=torch.Generator().manual_seed(0))
+    counts = routed_tokens(reader, spec, ids, torch.device("cpu"), tmp_path)
+    traces = Model(folder, torch.device("cpu")).layers(ids)
+    expected = [
+        torch.stack([torch.bincount(row.flatten(), minlength=4) for row in trace.routing.experts.view(5, -1)])
+        for trace in traces
+        if trace.routing is not None
+    ]
+    assert torch.equal(counts.long(), torch.cat(expected, dim=1)) and (counts.sum(1) == 24 * 4).all()
