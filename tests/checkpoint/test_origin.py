@@ -56,7 +56,7 @@ def test_what_out_says_of_itself(model: Path, tmp_path: Path) -> None:
     assert said["source"]["digest"] == content_digest(source.entries, digests)
     assert said["source"]["files"] == {"tokenizer.json": stated(out)["tokenizer.json"]}
     recipe = said["recipe"]
-    assert (recipe["experts"], recipe["attention"], recipe["shared_experts"]) == ("W4A16", "FP8", "W4A16")
+    assert (recipe["experts"], recipe["attention"], recipe["shared_experts"]) == ("W4A16", "FP8", "W8A16")
     schemes = schemes_of(written)
     for ref in build_spec(CONFIG, "test").linears():
         row, scheme = said["linears"][ref.key], schemes[ref.key]

@@ -88,6 +88,7 @@ def test_plan_says_what_loads_and_what_would(models: Path) -> None:
 def test_plan_without_an_engine_is_the_dry_run(models: Path, tmp_path: Path) -> None:
     options = ("--attention", "FP8_DYNAMIC", "--group-size", 32)
     dry = ask("quantize", models / "large", "-o", tmp_path / "out", "--dry-run", *options, code=0)
+    dry["notes"].remove(next(note for note in dry["notes"] if "is nearly all of one kind" in note))  # plan reads no text
     assert ask("plan", models / "large", *options, code=0) == dry
     (models / "large" / "tokenizer.json").rename(tmp_path / "tokenizer.json")  # plan needs headers only
     without = ask("plan", models / "large", *options, code=0)
