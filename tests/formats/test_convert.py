@@ -263,7 +263,7 @@ def test_what_needs_several_schemes_or_none(made: Path, tmp_path: Path) -> None:
 
 def test_what_stays_bf16_is_named_for_engines(made: Path, tmp_path: Path) -> None:
     """Routers, the head and kept linears, each by its whole name: a shorter one would match shared_mlp.gate_proj too."""
-    recipe = {"method": "rtn", "group_size": 32, "attention": "BF16"}
+    recipe = {"scheme": "W4A16", "method": "rtn", "group_size": 32, "attention": "BF16"}
     quantkit.quantize(made / "model", tmp_path / "m", Recipe(**recipe))
     kept = {"lm_head", "model.layers.1.mlp.gate.wg", "model.layers.1.self_attn.q_proj"}
     quantized = {LINEAR, "model.layers.1.mlp.shared_mlp.gate_proj"}

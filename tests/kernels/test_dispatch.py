@@ -101,7 +101,7 @@ def test_w4a8_when_asked(make_model: Callable[..., Path], tmp_path: Path) -> Non
 def test_experts_that_differ_go_apart(
     recipe: dict[str, Any], fused: int, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantkit.quantize(make_model(), tmp_path / "out", Recipe(group_size=32, method="rtn", **recipe))
+    quantkit.quantize(make_model(), tmp_path / "out", Recipe(scheme="W4A16", group_size=32, method="rtn", **recipe))
     model = check_against_reference(tmp_path / "out", "auto", 0.03)
     assert isinstance(model.weights, KernelWeights)
     assert sum(kernel is not None for kernel in model.weights._fused.values()) == fused
