@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -87,28 +87,26 @@ def _takes_any(served: Served, spec: ModelSpec, classes: Sequence[Sequence[Group
 
 
 def _usable(served: Served, spec: ModelSpec, groups: Sequence[Group]) -> list[Group]:
-    """The groups with the choices that load: those that can stand, for all groups of a role, in the first assignment of a
-    scheme to each role that loads."""
+    """The groups with the choices that load: of each kind those that can stand in the first assignment of a scheme to each
+    role that loads."""
     roles = list(dict.fromkeys(group.role for group in groups))
-    of_role = {role: list(dict.fromkeys(s for g in groups if g.role is role for s in g.choices)) for role in roles}
-
-    def trial(schemes: Iterable[Scheme | None]) -> bool:
-        by_role = dict(zip(roles, schemes, strict=True))
-        chosen = {g.name: by_role[g.role] if by_role[g.role] in g.choices else g.choices[0] for g in groups}
-        return served.loads(spec, assigned(groups, chosen))
-
-    first = next(filter(trial, product(*of_role.values())), None)
+    offered = [list(dict.fromkeys(s for g in groups if g.role is role for s in g.choices)) for role in roles]
+    uniform = (dict(zip(roles, schemes, strict=True)) for schemes in product(*offered))
+    starts = ({g.name: by[g.role] if by[g.role] in g.choices else g.choices[0] for g in groups} for by in uniform)
+    first = next((start for start in starts if served.loads(spec, assigned(groups, start))), None)
     if first is None:
-        offered = ", ".join(dict.fromkeys(label(s) for schemes in of_role.values() for s in schemes))
+        names = ", ".join(dict.fromkeys(label(s) for schemes in offered for s in schemes))
         raise ConfigError(
-            f"{served.name} loads this model in no combination of {offered}",
+            f"{served.name} loads this model in no combination of {names}",
             "give --schemes that it loads (`quantkit plan --engine` says which), or another --tp",
         )
-    allowed = {
-        role: {s for s in of_role[role] if trial((*first[:number], s, *first[number + 1 :]))}
-        for number, role in enumerate(roles)
-    }
-    return [replace(g, choices=tuple(s for s in g.choices if s in allowed[g.role])) for g in groups]
+    allowed: dict[tuple[str, Scheme | None], bool] = {}
+    for group in groups:
+        for scheme in group.choices:
+            if (group.kind, scheme) not in allowed:
+                of_kind = {g.name: scheme for g in groups if g.kind == group.kind and scheme in g.choices}
+                allowed[group.kind, scheme] = served.loads(spec, assigned(groups, {**first, **of_kind}))
+    return [replace(g, choices=tuple(s for s in g.choices if allowed[g.kind, s])) for g in groups]
 
 
 def with_groups(served: Served | None, recipe: Recipe) -> Recipe:

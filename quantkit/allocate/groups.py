@@ -25,9 +25,11 @@ _GROUPED = re.compile(r"(\w+):(\d+)")
 
 @dataclass(frozen=True)
 class Group:
-    """linears: those that get one scheme. choices: the schemes that it may get, None for BF16."""
+    """kind: what groups of other layers share with it. linears: those that get one scheme. choices: the schemes that
+    it may get, None for BF16."""
 
     name: str
+    kind: str
     role: Role
     layers: tuple[int, ...]
     linears: tuple[Linear, ...]
@@ -76,7 +78,7 @@ def groups_of(spec: ModelSpec, recipe: Recipe, schemes: Sequence[Scheme | None],
         linears = tuple(ref for _, refs in members for ref in refs)
         first, last = layers[0], layers[-1]
         name = f"{f'layers {first}-{last}' if first != last else f'layer {first}'} {kind}"
-        groups.append(_chosen(Group(name, linears[0].role, layers, linears, tuple(schemes)), recipe))
+        groups.append(_chosen(Group(name, kind, linears[0].role, layers, linears, tuple(schemes)), recipe))
     return tuple(groups)
 
 

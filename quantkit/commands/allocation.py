@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quantkit.commands.command import as_json, command, show
-from quantkit.commands.options import read_recipe, recipe_options
+from quantkit.commands.options import engine_options, fitting, read_recipe, recipe_options, served_by
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def _measure(reader: Any, measuring: Any, file: Path, device: str, quiet: bool) 
 @click.option("-o", "--out", required=True, type=FILE, help="New file for what was measured.")
 @recipe_options
 @extent_options
+@engine_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Show what it would cost, measure nothing.")
 @as_json
@@ -178,6 +179,7 @@ def sensitivity(
     model: str,
     out: Path,
     recipe_file: Path | None,
+    engine: str | None,
     device: str,
     dry_run: bool,
     as_json: bool,
@@ -200,7 +202,8 @@ def sensitivity(
     from quantkit.errors import OutputError
 
     extent = {name: options.pop(name) for name in _MEASURED}
-    recipe = read_recipe(recipe_file, options)
+    served = served_by(engine, options, model)
+    recipe = fitting(read_recipe(recipe_file, options), served)
     reader = CheckpointReader(find_model(model))
     measuring = measuring_of(reader, recipe, _extent(extent, recipe))
     if dry_run:

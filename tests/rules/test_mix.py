@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from quantkit.allocate.engine import Served, ties
+from quantkit.allocate.groups import groups_of, named
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.engines.held import Deployment
+from quantkit.engines.registry import engine_named
 from quantkit.job.plan import make_plan
+from quantkit.model.registry import build_spec
 from quantkit.recipe import Recipe
 from quantkit.scheme import labels
 from tests.helpers.architectures import RELEASED, TINY
@@ -53,6 +58,19 @@ def test_the_largest_groups_that_an_engine_loads(large: Path, tp: int, size: int
     assert found["engine"]["loads"] and found["recipe"]["group_size"] == size
     assert run("plan", large, "--engine", "vllm", "--tp", 4, "--ep")["recipe"]["group_size"] == 32
     assert cli("plan", large, "--engine", "vllm", "--tp", 4, "--group-size", 128).exit_code == 1  # a size that was named
+
+
+def test_what_an_allocation_may_choose_is_asked_of_each_kind(large: Path) -> None:
+    """Over 4 devices down_proj takes groups of 32; q, k and v are cut by rows, and take any."""
+    reader = CheckpointReader(large)
+    spec = build_spec(reader.config, "test")
+    schemes = tuple(map(named, ("W4A16", "W4A16:32", "W8A16", "W8A16:32")))
+    served = Served(engine_named("vllm"), Deployment(tp=4), reader.config)
+    found = {group.kind: len(group.choices) for (group,) in ties(served, spec, groups_of(spec, Recipe(), schemes))}
+    assert found["attention q_proj,k_proj,v_proj"] == found["shared_experts gate_proj,up_proj"] == 4
+    assert found["shared_experts down_proj"] == found["experts"] == 2
+    cost = run("sensitivity", large, "-o", "x.json", "--dry-run", "--engine", "vllm", "--tp", 4)
+    assert cost["schemes"] == ["W4A16:32", "W8A16:32"]
 
 
 @pytest.mark.parametrize(
