@@ -139,7 +139,7 @@ def test_a_weight_that_cannot_be_packed_is_named(make_model: Callable[..., Path]
 
 
 def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    quantkit.quantize(make_model(), tmp_path / "out", Recipe(attention="BF16", group_size=32, method="rtn"))
+    quantkit.quantize(make_model(), tmp_path / "out", Recipe(scheme="W4A16", attention="BF16", group_size=32, method="rtn"))
     command = ["bench", str(tmp_path / "out"), "--tokens", "1,3", "--rounds", "2", "--json"]
     rows = json.loads(CliRunner().invoke(main, command, catch_exceptions=False).stdout)["rows"]
     named = {(row["matrix"], row["tokens"]) for row in rows}
