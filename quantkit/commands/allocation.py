@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantkit.allocate.choose import Target
     from quantkit.allocate.engine import Served
     from quantkit.allocate.measuring import Extent
+    from quantkit.allocate.sensitivity import Sensitivity
     from quantkit.recipe import Recipe
 
 __all__ = ["Asked", "Found", "asked_for", "found", "sensitivity", "target_options"]
@@ -140,8 +141,26 @@ def found(
             return Found(recipe, measuring=measuring.summary())
         _measure(reader, measuring, file, device, quiet)
     assert file is not None
-    allocation = allocate(reader, recipe, Sensitivity.read(file), asked.target, served)
+    measured = Sensitivity.read(file)
+    _check_asked(asked.extent, recipe, measured, file)
+    allocation = allocate(reader, recipe, measured, asked.target, served)
     return Found(allocation.recipe, {**allocation.as_dict(), "sensitivity": str(file)})
+
+
+def _check_asked(options: dict[str, Any], recipe: Recipe, measured: Sensitivity, file: Path) -> None:
+    """Sensitivities that are there already must be those that are asked for, where anything is asked of them."""
+    from quantkit.allocate.groups import label
+
+    asked = _extent(options, recipe)
+    pairs = {
+        "schemes": (",".join(map(label, asked.schemes)), ",".join(measured.schemes)),
+        "bands": (asked.bands, measured.bands),
+        "sensitivity_text": (asked.text, measured.text),
+    }
+    for name, (wanted, there) in pairs.items():
+        if options[name] is not None and wanted != there:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{file} was measured with {option} {there}, and {wanted} is asked for", "name another file")
 
 
 def _measure(reader: Any, measuring: Any, file: Path, device: str, quiet: bool) -> Any:

@@ -113,6 +113,8 @@ def test_what_cannot_be_met_says_the_least(measured: tuple[Path, Sensitivity]) -
     assert "2 targets" in refused(*given, "--target-bits", 5, "--target-kl", 1)
     assert "without a target" in refused(*given)
     assert "--scheme W8A16 and a target" in refused(*given, "--target-bits", 5, "--scheme", "W8A16")
+    said = refused(*given, "--target-bits", 5, "--schemes", "W4A16,FP8_DYNAMIC")
+    assert "was measured with --schemes W4A16:32,W8A16:32, and W4A16:32,FP8_DYNAMIC is asked for" in said
     assert "measured with method" in refused(*given, "--target-bits", 5, "--method", "rtn")
 
 
