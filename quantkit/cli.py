@@ -78,23 +78,23 @@ def quantize(
     from quantkit.errors import ConfigError, counted
     from quantkit.job import pipeline
 
-    asked, served = cli_allocation.asked_for(options), served_by(engine, options, model)
+    request, served = cli_allocation.asked_for(options), served_by(engine, options, model)
     recipe = fitting(read_recipe(recipe_file, options), served)
     screen = console(stderr=True)
     if held_out and recipe.linears:
         raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
     riding = cli_eval.held_out_text(held_out, model, recipe.add_bos) if held_out else None
-    found = cli_allocation.found(model, recipe, asked, served, None if dry_run else out, device, quiet)
-    recipe = found.recipe
+    choice = cli_allocation.found(model, recipe, request, served, None if dry_run else out, device, quiet)
+    recipe = choice.recipe
     if dry_run:
-        show({**pipeline.describe(model, out, recipe, device), **found.shown()}, plan_table, as_json)
+        show({**pipeline.describe(model, out, recipe, device), **choice.shown()}, plan_table, as_json)
         return
     for note in weight_sets(find_model(model)):
         click.echo(f"warning: {note}", err=True)
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     beside = [riding.evaluation] if riding else []
     record = pipeline.quantize(
-        model, out, recipe, device=device, progress=progress, beside=beside, allocation=found.allocation
+        model, out, recipe, device=device, progress=progress, beside=beside, allocation=choice.allocation
     )
     for line in record["recovered"]:
         click.echo(f"warning: {line}", err=True)
@@ -138,14 +138,14 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     from quantkit.errors import ConfigError
     from quantkit.job.plan import make_plan, summary
 
-    asked, served = cli_allocation.asked_for(options), served_by(engine, options, model)
+    request, served = cli_allocation.asked_for(options), served_by(engine, options, model)
     recipe = fitting(read_recipe(recipe_file, options), served)
     if served and recipe.linears:
         raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
-    found = cli_allocation.found(model, recipe, asked, served, None)
+    choice = cli_allocation.found(model, recipe, request, served, None)
     reader = CheckpointReader(find_model(model))
-    planned = make_plan(reader, found.recipe)
-    data = {**summary(planned), **found.shown()}
+    planned = make_plan(reader, choice.recipe)
+    data = {**summary(planned), **choice.shown()}
     if served:
         from quantkit.engines.assess import assess
 

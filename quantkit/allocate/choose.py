@@ -202,9 +202,9 @@ def _check(reader: CheckpointReader, recipe: Recipe, measured: Sensitivity) -> N
 
 def _check_groups(groups: Sequence[Group], measured: Sensitivity) -> None:
     """What is to be chosen must have been measured."""
-    known = {row.name: row for row in measured.groups}
+    measured_rows = {row.name: row for row in measured.groups}
     for group in groups:
-        row = known.get(group.name)
+        row = measured_rows.get(group.name)
         keys = tuple(ref.key for ref in group.linears)
         missing = [label(s) for s in group.choices if s and (row is None or label(s) not in row.kl)]
         if row is None or row.linears != keys or missing:
@@ -228,10 +228,10 @@ def _recipe(recipe: Recipe, groups: Sequence[Group], chosen: dict[str, Scheme | 
     usual = {role: counts.most_common(1)[0][0] for role, counts in roles.items()}
     general = recipe.group_size if recipe.group_size or common == 128 else common
     rules = [rule for g in groups for rule in _rules(g, chosen[g.name]) if _differs(chosen[g.name], usual[g.role], general)]
-    taken = {rule.match for rule in recipe.rules}
+    own_matches = {rule.match for rule in recipe.rules}
     return recipe.model_copy(
         update={
-            "rules": (*recipe.rules, *(rule for rule in rules if rule.match not in taken)),
+            "rules": (*recipe.rules, *(rule for rule in rules if rule.match not in own_matches)),
             "group_size": general,
             **{role.value: scheme.name if scheme else BF16 for role, scheme in usual.items()},
         }

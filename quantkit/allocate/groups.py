@@ -99,14 +99,14 @@ def _kind(refs: Iterable[Linear]) -> str:
 
 def _chosen(group: Group, recipe: Recipe) -> Group:
     """The group with what the recipe leaves it of its choices, and what fits its shapes."""
-    said = {_said(ref, recipe) for ref in group.linears}
-    if len(said) > 1:
-        words = ", ".join(sorted(label(s) if not isinstance(s, str) else s for s in said))
+    stated = {_said(ref, recipe) for ref in group.linears}
+    if len(stated) > 1:
+        words = ", ".join(sorted(label(s) if not isinstance(s, str) else s for s in stated))
         raise ConfigError(
             f"{group.name}: the recipe says different things of linears that get one scheme: {words}",
             "write rules that cover them alike, or measure finer groups with --bands",
         )
-    only = next(iter(said))
+    only = next(iter(stated))
     choices = group.choices if isinstance(only, str) else (only,)
     fitting = tuple(
         s for s in choices if s is None or not any(s.misfit(r.out_features, r.in_features) for r in group.linears)

@@ -92,12 +92,12 @@ class Measuring:
 
 def method_of(recipe: Recipe, ref: Linear, scheme: Scheme) -> Method:
     """As a recipe with that scheme for all says."""
-    found = recipe.model_copy(
+    method = recipe.model_copy(
         update={"scheme": scheme.name, "rules": (), "group_size": scheme.weight.group_size}
         | dict.fromkeys(("experts", "shared_experts", "attention", "mlp"))
     ).method_of(ref)
-    assert found
-    return found
+    assert method
+    return method
 
 
 def measuring_of(reader: CheckpointReader, recipe: Recipe, extent: Extent) -> Measuring:
@@ -169,8 +169,8 @@ def measure(
                         lambda done, total, at=number: progress(at, len(measuring.passes), done, total),  # type: ignore[misc]
                     )
                 journal.commit(number, {"losses": {_name(what): [x.kl, x.error] for what, x in losses.items()}})
-        found = {key: Loss(*pair) for unit in journal.units.values() for key, pair in unit["losses"].items()}
-        result = _result(reader, measuring, texts, name, found, time.monotonic() - begun)
+        by_name = {key: Loss(*pair) for unit in journal.units.values() for key, pair in unit["losses"].items()}
+        result = _result(reader, measuring, texts, name, by_name, time.monotonic() - begun)
         result.write(out)
     finally:
         journal.close()
@@ -223,10 +223,10 @@ def _key(reader: CheckpointReader, measuring: Measuring, texts: Texts, device: t
 
 
 def _result(
-    reader: CheckpointReader, measuring: Measuring, texts: Texts, text: str, found: dict[str, Loss], seconds: float
+    reader: CheckpointReader, measuring: Measuring, texts: Texts, text: str, losses: dict[str, Loss], seconds: float
 ) -> Sensitivity:
     def of(group: Group, scheme: Scheme | None) -> Loss:
-        return found[f"{group.name} {label(scheme)}"] if scheme else Loss(0.0, 0.0)
+        return losses[f"{group.name} {label(scheme)}"] if scheme else Loss(0.0, 0.0)
 
     lost = [
         Lost(
@@ -237,7 +237,7 @@ def _result(
         )
         for group in measuring.groups
     ]
-    sums = [([of(g, chosen[g.name]).kl for g in measuring.groups], found[name].kl) for name, chosen in measuring.anchors]
+    sums = [([of(g, chosen[g.name]).kl for g in measuring.groups], losses[name].kl) for name, chosen in measuring.anchors]
     return Sensitivity(
         quantkit=quantkit.__version__,
         source=reader.fingerprint(),
@@ -252,8 +252,8 @@ def _result(
             Anchored(
                 name=name,
                 schemes={group: label(s) for group, s in chosen.items()},
-                kl=found[name].kl,
-                error=found[name].error,
+                kl=losses[name].kl,
+                error=losses[name].error,
             )
             for name, chosen in measuring.anchors
         ),

@@ -76,8 +76,8 @@ class Texts:
 class _Varied(Weights):
     """Plain weights but for some, which are as `made` has them while their part is passed."""
 
-    def __init__(self, plain: Weights, variant: Variant, made: Mapping[tuple[str, Scheme], Applied]) -> None:
-        self.plain, self.scheme, self.made = plain, variant.scheme, made
+    def __init__(self, plain: Weights, variant: Variant, codes: Mapping[tuple[str, Scheme], Applied]) -> None:
+        self.plain, self.scheme, self.made = plain, variant.scheme, codes
         self.keys = frozenset(ref.key for ref in variant.group.linears)
 
     def tensor(self, key: str) -> Tensor:
@@ -207,16 +207,16 @@ class _Sensing(Observer):
     def _statistics(self, line: _Line, group: Sequence[Linear]) -> LinearStats | None:
         """Empty ones of what the schemes of these linears need."""
         first = group[0]
-        wanted = [s for s in (line.schemes[first.key], *line.extra.get(first.key, ())) if s]
-        methods = [self.method_of(first, s) for s in wanted if needs_tokens(s, self.method_of(first, s))]
+        schemes = [s for s in (line.schemes[first.key], *line.extra.get(first.key, ())) if s]
+        methods = [self.method_of(first, s) for s in schemes if needs_tokens(s, self.method_of(first, s))]
         if not methods:
             return None
         return LinearStats.empty(first.in_features, self.device, any(method.hessian for method in methods))
 
     def _make(self, group: Sequence[Linear], scheme: Scheme, stats: LinearStats | None) -> list[Applied]:
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
-            seen = f"the input of '{group[0].key}' is not finite on the calibration text"
-            raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
+            problem = f"the input of '{group[0].key}' is not finite on the calibration text"
+            raise CalibrationError(problem, "check the source model: its hidden states overflow before this layer")
         method = self.method_of(group[0], scheme)
         job = GroupJob(
             tuple(self.tensor(ref.weight) for ref in group), stats if needs_tokens(scheme, method) else None, scheme, method
@@ -273,8 +273,8 @@ def run_pass(
     Raises CalibrationError, CheckpointError where numbers are not finite.
     """
     sensing = _Sensing(reader, spec, method_of, texts, variants, anchors, device)
-    kept = dict.fromkeys((ref.key for ref in spec.linears()), None)
-    pair = Pair(spec, sensing.plain, sensing.plain, kept, device, sensing.release)
+    unquantized = dict.fromkeys((ref.key for ref in spec.linears()), None)
+    pair = Pair(spec, sensing.plain, sensing.plain, unquantized, device, sensing.release)
     # A track has three tapes at once: hidden states, what its MLPs read, and K and V.
     loop = Lockstep(pair, scratch, [sensing], _MEMORY // (3 * (len(variants) + 2 * len(anchors) + 2)))
     loop.embed()

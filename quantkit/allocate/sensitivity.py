@@ -102,11 +102,11 @@ def combined(losses: Iterable[float], exponent: float) -> float:
 def exponent_of(sums: Sequence[tuple[Sequence[float], float]]) -> float:
     """The p of `combined` with the least squared error of log KL over (KL of each group, KL measured of all), from 0.5 to 3;
     1 without any that lost something."""
-    known = [(losses, kl) for losses, kl in sums if kl > 0 and any(losses)]
-    if not known:
+    usable = [(losses, kl) for losses, kl in sums if kl > 0 and any(losses)]
+    if not usable:
         return 1.0
 
     def misfit(exponent: float) -> float:
-        return sum(math.log(combined(losses, exponent) / kl) ** 2 for losses, kl in known)
+        return sum(math.log(combined(losses, exponent) / kl) ** 2 for losses, kl in usable)
 
     return min((0.5 + step / 200 for step in range(501)), key=misfit)

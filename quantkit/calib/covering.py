@@ -90,10 +90,10 @@ def chosen_windows(counts: Tensor, samples: int, need: Tensor) -> Tensor:
     """int64 [samples], sorted: windows of counts int32 [windows, experts], one by one that which gives the most, as a share
     of what each needs, to experts that lack tokens still; when that is none, the first that are left."""
     missing, left = need.double().clone(), counts.double()
-    taken = torch.zeros(len(counts), dtype=torch.bool)
+    picked = torch.zeros(len(counts), dtype=torch.bool)
     for _ in range(samples):
         gain = (torch.minimum(left, missing.clamp(min=0)) / need).sum(1)
-        best = int(gain.masked_fill(taken, -1.0).argmax())
-        taken[best] = True
+        best = int(gain.masked_fill(picked, -1.0).argmax())
+        picked[best] = True
         missing -= left[best]
-    return taken.nonzero().flatten()
+    return picked.nonzero().flatten()

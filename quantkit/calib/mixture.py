@@ -38,17 +38,17 @@ def sources_of(text: str) -> tuple[Source, ...]:
     """The sources that a text names. A name that is a file, with whatever signs, is that file. Raises CalibrationError."""
     if text in NAMED or os.path.isfile(text) or hub.is_name(text) or not ("+" in text or _SHARE.fullmatch(text)):
         return (Source(text),)
-    found = []
+    sources = []
     for part in text.split("+"):
         match = None if os.path.isfile(part) else _SHARE.fullmatch(part)
-        found.append(Source(match[1], float(match[2])) if match else Source(part))
-    problem = next((f"source '{s.name}' with share {s.share:g}" for s in found if not s.name or s.share <= 0), None)
-    names = [source.name for source in found]
+        sources.append(Source(match[1], float(match[2])) if match else Source(part))
+    problem = next((f"source '{s.name}' with share {s.share:g}" for s in sources if not s.name or s.share <= 0), None)
+    names = [source.name for source in sources]
     if problem is None and len(set(names)) < len(names):
         problem = f"'{next(name for name in names if names.count(name) > 1)}' twice"
     if problem:
         raise CalibrationError(f"the mixture '{text}' has {problem}", "give sources as in chat.jsonl=2+code.jsonl+zh.txt")
-    return tuple(found)
+    return tuple(sources)
 
 
 def short_name(text: str) -> str:
@@ -79,8 +79,8 @@ class Mixture:
         return Documents(every, dict(skipped))
 
     def notes(self) -> tuple[str, ...]:
-        found = (texts.note(source.name) for source, texts in zip(self.sources, self.texts, strict=True))
-        return tuple(note for note in found if note)
+        every = (texts.note(source.name) for source, texts in zip(self.sources, self.texts, strict=True))
+        return tuple(note for note in every if note)
 
     def counts(self, samples: int) -> list[int]:
         """Of so many windows how many are each source's: by share, what is left to those with the largest remainders."""

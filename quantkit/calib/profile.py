@@ -73,12 +73,12 @@ def _profile(texts: Iterable[str]) -> Profile:
     return Profile({name: count / total for name, count in letters.most_common()}, code / max(1, lines))
 
 
-def one_kind(name: str, found: Profile) -> str | None:
+def one_kind(name: str, profile: Profile) -> str | None:
     """What to tell of a calibration text that is all of one script or domain: what it has not read is hardly calibrated."""
-    script, share = next(iter(found.scripts.items()), ("none", 1.0))
+    script, share = next(iter(profile.scripts.items()), ("none", 1.0))
     kinds = [f"{share:.0%} of its letters are {script}"] if share >= _ALL else []
-    if found.code >= _MOSTLY_CODE:
-        kinds.append(f"{found.code:.0%} of its lines look like code")
+    if profile.code >= _MOSTLY_CODE:
+        kinds.append(f"{profile.code:.0%} of its lines look like code")
     if not kinds:
         return None
     return (

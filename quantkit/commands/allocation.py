@@ -82,9 +82,9 @@ class Found:
 
 def asked_for(options: dict[str, Any]) -> Asked:
     """Take `target_options` and `extent_options` out of a command's options. Raises ConfigError."""
-    given = {name: options.pop(name) for name in ("target_bits", "target_size", "target_kl")}
+    targets = {name: options.pop(name) for name in ("target_bits", "target_size", "target_kl")}
     file, extent = options.pop("sensitivity"), {name: options.pop(name) for name in _MEASURED}
-    stated = [name for name, value in given.items() if value is not None]
+    stated = [name for name, value in targets.items() if value is not None]
     if len(stated) > 1:
         words = " and ".join(f"--{name.replace('_', '-')}" for name in stated)
         raise ConfigError(f"{words} are {len(stated)} targets", "give one")
@@ -96,8 +96,8 @@ def asked_for(options: dict[str, Any]) -> Asked:
         return Asked(None, None, extent)
     from quantkit.allocate.choose import Target, bytes_of
 
-    size = bytes_of(given["target_size"]) if given["target_size"] else None
-    return Asked(Target(given["target_bits"], size, given["target_kl"]), file, extent)
+    size = bytes_of(targets["target_size"]) if targets["target_size"] else None
+    return Asked(Target(targets["target_bits"], size, targets["target_kl"]), file, extent)
 
 
 def _extent(options: dict[str, Any], recipe: Recipe) -> Extent:
@@ -113,7 +113,7 @@ def _extent(options: dict[str, Any], recipe: Recipe) -> Extent:
 def found(
     model: str,
     recipe: Recipe,
-    asked: Asked,
+    request: Asked,
     served: Served | None,
     out: Path | None,
     device: str = "auto",
@@ -121,7 +121,7 @@ def found(
 ) -> Found:
     """The recipe that meets a target. out: where a result will go; sensitivities that were not named are measured beside
     it. Raises ConfigError."""
-    if asked.target is None:
+    if request.target is None:
         return Found(recipe)
     from quantkit.allocate.choose import allocate
     from quantkit.allocate.measuring import measuring_of
@@ -134,16 +134,16 @@ def found(
     if recipe.scheme is not None:
         raise ConfigError(f"--scheme {recipe.scheme} and a target, which chooses schemes", "give --schemes NAME,...")
     reader = CheckpointReader(find_model(model))
-    file = asked.file or (out.with_name(f"{out.name}.sensitivity.json") if out else None)
-    if asked.file is None and (file is None or not file.exists()):
-        measuring = measuring_of(reader, recipe, _extent(asked.extent, recipe))
+    file = request.file or (out.with_name(f"{out.name}.sensitivity.json") if out else None)
+    if request.file is None and (file is None or not file.exists()):
+        measuring = measuring_of(reader, recipe, _extent(request.extent, recipe))
         if out is None or file is None:
             return Found(recipe, measuring=measuring.summary())
         _measure(reader, measuring, file, device, quiet)
     assert file is not None
     measured = Sensitivity.read(file)
-    _check_asked(asked.extent, recipe, measured, file)
-    allocation = allocate(reader, recipe, measured, asked.target, served)
+    _check_asked(request.extent, recipe, measured, file)
+    allocation = allocate(reader, recipe, measured, request.target, served)
     return Found(allocation.recipe, {**allocation.as_dict(), "sensitivity": str(file)})
 
 
@@ -151,16 +151,16 @@ def _check_asked(options: dict[str, Any], recipe: Recipe, measured: Sensitivity,
     """Sensitivities that are there already must be those that are asked for, where anything is asked of them."""
     from quantkit.allocate.groups import label
 
-    asked = _extent(options, recipe)
+    extent = _extent(options, recipe)
     pairs = {
-        "schemes": (",".join(map(label, asked.schemes)), ",".join(measured.schemes)),
-        "bands": (asked.bands, measured.bands),
-        "sensitivity_text": (asked.text, measured.text),
+        "schemes": (",".join(map(label, extent.schemes)), ",".join(measured.schemes)),
+        "bands": (extent.bands, measured.bands),
+        "sensitivity_text": (extent.text, measured.text),
     }
-    for name, (wanted, there) in pairs.items():
-        if options[name] is not None and wanted != there:
+    for name, (value, there) in pairs.items():
+        if options[name] is not None and value != there:
             option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{file} was measured with {option} {there}, and {wanted} is asked for", "name another file")
+            raise ConfigError(f"{file} was measured with {option} {there}, and {value} is asked for", "name another file")
 
 
 def _measure(reader: Any, measuring: Any, file: Path, device: str, quiet: bool) -> Any:

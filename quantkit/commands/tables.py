@@ -75,8 +75,8 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
         + ("" if plan["calibrated"] else "; no calibration needed")
         + "".join(f"\n{line}" for line in (share_line(plan["bf16_share"]), *plan["notes"]))
     )
-    shown = {"allocation": allocation_table, "measuring": cost_table, "engine": engine_table}
-    parts = [render(plan[name]) for name, render in shown.items() if name in plan]
+    sections = {"allocation": allocation_table, "measuring": cost_table, "engine": engine_table}
+    parts = [render(plan[name]) for name, render in sections.items() if name in plan]
     return Group(table, *parts) if parts else table
 
 

@@ -35,21 +35,21 @@ def covered(
     recipe = plan.recipe
     pool = mixture.windows(tokenizer, POOL * plan.samples, recipe.seq_len, recipe.seed)
     key = {"pool": tokens.digest(pool), "source": reader.fingerprint(), "samples": plan.samples}
-    found = _known(chosen_file(target), key)
-    if found is None:
+    choice = _known(chosen_file(target), key)
+    if choice is None:
         with TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}-coverage-") as scratch:
             counts = routed_tokens(reader, plan.model, pool, device, Path(scratch))
         need = needed(plan.model)
         chosen = chosen_windows(counts, plan.samples, need)
         spread = torch.linspace(0, len(pool) - 1, plan.samples).long()  # of all sources, as without a choice
-        found = {
+        choice = {
             "chosen": chosen.tolist(),
             "experts": len(need),
             "short": lacking(counts[chosen], need),
             "short_without": lacking(counts[spread], need),
         }
-        write_json(chosen_file(target), {**key, **found})
-    return pool[torch.tensor(found["chosen"])], found
+        write_json(chosen_file(target), {**key, **choice})
+    return pool[torch.tensor(choice["chosen"])], choice
 
 
 def _known(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:

@@ -63,5 +63,5 @@ def windows_for(spec: ModelSpec, seq_len: int) -> int:
 
 def forecast(spec: ModelSpec, tokens: int) -> Forecast | None:
     """None for a model without experts."""
-    found = [Forecast(tokens, round(tokens / share), features) for share, features in _dilution(spec)]
-    return min(found, key=lambda one: one.per_feature, default=None)
+    forecasts = [Forecast(tokens, round(tokens / share), features) for share, features in _dilution(spec)]
+    return min(forecasts, key=lambda one: one.per_feature, default=None)
