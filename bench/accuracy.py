@@ -23,8 +23,8 @@ from quantkit.recipe import Recipe
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 RUNS: dict[str, list[Recipe]] = {
-    "W4A16 RTN": [Recipe(method="rtn")],
-    "W4A16 GPTQ": [Recipe(seed=seed) for seed in range(3)],
+    "W4A16 RTN": [Recipe(scheme="W4A16", method="rtn")],
+    "W4A16 GPTQ": [Recipe(scheme="W4A16", seed=seed) for seed in range(3)],
     "W4A16_ASYM RTN": [Recipe(scheme="W4A16_ASYM", method="rtn")],
     "W4A16_ASYM GPTQ": [Recipe(scheme="W4A16_ASYM", seed=seed) for seed in range(3)],
     **{

@@ -55,7 +55,7 @@ def main(windows: str, against: Path | None) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        quantkit.quantize(MODEL, out, quantkit.Recipe(method="rtn"), device="cpu")
+        quantkit.quantize(MODEL, out, quantkit.Recipe(scheme="W4A16", method="rtn"), device="cpu")
         size = sum(path.stat().st_size for place in (MODEL, out) for path in place.glob("*.safetensors"))
         for count in map(int, windows.split(",")):
             row = {"windows": count, "bytes": reads(ROOT, out, count)}

@@ -58,7 +58,7 @@ def main(windows: int, seq_len: int, rounds: int) -> None:
     model = ROOT / "examples" / "tiny-hunyuan"
     with tempfile.TemporaryDirectory() as folder:
         out, cache = Path(folder) / "out", Path(folder) / "cache"
-        quantkit.quantize(model, out, Recipe(method="rtn"))
+        quantkit.quantize(model, out, Recipe(scheme="W4A16", method="rtn"))
         runs: dict[str, Callable[[], object]] = {
             "two forward passes": lambda: forwards([model, out], windows, seq_len),
             "eval": lambda: measure(out, model, extent=Extent(seq_len=seq_len, windows=windows)),

@@ -24,7 +24,7 @@ import quantkit
 from quantkit.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
-RECIPES = {"INT4": Recipe(method="rtn"), "FP8": Recipe(scheme="FP8_DYNAMIC")}
+RECIPES = {"INT4": Recipe(scheme="W4A16", method="rtn"), "FP8": Recipe(scheme="FP8_DYNAMIC")}
 
 
 def seconds_per_token(models: dict[str, Any], rounds: int, tokens: int) -> dict[str, float]:

@@ -67,6 +67,7 @@ def main(width: int, out: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             weights = write_model(Path(folder) / "model", layers, width)
             command = [sys.executable, "-m", "quantkit.cli", "quantize", f"{folder}/model", "-o", f"{folder}/out"]
+            command += ["--scheme", "W4A16"]
             peak = peak_of([*command, "--quiet"])
         rows.append({"layers": layers, "checkpoint_mb": weights / 1e6, "peak_mb": peak})
     table = Table(title=f"peak memory of quantkit quantize (INT4, GPTQ, 128 x 512 tokens), width {width}")

@@ -34,7 +34,7 @@ def plan(name: str) -> dict[str, Any]:
         source = write_sparse(Path(folder) / "model", RELEASED[name])
         (Path(folder) / "model" / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
         command = [sys.executable, "-m", "quantkit.cli", "quantize", f"{folder}/model", "-o", f"{folder}/out"]
-        command = [sys.executable, "-c", RUN, *command, "--dry-run", "--json", "--group-size", "32"]
+        command = [sys.executable, "-c", RUN, *command, "--dry-run", "--json", "--scheme", "W4A16", "--group-size", "32"]
         begun = time.perf_counter()
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         seconds = time.perf_counter() - begun

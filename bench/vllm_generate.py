@@ -122,7 +122,7 @@ def make_model(folder: Path, layers: int) -> int:
     from quantkit.recipe import Recipe
 
     size = write_model(folder / "BF16", layers, 2048, {**SHAPE, "intermediate_size": 1536, "moe_intermediate_size": 1536})
-    quantkit.quantize(folder / "BF16", folder / "INT4", Recipe(method="rtn"))
+    quantkit.quantize(folder / "BF16", folder / "INT4", Recipe(scheme="W4A16", method="rtn"))
     return size
 
 

@@ -11,9 +11,10 @@ import click
 
 from quantkit import __version__
 from quantkit.choices import KERNELS, TARGETS, Kernels, KVFormat
+from quantkit.commands import allocation as cli_allocation
 from quantkit.commands import evaluate as cli_eval
 from quantkit.commands.command import Main, as_json, command, show
-from quantkit.commands.options import bos_option, deployment, engine_options, read_recipe, recipe_options
+from quantkit.commands.options import bos_option, deployment, engine_options, fitting, read_recipe, recipe_options, served_by
 
 __all__ = ["main"]
 
@@ -39,6 +40,9 @@ def main() -> None:
 @click.argument("model")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New folder for the result.")
 @recipe_options
+@cli_allocation.target_options
+@cli_allocation.extent_options
+@engine_options
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.", show_default=True)
 @click.option("--held-out", metavar="FILE|NAME", help="Evaluate on this text in the same pass; see OUT/eval/report.html.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show the plan, write nothing.")
@@ -50,6 +54,7 @@ def quantize(
     out: Path,
     device: str,
     recipe_file: Path | None,
+    engine: str | None,
     held_out: str | None,
     dry_run: bool,
     as_json: bool,
@@ -63,7 +68,7 @@ def quantize(
 
     \b
     quantkit quantize MODEL -o OUT
-    quantkit quantize MODEL -o OUT --experts W4A16 --attention W8A16 --shared-experts W8A16   (recommended)
+    quantkit quantize MODEL -o OUT --target-bits 4.5 --engine vllm --tp 8
     quantkit quantize UNKNOWN -o OUT --linears 'encoder.*.fc?' --linears '*_proj' --scheme FP8_DYNAMIC
     """
     from quantkit.checkpoint.folder import find_model, without_tokenizer
@@ -73,19 +78,24 @@ def quantize(
     from quantkit.errors import ConfigError, counted
     from quantkit.job import pipeline
 
-    recipe = read_recipe(recipe_file, options)
+    request, served = cli_allocation.asked_for(options), served_by(engine, options, model)
+    recipe = fitting(read_recipe(recipe_file, options), served)
     screen = console(stderr=True)
     if held_out and recipe.linears:
         raise ConfigError("--held-out needs an architecture that quantkit knows", "leave out --linears or --held-out")
     riding = cli_eval.held_out_text(held_out, model, recipe.add_bos) if held_out else None
+    choice = cli_allocation.found(model, recipe, request, served, None if dry_run else out, device, quiet)
+    recipe = choice.recipe
     if dry_run:
-        show(pipeline.describe(model, out, recipe, device), plan_table, as_json)
+        show({**pipeline.describe(model, out, recipe, device), **choice.shown()}, plan_table, as_json)
         return
     for note in weight_sets(find_model(model)):
         click.echo(f"warning: {note}", err=True)
     progress = None if quiet else lambda step: screen.print(layer_line(step), soft_wrap=True)
     beside = [riding.evaluation] if riding else []
-    record = pipeline.quantize(model, out, recipe, device=device, progress=progress, beside=beside)
+    record = pipeline.quantize(
+        model, out, recipe, device=device, progress=progress, beside=beside, allocation=choice.allocation
+    )
     for line in record["recovered"]:
         click.echo(f"warning: {line}", err=True)
     if not recipe.linears and (missing := without_tokenizer(out)):
@@ -109,6 +119,8 @@ def quantize(
 @main.command()
 @click.argument("model")
 @recipe_options
+@cli_allocation.target_options
+@cli_allocation.extent_options
 @engine_options
 @as_json
 @command
@@ -123,22 +135,22 @@ def plan(model: str, recipe_file: Path | None, engine: str | None, as_json: bool
     from quantkit.checkpoint.folder import find_model
     from quantkit.checkpoint.reader import CheckpointReader
     from quantkit.commands.tables import plan_table
-    from quantkit.engines.registry import engine_named
     from quantkit.errors import ConfigError
     from quantkit.job.plan import make_plan, summary
 
-    chosen = engine_named(engine) if engine else None
-    devices = deployment(options, needed_by=None if chosen else "--engine")
-    recipe = read_recipe(recipe_file, options)
-    if chosen and recipe.linears:
+    request, served = cli_allocation.asked_for(options), served_by(engine, options, model)
+    recipe = fitting(read_recipe(recipe_file, options), served)
+    if served and recipe.linears:
         raise ConfigError("--engine needs an architecture that quantkit knows", "leave out --linears or --engine")
+    choice = cli_allocation.found(model, recipe, request, served, None)
     reader = CheckpointReader(find_model(model))
-    planned = make_plan(reader, recipe)
-    data = summary(planned)
-    if chosen:
+    planned = make_plan(reader, choice.recipe)
+    data = {**summary(planned), **choice.shown()}
+    if served:
         from quantkit.engines.assess import assess
 
-        assessment = assess(chosen, planned.model, reader.config, planned.schemes, planned.written, devices)
+        how = served.engine, planned.model, reader.config, planned.schemes, planned.written, served.deployment
+        assessment = assess(*how)
         data["engine"] = assessment.as_dict()
         show(data, plan_table, as_json)
         sys.exit(assessment.verdict.exit_code)
@@ -172,6 +184,7 @@ def convert(model: str, out: Path, to: str, as_json: bool, quiet: bool) -> None:
         console().print(f"{out}: {record['from']} -> {to}, {sizes}, {lost}, verified{notes}", soft_wrap=True)
 
 
+main.add_command(cli_allocation.sensitivity)
 main.add_command(cli_eval.evaluate)
 main.add_command(cli_eval.report)
 

@@ -11,6 +11,7 @@ __all__ = ["LIBRARIES", "install", "lacking", "need"]
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "report": ("matplotlib", "jinja2"),
     "chat": ("jinja2",),
+    "allocate": ("scipy",),
     "parquet": ("pyarrow",),
     "datasets": ("datasets",),
     "tasks": ("lm_eval",),

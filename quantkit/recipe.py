@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from quantkit.errors import ConfigError
-from quantkit.model.spec import OPTION_ROLES, Linear
+from quantkit.model.spec import OPTION_ROLES, Linear, Role
 from quantkit.quant.method import PARAMETERS, Method, MethodName
 from quantkit.scheme import BF16, Scheme, scheme_named
 
@@ -98,6 +98,7 @@ class Rule(BaseModel):
 
 
 _NOTHING = Rule.model_construct(match="*")  # what is as if there were no rule
+_USUAL, _EVERY_TOKEN = "W4A16", "W8A16"  # schemes that nobody has to name
 
 
 class Recipe(BaseModel):
@@ -107,7 +108,7 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    scheme: str = "W4A16"
+    scheme: str | None = None  # None: by what the model is, see `settled`
     experts: str | None = None
     shared_experts: str | None = None
     attention: str | None = None
@@ -118,9 +119,10 @@ class Recipe(BaseModel):
     method: MethodName | None = None
     damping: _Damping | None = None
     calibration: str = "stdlib"
-    samples: int = Field(default=128, ge=1)
+    samples: int | None = Field(default=None, ge=1)  # None: by the model's shapes, see job/forecast.py
     seq_len: int = Field(default=512, ge=8)
     seed: int = Field(default=0, ge=0)
+    cover: bool = False  # choose windows by where the BF16 model routes them, see calib/covering.py
     add_bos: bool | None = None  # whether raw text gets a beginning-of-text token; None: as the model was trained
 
     @model_validator(mode="before")
@@ -163,8 +165,18 @@ class Recipe(BaseModel):
             )
             raise ConfigError(f"{where}: field '{name}' is {first['input']!r}: {first['msg']}", fix) from error
 
+    def settled(self, roles: Collection[Role]) -> Recipe:
+        """The recipe with a general scheme, for a model that has these roles. Where none is named it is W4A16; in a model
+        with routed experts what every token passes gets W8A16, at a few per cent of the bytes (docs/accuracy.md)."""
+        if self.scheme is not None:
+            return self
+        every = (Role.ATTENTION, Role.SHARED_EXPERTS, Role.MLP) if Role.EXPERTS in roles else ()
+        named = {role.value: _EVERY_TOKEN for role in every if role in roles and getattr(self, role.value) is None}
+        return self.model_copy(update={"scheme": _USUAL, **named})
+
     def scheme_of(self, ref: Linear) -> Scheme | None:
-        """The scheme of one linear: first matching rule, else its role's, else the general one. None keeps it.
+        """The scheme of one linear: first matching rule, else its role's, else the general one, which is W4A16 in a recipe
+        that is not settled. None keeps it.
 
         linears: for an unknown architecture, globs of which a linear must match one.
         """
@@ -172,7 +184,7 @@ class Recipe(BaseModel):
             return None
         rule = self.rule_of(ref.key) or _NOTHING
         by_role = getattr(self, ref.role.value) if ref.role in OPTION_ROLES else None
-        return scheme_named(rule.scheme or by_role or self.scheme, rule.group_size or self.group_size)
+        return scheme_named(rule.scheme or by_role or self.scheme or _USUAL, rule.group_size or self.group_size)
 
     def rule_of(self, key: str) -> Rule | None:
         """The rule that decides of a linear: the first that matches its name."""

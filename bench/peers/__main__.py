@@ -59,6 +59,7 @@ def command(job: Job, tool: str, method: str, python: str, windows: Path, out: P
         given = (job.model, windows, out, job.group_size, method, job.threads)
         return [python, str(HERE / f"run_{tool.replace('-', '_')}.py"), *map(str, given)]
     options = {
+        "--scheme": "W4A16",
         "--calibration": job.calibration,
         "--samples": job.samples,
         "--seq-len": job.seq_len,

@@ -107,10 +107,10 @@ class Observer:
 
 
 class Lockstep:
-    """scratch: a folder for tapes."""
+    """scratch: a folder for tapes. in_memory: up to so many bytes a tape is kept in memory."""
 
-    def __init__(self, pair: Pair, scratch: Path, observers: Sequence[Observer] = ()) -> None:
-        self.pair, self.scratch, self.observers = pair, scratch, observers
+    def __init__(self, pair: Pair, scratch: Path, observers: Sequence[Observer] = (), in_memory: int = _IN_MEMORY) -> None:
+        self.pair, self.scratch, self.observers, self.in_memory = pair, scratch, observers, in_memory
         self._count = 0
         for observer in observers:
             observer.prepare(self)
@@ -118,9 +118,15 @@ class Lockstep:
     def stream(self, weights: Weights, ids: Tensor, kv_format: KVFormat | None = None) -> Stream:
         """Of int64 ids [windows, length]."""
         self._count += 1
-        place = Place(self.pair.spec, self.pair.device, self.scratch, f"{self._count}-", _IN_MEMORY)
+        place = Place(self.pair.spec, self.pair.device, self.scratch, f"{self._count}-", self.in_memory)
         tape = place.tape("hidden", ids.numel(), self.pair.spec.hidden)
         return Stream(place, (ids.shape[0], ids.shape[1]), weights, tape, tape, kv_format)
+
+    def fork(self, track: Track, weights: Weights) -> Track:
+        """A track that goes on from where this one stands between two layers, by other weights."""
+        stream = self.stream(weights, track.ids, track.stream.kv_format)
+        stream.take(track.stream)
+        return Track(stream, track.ids)
 
     def embed(self) -> None:
         """Start all tracks."""

@@ -111,6 +111,16 @@ class Stream:
             self.target.write(span.start, table[flat[span.start : span.stop].to(table.device)].float())
         self.source = self.target
 
+    def take(self, other: Stream) -> None:
+        """Stand where another stream of as many tokens stands, between two layers: its hidden states, and its K and V."""
+        for span in self.spans():
+            self.target.write(span.start, other.source.read(span.start, span.stop))
+        self.source, self.kv_shape = self.target, other.kv_shape
+        if other.kv is not None:
+            self.kv = self.place.tape("kv", self.rows, other.kv.shape[1])
+            for span in self.spans():
+                self.kv.write(span.start, other.kv.read(span.start, span.stop))
+
     def attention(self, layer: Layer) -> AttentionPart:
         return AttentionPart(self, layer)
 

@@ -15,7 +15,7 @@ from quantkit.calib.documents import Document, Documents
 from quantkit.calib.tokenizer import TextTokenizer
 from quantkit.errors import CalibrationError
 
-__all__ = ["EvalSet", "beginning", "calibration_windows", "digest", "evaluation_set"]
+__all__ = ["EvalSet", "beginning", "calibration_windows", "digest", "evaluation_set", "spare_windows"]
 
 _SHOWN = 8
 
@@ -53,6 +53,36 @@ def calibration_windows(
     each: at most so many tokens of a document. purpose: what the text is for, and what to lower where it is too short.
     Raises CalibrationError when all of them give too few.
     """
+    return _drawn(tokenizer, texts, (samples, 0), seq_len, seed, name, each, purpose)[0]
+
+
+def spare_windows(
+    tokenizer: TextTokenizer,
+    texts: Sequence[Document],
+    samples: int,
+    spare: int,
+    seq_len: int,
+    seed: int,
+    name: str = "given",
+) -> Tensor:
+    """int64 [spare, seq_len]: windows of the same text that `calibration_windows` with the same arguments leaves. Raises
+    CalibrationError where it leaves too few."""
+    purpose = ("calibration", f"lower --samples or --seq-len; {spare} windows beside those of the calibration are needed")
+    return _drawn(tokenizer, texts, (samples, spare), seq_len, seed, name, None, purpose)[1]
+
+
+def _drawn(
+    tokenizer: TextTokenizer,
+    texts: Sequence[Document],
+    counts: tuple[int, int],
+    seq_len: int,
+    seed: int,
+    name: str,
+    each: int | None,
+    purpose: tuple[str, str],
+) -> list[Tensor]:
+    """So many windows, and so many others; see `calibration_windows`."""
+    samples = counts[0]
     generator = np.random.default_rng(seed)
     parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
     total, needed = 0, 2 * samples * seq_len
@@ -62,13 +92,13 @@ def calibration_windows(
         parts.append(np.array(tokenizer.encode_document(texts[index], each), dtype=np.int64))
         total += len(parts[-1])
     count = total // seq_len
-    if count < samples:
-        enough = f"{count} windows of {seq_len}, and {samples} are asked for"
+    if count < sum(counts):
+        enough = f"{count} windows of {seq_len}, and {sum(counts)} are asked for"
         raise CalibrationError(
             f"the {purpose[0]} text '{name}' has {total:,} tokens: {enough}", f"give more text, or {purpose[1]}"
         )
-    chosen = np.sort(generator.permutation(count)[:samples])
-    return torch.from_numpy(np.concatenate(parts)[: count * seq_len].reshape(count, seq_len)[chosen])
+    order, windows = generator.permutation(count), np.concatenate(parts)[: count * seq_len].reshape(count, seq_len)
+    return [torch.from_numpy(windows[np.sort(part)]) for part in (order[:samples], order[samples : sum(counts)])]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,22 @@ from quantkit.choices import KERNELS, METHODS
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from quantkit.allocate.engine import Served
     from quantkit.engines.held import Deployment
     from quantkit.recipe import Recipe
     from quantkit.tasks.tasks import Plan
 
-__all__ = ["bos_option", "deployment", "engine_options", "read_recipe", "read_tasks", "recipe_options", "task_options"]
+__all__ = [
+    "bos_option",
+    "deployment",
+    "engine_options",
+    "fitting",
+    "read_recipe",
+    "read_tasks",
+    "recipe_options",
+    "served_by",
+    "task_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,7 +50,7 @@ def recipe_options(function: F) -> F:
     return _all(
         function,
         [
-            click.option("--scheme", help="Scheme of every linear that no other option names. [default: W4A16]"),
+            click.option("--scheme", help="Scheme of every linear that no other option names. [default: docs/quantize.md]"),
             click.option("--experts", metavar="SCHEME", help="Scheme of the routed experts."),
             click.option("--shared-experts", metavar="SCHEME", help="Scheme of the shared experts."),
             click.option("--attention", metavar="SCHEME", help="Scheme of q, k, v and o projections."),
@@ -54,10 +65,13 @@ def recipe_options(function: F) -> F:
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
             click.option("--method", type=click.Choice(METHODS), help="[default: gptq for INT4, rtn for 8 bits]"),
-            click.option("--calibration", metavar="FILE|NAME", help="A text: docs/formats.md. [default: stdlib]"),
-            click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
+            click.option(
+                "--calibration", metavar="FILE|NAME", help="A text, or a=2+b+c: docs/formats.md. [default: stdlib]"
+            ),
+            click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: by the model]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),
             click.option("--seed", type=int, help="Which windows are drawn, 0 or more. [default: 0]"),
+            click.option("--cover", is_flag=True, default=None, help="Choose windows so that no expert is short."),
             bos_option,
             click.option(
                 "--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file; options given here win."
@@ -98,6 +112,28 @@ def deployment(options: dict[str, Any], needed_by: str | None = None) -> Deploym
     if needed_by and devices != Deployment():
         raise ConfigError(f"--tp, --hardware and their like say how an engine would run: {devices}", f"give {needed_by} too")
     return devices
+
+
+def served_by(engine: str | None, options: dict[str, Any], model: str) -> Served | None:
+    """Take `engine_options` out of a command's options: the engine, and how it would run MODEL. Raises ConfigError."""
+    if engine is None:
+        deployment(options, needed_by="--engine")
+        return None
+    from quantkit.allocate.engine import Served
+    from quantkit.checkpoint.folder import find_model
+    from quantkit.checkpoint.reader import load_json
+    from quantkit.engines.registry import engine_named
+
+    return Served(engine_named(engine), deployment(options), load_json(find_model(model) / "config.json"))
+
+
+def fitting(recipe: Recipe, served: Served | None) -> Recipe:
+    """The recipe in the largest groups that the engine loads, where it names none."""
+    if served is None:
+        return recipe
+    from quantkit.allocate.engine import with_groups
+
+    return with_groups(served, recipe)
 
 
 def task_options(function: F) -> F:

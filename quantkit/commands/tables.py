@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantkit.checkpoint.share import share_line
+from quantkit.commands.allocation_tables import allocation_table, cost_table
 from quantkit.errors import counted, shown_lines
 from quantkit.report.words import size
 
@@ -74,7 +75,9 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
         + ("" if plan["calibrated"] else "; no calibration needed")
         + "".join(f"\n{line}" for line in (share_line(plan["bf16_share"]), *plan["notes"]))
     )
-    return Group(table, engine_table(plan["engine"])) if "engine" in plan else table
+    sections = {"allocation": allocation_table, "measuring": cost_table, "engine": engine_table}
+    parts = [render(plan[name]) for name, render in sections.items() if name in plan]
+    return Group(table, *parts) if parts else table
 
 
 def engine_table(assessment: dict[str, Any]) -> Group:

@@ -15,7 +15,7 @@ from quantkit.formats import compressed_tensors
 from quantkit.model.spec import OPTION_ROLES, Layer, ModelSpec, MoE, Role
 from quantkit.scheme import Scheme, Strategy, scheme_named
 
-__all__ = ["Assessment", "assess", "check_deployment"]
+__all__ = ["Assessment", "assess", "check_deployment", "loads"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,23 @@ def assess(
         if row["verdict"] != Verdict.LOADS.value and view.format == compressed_tensors.FORMAT.name:
             row["instead"] = list(_instead(engine, view, Role(row["role"])))
     return Assessment(engine, deployment, format or "unknown", list(rows.values()), model)
+
+
+def loads(
+    engine: Engine,
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    schemes: Mapping[str, Scheme | None],
+    deployment: Deployment,
+) -> bool:
+    """Whether every weight loads and nothing refuses the model as a whole, asked of one layer of each kind: quick enough to
+    try many assignments of schemes."""
+    thin = _thinned(spec, schemes)
+    own = {ref.key: schemes[ref.key] for ref in thin.linears()}
+    hits = _hits(engine, view_of(thin, config, own, _config(thin, own), deployment))
+    of_model = worst(rule.verdict for rule, hit in hits if hit.held is None)
+    of_weights = worst(rule.verdict for rule, hit in hits if hit.held is not None)
+    return of_weights is Verdict.LOADS and of_model in (Verdict.LOADS, Verdict.UNKNOWN)
 
 
 def _hits(engine: Engine, view: View) -> list[tuple[Rule, Hit]]:

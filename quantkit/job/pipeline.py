@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor
 import quantkit
 from quantkit.atomic import sha256
 from quantkit.calib import tokens
-from quantkit.calib.documents import read_documents
+from quantkit.calib.covering import POOL
 from quantkit.calib.lockstep import Lockstep, Observer
+from quantkit.calib.mixture import read_mixture
+from quantkit.calib.profile import one_kind, profile_of
 from quantkit.calib.tape import Tape
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.checkpoint.by_name import Part
@@ -29,6 +31,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import ConfigError, OutputError, QuantkitError, VerificationError
 from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
+from quantkit.job.covered import chosen_file, covered
 from quantkit.job.journal import Journal
 from quantkit.job.partial import (
     RECORD,
@@ -85,11 +88,12 @@ def quantize(
     device: str = "auto",
     progress: Progress | None = None,
     beside: Sequence[Observer] = (),
+    allocation: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Quantize the checkpoint `model` into the new folder `out`; returns what run.json there says.
 
     beside: what else passes through the layers while they are quantized, such as held-out text (`measure.run.Evaluation`);
-    not called where OUT is there already.
+    not called where OUT is there already. allocation: what the recipe was chosen by, for run.json; it decides nothing.
 
     Interrupted, the same call resumes and ends with the same bytes; finished, it returns that again. Raises a QuantkitError,
     and leaves no `out`, when anything is wrong.
@@ -100,7 +104,7 @@ def quantize(
         return record
     if shortage := ready.shortage():
         raise OutputError(shortage, "free space, or choose another OUT")
-    job = _Job(ready, key, beside)
+    job = _Job(ready, key, beside, allocation)
     try:
         return job.run(progress or (lambda step: None))
     finally:
@@ -111,7 +115,7 @@ def quantize(
 def describe(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> dict[str, Any]:
     """What `quantize` would do (--dry-run). Raises whatever it would refuse before its first layer, except that a disk
     without enough space is a note: the plan may be for another machine."""
-    ready = _prepare(model, out, recipe, device)
+    ready = _prepare(model, out, recipe, device, dry=True)
     made_by(ready.target, ready.key())
     plan, shortage = ready.plan, ready.shortage()
     return {**summary(plan), "notes": [*plan.notes, *ready.text_notes, *([shortage] if shortage else [])]}
@@ -150,7 +154,7 @@ class _Ready:
         }
 
 
-def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) -> _Ready:
+def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str, dry: bool = False) -> _Ready:
     start, place, target = time.monotonic(), pick_device(device), Path(out)
     folder = find_model(model)
     refuse_others(target)
@@ -158,26 +162,43 @@ def _prepare(model: str | Path, out: str | Path, recipe: Recipe, device: str) ->
     changed = published_files(folder, reader.config)
     source = Watch(folder, reader.shards, watched(folder, changed))
     plan = make_plan(reader, recipe)
-    ids, text, notes = _calibration(reader, plan) if plan.calibrated else (None, None, ())
+    ids, text, notes = _calibration(reader, plan, place, target, dry) if plan.calibrated else (None, None, ())
     return _Ready(reader, source, plan, ids, text, notes, changed, target, place, start)
 
 
-def _calibration(reader: CheckpointReader, plan: Plan) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
-    """Windows, what they were made of, and what to tell of it."""
+def _calibration(
+    reader: CheckpointReader, plan: Plan, device: torch.device, target: Path, dry: bool
+) -> tuple[Tensor, dict[str, Any], tuple[str, ...]]:
+    """Windows, what they were made of, and what to tell of it. dry: without a pass of the model that chooses them."""
     recipe = plan.recipe
-    tokenizer, texts = load_text_tokenizer(reader.folder, recipe.add_bos), read_documents(recipe.calibration)
-    ids = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed, recipe.calibration)
+    tokenizer, mixture = load_text_tokenizer(reader.folder, recipe.add_bos), read_mixture(recipe.calibration)
+    choice: dict[str, Any] = {}
+    notes = list(mixture.notes())
+    if recipe.cover and (not dry or chosen_file(target).exists()):
+        ids, choice = covered(reader, plan, tokenizer, mixture, device, target)
+    else:
+        ids = mixture.windows(tokenizer, plan.samples, recipe.seq_len, recipe.seed)
+        if recipe.cover:
+            notes.append(f"--cover passes {POOL} times {ids.numel():,} tokens through the BF16 model first, but not here")
     if int(ids.max()) >= plan.model.vocab:
         raise ConfigError(
             f"the tokenizer in {reader.folder} gives id {int(ids.max())}, but the vocabulary ends at {plan.model.vocab - 1}",
             "use the tokenizer that belongs to this model",
         )
-    note = texts.note(recipe.calibration)
-    return ids, tokens.beginning(tokenizer, texts), (note,) if note else ()
+    texts = mixture.documents
+    profile, counts = profile_of(texts), mixture.counts(plan.samples)
+    text = {**tokens.beginning(tokenizer, texts), "profile": profile.as_dict(), **({"cover": choice} if choice else {})}
+    if len(counts) > 1:
+        text["windows"] = {source.name: count for source, count in zip(mixture.sources, counts, strict=True)}
+    kind = one_kind(recipe.calibration, profile)
+    return ids, text, (*notes, *([kind] if kind else []))
 
 
 class _Job:
-    def __init__(self, ready: _Ready, key: dict[str, str], beside: Sequence[Observer]) -> None:
+    def __init__(
+        self, ready: _Ready, key: dict[str, str], beside: Sequence[Observer], allocation: Mapping[str, Any] | None
+    ) -> None:
+        self.allocation = allocation
         self.start, self.target, self.source = ready.start, ready.target, ready.source
         self.reader, self.plan, self.ids, self.key, self.ready = ready.reader, ready.plan, ready.ids, key, ready
         self.partial = partial_of(ready.target)
@@ -351,4 +372,5 @@ class _Job:
             "wall_seconds_of_last_run": round(time.monotonic() - self.start, 2),
             "peak_memory_bytes": peak_memory(),
             "notes": [*self.plan.notes, *self.ready.text_notes],
+            **({"allocation": dict(self.allocation)} if self.allocation else {}),
         }

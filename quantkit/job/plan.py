@@ -6,12 +6,12 @@ would not load.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+from quantkit.calib.mixture import short_name
 from quantkit.checkpoint.by_name import NamedSpec, is_known, spec_by_name
 from quantkit.checkpoint.coverage import Coverage, Fate, account, bystanders
 from quantkit.checkpoint.folder import without_tokenizer
@@ -24,6 +24,7 @@ from quantkit.dtypes import FLOATS
 from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.job.chosen import Chosen, choose, is_kept_by_rule, joined
+from quantkit.job.forecast import Forecast, forecast, windows_for
 from quantkit.job.kept import check_meant
 from quantkit.job.methods import methods_of, needs_tokens
 from quantkit.job.placement import Unit, place
@@ -36,7 +37,14 @@ from quantkit.scheme import BF16, Scheme, Strategy, labels
 
 __all__ = ["Plan", "make_plan", "summary"]
 
-_TEXT = {"calibration", "samples", "seq_len", "seed", "add_bos"}  # what of a recipe decides nothing without calibration
+_TEXT = {
+    "calibration",
+    "samples",
+    "seq_len",
+    "seed",
+    "add_bos",
+    "cover",
+}  # what of a recipe decides nothing without calibration
 
 
 @dataclass(frozen=True)
@@ -86,11 +94,25 @@ class Plan:
         fields = self.recipe.model_dump(mode="json")
         fields |= {role.value: fields[role.value] or self.recipe.scheme for role in OPTION_ROLES}
         # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
-        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0])}
+        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0]), "cover": (False,)}
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
             return {name: value for name, value in fields.items() if name not in _TEXT}
-        return {**fields, "calibration": Path(self.recipe.calibration).name}
+        return {**fields, "calibration": short_name(self.recipe.calibration)}
+
+    @property
+    def samples(self) -> int:
+        """Calibration windows, which a calibrated run has."""
+        assert self.recipe.samples
+        return self.recipe.samples
+
+    @cached_property
+    def forecast(self) -> Forecast | None:
+        """How many tokens its experts will get, where any of them needs tokens."""
+        experts = (ref.key for ref in self.spec.linears() if ref.role is Role.EXPERTS and ref.key in self.methods)
+        if not any(needs_tokens(self.schemes[key], self.methods[key]) for key in experts):
+            return None
+        return forecast(self.model, self.samples * self.recipe.seq_len)
 
     @property
     def tape_bytes(self) -> int:
@@ -99,7 +121,7 @@ class Plan:
             return 0
         a, hidden = self.model.layers[0].attention, self.model.hidden
         width = 3 * hidden + a.kv_width + max(hidden, a.o.in_features)
-        return self.recipe.samples * self.recipe.seq_len * width * 4
+        return self.samples * self.recipe.seq_len * width * 4
 
     def by_role(self) -> dict[str, dict[str, Any]]:
         """Per role: the schemes, how many linears and weights, and bits per weight on disk."""
@@ -126,8 +148,9 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
             f"{where} says the model is already quantized", "start from the BF16 model, or use 'quantkit convert --to bf16'"
         )
     spec = _by_name(reader, recipe) if recipe.linears else build_spec(reader.config, where)
-    chosen = None
+    recipe, chosen = recipe.settled({ref.role for ref in spec.linears()}), None
     if isinstance(spec, ModelSpec):
+        recipe = recipe.model_copy(update={"samples": recipe.samples or windows_for(spec, recipe.seq_len)})
         _check_names(reader, spec)
     else:
         chosen = choose(reader, spec, recipe)
@@ -158,6 +181,8 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
     elif plan.calibrated and spec.positions and recipe.seq_len > spec.positions:
         problem = f"seq_len {recipe.seq_len} is longer than the model reads: max_position_embeddings in {where}"
         raise ConfigError(f"{problem} is {spec.positions}", f"give --seq-len {spec.positions} or less")
+    if plan.forecast and (note := plan.forecast.note()):
+        plan = replace(plan, notes=(*plan.notes, note))
     if problems := compressed_tensors.inexact(plan.written, schemes, *bystanders(spec)):
         raise ConfigError(
             f"the config for engines would not be exact: {problems[0]}", "choose patterns that keep them apart"
@@ -178,6 +203,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tape_bytes": plan.tape_bytes,
         "shards": sum(len(unit.shards) for unit in plan.units),
         "calibrated": plan.calibrated,
+        "calibration_tokens": plan.samples * plan.recipe.seq_len if plan.calibrated else 0,
+        "coverage_forecast": plan.forecast.as_dict() if plan.forecast else None,
         "bf16_share": plan.kept_share,
         "notes": list(plan.notes),
         "recipe": plan.recipe.model_dump(),

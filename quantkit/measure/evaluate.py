@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
+from quantkit.calib.profile import Profile, profile_of, unlike
 from quantkit.calib.tokenizer import TextTokenizer, end_tokens, has_tokenizer, load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import Contents, contents
@@ -30,6 +31,7 @@ from quantkit.measure.sections import divergence, kv_cache, layer_rows, moe, pro
 from quantkit.measure.sides import side_by_side
 from quantkit.model.cache import KVFormat
 from quantkit.model.spec import ModelSpec
+from quantkit.report.allocation_schema import allocation_in
 from quantkit.report.schema import Context, Finite, Overlap, Report, SpeedRow, Verdict
 from quantkit.report.text_schema import TextTokens
 from quantkit.run.bench import bench, matrices_of
@@ -112,6 +114,7 @@ def measure(
         worst_tokens=worst_tokens(run.worst, data, job.read.tokenizer),
         samples=samples,
         notes=[*job.notes(), *notes, *where],
+        allocation=allocation_in(record),
         size=size(models[0].folder, models[1].folder, record, round(time.monotonic() - begun, 2)).model_copy(
             update={"speed": _speed(models[1], device) if extent.speed else []}
         ),
@@ -160,7 +163,12 @@ class _Job:
         )
         sets = [note for model in self.models for note in weight_sets(model.folder)]
         doubtful = [*([base_note] if schemes else []), *([overlap_note] if share >= _SEEN else [])]
-        return [*sets, *changed, *self.read.notes, *doubtful]
+        return [*sets, *changed, *self.read.notes, *doubtful, *self._unlike()]
+
+    def _unlike(self) -> list[str]:
+        """What the text is, and the calibration text was not."""
+        calibrated = Profile.of((self.record.get("calibration_text") or {}).get("profile"))
+        return unlike(calibrated, self.read.profile) if calibrated else []
 
 
 def _prepare(quantized: str | Path, baseline: str | Path, text: str, extent: Extent, place: torch.device) -> _Job:
@@ -186,6 +194,7 @@ class HeldOut:
     data: EvalSet
     long_ids: Tensor | None
     began: TextTokens
+    profile: Profile
     notes: tuple[str, ...]
 
 
@@ -205,7 +214,7 @@ def read_text(folder: Path, config: dict[str, Any], text: str, extent: Extent) -
         long_ids = tokens.calibration_windows(tokenizer, texts, _CONTEXT_WINDOWS, extent.context, 0, text, each, purpose)
     note = texts.note(text)
     began = TextTokens.model_validate(tokens.beginning(tokenizer, texts))
-    return HeldOut(tokenizer, data, long_ids, began, (note,) if note else ())
+    return HeldOut(tokenizer, data, long_ids, began, profile_of(texts), (note,) if note else ())
 
 
 def _finite(run: Evaluation, context: Context | None, scored: int, unwritten: int) -> tuple[Finite, list[str]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import quantkit
 from quantkit.calib import tokens
-from quantkit.calib.documents import read_documents
+from quantkit.calib.covering import POOL
+from quantkit.calib.mixture import read_mixture
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.calib.tokens import EvalSet
 from quantkit.checkpoint.contents import Contents
@@ -120,8 +121,11 @@ def overlap(record: dict[str, Any], model: Path, data: EvalSet) -> Overlap:
         return Overlap(ngram=_NGRAM, share=0.0, note="no calibration text was used")
     recipe = Recipe.of(record["recipe"], RECORD)
     try:
-        texts, tokenizer = read_documents(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
-        windows = tokens.calibration_windows(tokenizer, texts, recipe.samples, recipe.seq_len, recipe.seed)
+        mixture, tokenizer = read_mixture(recipe.calibration), load_text_tokenizer(model, recipe.add_bos)
+        chosen = (record.get("calibration_text") or {}).get("cover", {}).get("chosen")
+        samples = (recipe.samples or 0) * (POOL if chosen else 1)
+        windows = mixture.windows(tokenizer, samples, recipe.seq_len, recipe.seed)
+        windows = windows[torch.tensor(chosen)] if chosen else windows
     except (CalibrationError, ConfigError) as error:
         return unknown(f"calibration text '{recipe.calibration}' is not at hand: {error.problem}")
     if tokens.digest(windows) != record["job"].get("tokens"):

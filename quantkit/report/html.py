@@ -108,6 +108,9 @@ def _plots(prefix: str, report: Report) -> dict[str, Markup]:
         images["coverage"] = plots.coverage(experts, f"{prefix}-coverage")
     if any(value is not None for row in experts for value in row.output_error):
         images["output_errors"] = plots.output_errors(experts, f"{prefix}-errors")
+    if report.allocation:
+        measured = report.divergence.kl["mean"].value if report.divergence else None
+        images["allocation"] = plots.allocation(report.allocation, measured, f"{prefix}-allocation")
     if report.context:
         images["context"] = plots.by_position(report.context.positions, f"{prefix}-context")
     return {name: Markup(svg) for name, svg in images.items()}

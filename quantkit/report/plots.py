@@ -16,11 +16,12 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from quantkit.report.allocation_schema import Allocation
 from quantkit.report.metrics import metrics
 from quantkit.report.schema import ContextBucket, Divergence, LayerRow, MoeLayer, Run
 from quantkit.report.words import number, size
 
-__all__ = ["by_position", "coverage", "distribution", "layers", "output_errors", "pareto"]
+__all__ = ["allocation", "by_position", "coverage", "distribution", "layers", "output_errors", "pareto"]
 
 # Colours that only stand for a variable of the page's style sheet.
 _INK, _MUTED, _LINE, _ACCENT, _SECOND, _BAD = "#010203", "#020304", "#030405", "#040506", "#050607", "#060708"
@@ -186,6 +187,33 @@ def output_errors(rows: Sequence[MoeLayer], name: str) -> str:
 
 def _height(rows: Sequence[MoeLayer]) -> float:
     return min(7.0, max(2.2, 0.22 * len(rows) + 1.0))
+
+
+def allocation(chosen: Allocation, measured: float | None, name: str) -> str:
+    """The curve of predicted KL against size, what was chosen on it, and the KL measured of that."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(
+            [point.output_bytes for point in chosen.curve],
+            [point.predicted_kl for point in chosen.curve],
+            color=_SECOND,
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+        )
+        axes.plot(chosen.output_bytes, chosen.predicted_kl, "o", color=_ACCENT, markersize=6, label="predicted")
+        if measured:
+            axes.plot(chosen.output_bytes, measured, "x", color=_INK, markersize=7, label="measured")
+        axes.legend()
+        if all(point.predicted_kl > 0 for point in (*chosen.curve, chosen)):
+            _log_scale(axes)
+        axes.xaxis.set_major_formatter(lambda x, _: size(x))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.set_xlabel("size of the checkpoint")
+        axes.set_ylabel("mean KL, nats")
+
+    summary = "; ".join(f"{size(point.output_bytes)}: {number(point.predicted_kl)} nats" for point in chosen.curve)
+    return _svg(draw, name, "Predicted KL against size", f"{summary}. Chosen: {size(chosen.output_bytes)}.", 3.0)
 
 
 def pareto(runs: Sequence[Run], name: str = "pareto") -> str:

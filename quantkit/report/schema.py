@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from quantkit.report.allocation_schema import Allocation
 from quantkit.report.task_schema import TaskRun
 from quantkit.report.text_schema import TextTokens
 
@@ -372,6 +373,7 @@ class Report(_Part):
     linears: list[LinearRow]
     moe: Moe
     size: Size
+    allocation: Allocation | None = None
     worst_tokens: list[WorstToken]
     samples: list[Sample]
     notes: list[str]

@@ -76,7 +76,7 @@ def test_quantizing_reads_each_weight_once(
         return real(*given)
 
     monkeypatch.setattr(pipeline, "verify", verify)
-    quantkit.quantize(model, tmp_path / "out", Recipe(**SMALL))
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", **SMALL))
     linears = {key for key in reads if key[0] == "source" and "proj" in key[1]}
     assert linears and {before[key] for key in linears} == {1} and {reads[key] for key in linears} == {2}
 

@@ -48,6 +48,7 @@ def test_conversations_through_quantize_and_eval(llama: Path, tmp_path: Path) ->
     done = run("quantize", llama, "-o", out, "--calibration", path, *QUICK)
     assert "rows were skipped" in done.stderr and '"null": 1' in done.stderr
     said = json.loads((out / "run.json").read_text())["calibration_text"]
+    assert said.pop("profile")["scripts"].keys() == {"Latin", "Han"}
     assert (said["documents"], said["conversations"], said["skipped_rows"]) == (2, 2, {"empty": 1, "null": 1})
     assert said["first_ids"] == load_text_tokenizer(llama).encode_document(Conversation(MESSAGES))[:8]
     assert said["first_tokens"][:3] == ["<|begin_of_text|>", "<", "s"]

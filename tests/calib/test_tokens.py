@@ -56,7 +56,7 @@ def test_evaluation_takes_documents_in_turn_and_pads() -> None:
 def test_padding_does_not_change_a_score(model: Path, tmp_path: Path) -> None:
     import quantkit
 
-    quantkit.quantize(model, tmp_path / "out", quantkit.Recipe(method="rtn", group_size=32))
+    quantkit.quantize(model, tmp_path / "out", quantkit.Recipe(scheme="W4A16", method="rtn", group_size=32))
     lines = [json.dumps({"text": "x = [1, 2, 3]; y = x[0]"}), json.dumps({"text": "print('no')" * 9})]
     (tmp_path / "a.jsonl").write_text(lines[0])
     (tmp_path / "b.jsonl").write_text("\n".join(lines))

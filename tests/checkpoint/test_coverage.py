@@ -21,7 +21,7 @@ from quantkit.scheme import scheme_named
 from tests.helpers.commands import not_quantized, refused
 from tests.helpers.engine_models import SIZES, seen
 
-QUICK = Recipe(method="rtn", group_size=32, attention="BF16")
+QUICK = Recipe(scheme="W4A16", method="rtn", group_size=32, attention="BF16")
 
 
 def test_every_tensor_has_one_fate(model: Path) -> None:
@@ -148,7 +148,7 @@ def test_an_inexact_pattern_is_found() -> None:
 
 def test_verify_asks_the_same(make_model: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantkit.quantize(make_model(), out, Recipe(method="rtn", group_size=32))
+    quantkit.quantize(make_model(), out, Recipe(scheme="W4A16", method="rtn", group_size=32))
     path = out / "config.json"
     data = json.loads(path.read_text())
     data["quantization_config"]["ignore"].append("re:.*layernorm$")

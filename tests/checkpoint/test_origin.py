@@ -56,7 +56,7 @@ def test_what_out_says_of_itself(model: Path, tmp_path: Path) -> None:
     assert said["source"]["digest"] == content_digest(source.entries, digests)
     assert said["source"]["files"] == {"tokenizer.json": stated(out)["tokenizer.json"]}
     recipe = said["recipe"]
-    assert (recipe["experts"], recipe["attention"], recipe["shared_experts"]) == ("W4A16", "FP8", "W4A16")
+    assert (recipe["experts"], recipe["attention"], recipe["shared_experts"]) == ("W4A16", "FP8", "W8A16")
     schemes = schemes_of(written)
     for ref in build_spec(CONFIG, "test").linears():
         row, scheme = said["linears"][ref.key], schemes[ref.key]
@@ -67,7 +67,7 @@ def test_what_out_says_of_itself(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_converted_checkpoint_says_so_and_keeps_what_it_knows(model: Path, tmp_path: Path) -> None:
-    quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     for to in ("gptq", "bf16"):
         quantkit.convert(tmp_path / "out", tmp_path / to, to)
     first, gptq, plain = (read_statement(tmp_path / name) for name in ("out", "gptq", "bf16"))
@@ -84,7 +84,7 @@ def test_a_converted_checkpoint_says_so_and_keeps_what_it_knows(model: Path, tmp
 def test_without_calibration_nothing_of_it_is_said(model: Path, tmp_path: Path) -> None:
     """Options that decide nothing do not make another checkpoint."""
     for name, seed in (("a", 0), ("b", 7)):
-        quantkit.quantize(model, tmp_path / name, Recipe(method="rtn", group_size=32, seed=seed))
+        quantkit.quantize(model, tmp_path / name, Recipe(scheme="W4A16", method="rtn", group_size=32, seed=seed))
     assert (tmp_path / "a" / "SHA256SUMS").read_bytes() == (tmp_path / "b" / "SHA256SUMS").read_bytes()
     recipe = json.loads((tmp_path / "a" / "quantkit.json").read_text())["recipe"]
     assert not {"calibration", "samples", "seed"} & recipe.keys()

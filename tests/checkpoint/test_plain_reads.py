@@ -217,7 +217,7 @@ def test_verify_reads_once(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     """Each header is parsed once, each file hashed once, each weight dequantized once; a shard is opened for its header, for
     its tensors, and not for each of them."""
     monkeypatch.setattr(build, "rowwise", lambda: "not here: it dequantizes within")
-    record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    record = quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     counted = Counted(monkeypatch)
     report = verify(tmp_path / "out", model)
     shards = {*model.glob("*.safetensors"), *(tmp_path / "out").glob("*.safetensors")}
@@ -237,11 +237,11 @@ def test_rounding_without_calibration_dequantizes_for_the_stated_error_alone(
     monkeypatch.setattr(build, "rowwise", lambda: "not here: it dequantizes within")
     counted = Counted(monkeypatch)
     monkeypatch.setattr(pipeline, "verify", lambda *_: None)
-    record = quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    record = quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     assert counted.dequantized == len(record["linears"]) > 0
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "out")
     counted = Counted(monkeypatch)
-    quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     written = {path.name: n for path, n in counted.hashed.items() if path.suffix == ".safetensors"}
     assert len(written) == 3 and {*written.values()} == {2}

@@ -228,7 +228,7 @@ def test_what_is_sound_is_sound(base: str, made: Path, tmp_path: Path) -> None:
     if base == "rounded":
         return
     plain = write_checkpoint(tmp_path / "plain", CONFIG, random_weights(CONFIG))
-    quantkit.quantize(plain, tmp_path / "int4", Recipe(**SMALL))  # type: ignore[arg-type]
+    quantkit.quantize(plain, tmp_path / "int4", Recipe(scheme="W4A16", **SMALL))  # type: ignore[arg-type]
     for name in ("gptq", "awq"):
         quantkit.convert(tmp_path / "int4", tmp_path / name, name)
         assert verify(tmp_path / name, plain).not_checked == ()

@@ -203,7 +203,7 @@ RECIPES = {
     "rules: x": ("recipe.yaml", "'rules' is 'x'"),
     "rules: [{match: 'foo*', scheme: W8A16}]": ("'foo*'", "no linear", "model.layers"),
     "rules: [{match: '*.mlp.*', scheme: W3}]": ("'W3'", "W4A16"),
-    "rules: [{match: '*.q_proj', scheme: W8A16}]": ("0.self_attn.q_proj", "k_proj", "alike"),
+    "rules: [{match: '*.q_proj', scheme: W8A8}]": ("0.self_attn.q_proj", "k_proj", "alike"),
     "rules: [{match: '*.experts.0.*', scheme: W8A16}]": ("experts.0", "experts.1", "alike"),
 }
 SHORT = ("--samples", "2", "--seq-len", "16", "--group-size", "32")

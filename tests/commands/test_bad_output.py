@@ -62,7 +62,7 @@ def stop(step: object) -> None:
 
 def test_partial_of_another_job(model: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32), progress=stop)
+        quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32), progress=stop)
     message = not_quantized(model, *QUICK, "--experts", "W8A16")
     assert "out.partial belongs to another job" in message and 'recipe.experts: "W4A16" there, "W8A16" here' in message
 
@@ -81,7 +81,7 @@ class Full(io.BufferedWriter):
 
 def test_what_cannot_be_read_at_the_end_costs_no_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that fails while the result is verified: the same command goes on from there."""
-    recipe, out = Recipe(method="rtn", group_size=32), tmp_path / "out"
+    recipe, out = Recipe(scheme="W4A16", method="rtn", group_size=32), tmp_path / "out"
     real, verifying = CheckpointReader.tensor, pipeline.verify
 
     def fails(folder: Path, source: Path) -> object:

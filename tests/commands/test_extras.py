@@ -84,3 +84,9 @@ def test_extras_are_those_of_the_package() -> None:
         assert set(libraries) == names(project["optional-dependencies"][extra])
         assert not set(libraries) & names(project["dependencies"])
     assert ".[report]" in (ROOT / "scripts" / "setup.sh").read_text()  # make demo writes pages
+
+
+def test_a_target_is_refused_before_the_measurement(model: Path, tmp_path: Path, without: Without) -> None:
+    without("scipy")
+    said = refused("quantize", model, "-o", tmp_path / "out", "--group-size", 32, "--target-bits", 5)
+    assert "needs the library scipy" in said and install("allocate") in said and not list(tmp_path.glob("out*"))

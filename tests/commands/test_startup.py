@@ -51,7 +51,7 @@ def test_a_quantized_checkpoint(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "plan", "inspect", "eval", "report", "convert", "verify", "generate", "bench"]
+    "command", ["quantize", "plan", "sensitivity", "inspect", "eval", "report", "convert", "verify", "generate", "bench"]
 )
 def test_help(command: str) -> None:
     modules, said = imported(command, "--help")

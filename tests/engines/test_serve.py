@@ -70,7 +70,7 @@ def serving(folder: Path, log: Path) -> Iterator[str]:
 
 def test_serves_text(tmp_path: Path) -> None:
     folder = tmp_path / "OUT"
-    quantkit.quantize(BUNDLED, folder, Recipe(method="rtn"))
+    quantkit.quantize(BUNDLED, folder, Recipe(scheme="W4A16", method="rtn"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = quantkit.load(folder, kernels="w4a8")
     with serving(folder, tmp_path / "log") as url:
@@ -86,7 +86,7 @@ def test_serves_what_is_released_with_code_and_without_a_tokenizer_json(tmp_path
     """A stand-in for Hunyuan-Large's own folder, quantized: no flag, no code of its own, its tokens, its chat template."""
     source = released_layout(make_model("Hunyuan-Large", tmp_path / "model", vocab_size=VOCAB))
     folder = tmp_path / "OUT"
-    quantkit.quantize(source, folder, Recipe(method="rtn"))
+    quantkit.quantize(source, folder, Recipe(scheme="W4A16", method="rtn"))
     model, name = quantkit.load(folder, kernels="w4a8"), {"model": str(folder)}
     with serving(folder, tmp_path / "log") as url:
         for text in VARIED[:-1]:

@@ -190,7 +190,7 @@ def test_bf16_is_what_another_dequantizer_makes(name: str, tmp_path: Path) -> No
     inexact = sum(int((w.float().bfloat16().float() != w.float()).sum()) for w in weights.values())
     assert record["rounded_weights"] == inexact > 0 and not record["lossless"]
     assert "inputs; in BF16 they stay as they are" in record["notes"][0]
-    quantkit.quantize(tmp_path / "out", tmp_path / "again", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(tmp_path / "out", tmp_path / "again", Recipe(scheme="W4A16", method="rtn", group_size=32))
 
 
 def test_bf16_that_is_exact_says_so(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_what_needs_several_schemes_or_none(made: Path, tmp_path: Path) -> None:
 
 def test_what_stays_bf16_is_named_for_engines(made: Path, tmp_path: Path) -> None:
     """Routers, the head and kept linears, each by its whole name: a shorter one would match shared_mlp.gate_proj too."""
-    recipe = {"method": "rtn", "group_size": 32, "attention": "BF16"}
+    recipe = {"scheme": "W4A16", "method": "rtn", "group_size": 32, "attention": "BF16"}
     quantkit.quantize(made / "model", tmp_path / "m", Recipe(**recipe))
     kept = {"lm_head", "model.layers.1.mlp.gate.wg", "model.layers.1.self_attn.q_proj"}
     quantized = {LINEAR, "model.layers.1.mlp.shared_mlp.gate_proj"}

@@ -98,7 +98,7 @@ def test_quantized_tensor_checks_itself() -> None:
 
 
 RECIPES = {
-    "uniform": Recipe(group_size=32),
+    "uniform": Recipe(scheme="W4A16", group_size=32),
     "per role": Recipe(experts="W4A16", attention="FP8_DYNAMIC", shared_experts="BF16", group_size=32),
     "rules": Recipe(
         scheme="W8A8",

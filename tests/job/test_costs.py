@@ -145,7 +145,7 @@ def test_a_run_hashes_each_byte_of_its_output_twice_and_of_its_source_once(
             return read(self, key, *at_once)
 
         monkeypatch.setattr(DigestingReader, name, reading)
-    quantkit.quantize(model, tmp_path / "out", Recipe(**SMALL))  # type: ignore[arg-type]
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", **SMALL))  # type: ignore[arg-type]
     written = {name for (folder, name) in hashed if folder == "out.partial"}
     assert written == stated(tmp_path / "out").keys() == {p.name for p in (tmp_path / "out").iterdir()} - {SUMS, "run.json"}
     assert {hashed["out.partial", name] for name in written} == {2}
@@ -220,7 +220,7 @@ def test_the_kernels_of_a_processor_are_called_once_for_all_experts(
     for kernel in ("matmul", "experts"):
         monkeypatch.setattr(backend, kernel, counted(kernel))
     folder = write_checkpoint(tmp_path / "model", config, random_weights(config))
-    quantkit.quantize(folder, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(folder, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     loaded = quantkit.load(tmp_path / "out")
     linears = sum(len(layer.attention.linears()) for layer in loaded.spec.layers)
     for tokens in (1, 50):

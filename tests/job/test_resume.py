@@ -162,7 +162,7 @@ def test_killed_before_any_operation_on_a_file(step: int, model: Path, tmp_path:
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3])
 def test_interrupted_and_resumed(stop_after: int, model: Path, tmp_path: Path) -> None:
-    recipe, out = Recipe(**SMALL), tmp_path / "out"
+    recipe, out = Recipe(scheme="W4A16", **SMALL), tmp_path / "out"
     whole = pipeline.quantize(model, tmp_path / "whole", recipe)
 
     def stop(step: pipeline.Step) -> None:
@@ -173,7 +173,7 @@ def test_interrupted_and_resumed(stop_after: int, model: Path, tmp_path: Path) -
         pipeline.quantize(model, out, recipe, progress=stop)
     assert not out.exists() and (tmp_path / "out.partial").exists()
     with pytest.raises(OutputError, match="another job; these differ:\n  recipe.seed: 0 there, 1 here\n  tokens"):
-        pipeline.quantize(model, out, Recipe(**{**SMALL, "seed": 1}))
+        pipeline.quantize(model, out, Recipe(**{**SMALL, "scheme": "W4A16", "seed": 1}))
     record = pipeline.quantize(model, out, recipe)
     assert record["resumed_at_unit"] == {0: 1, 1: 1, 3: 2}[stop_after]
     assert record["linears"] == whole["linears"]
@@ -190,7 +190,7 @@ def test_two_at_once(model: Path, tmp_path: Path) -> None:
             result = subprocess.run([*command, *options], capture_output=True, text=True)
             assert result.returncode == 2 and "is being written by another process" in result.stderr, result.stderr
 
-    pipeline.quantize(model, tmp_path / "out", Recipe(**SMALL), progress=second)
+    pipeline.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", **SMALL), progress=second)
 
 
 def test_ctrl_c_leaves_no_output(model: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_kernels_agree_with_the_reference(scheme: str, make_model: Callable[...,
 
 @built
 def test_w4a8_when_asked(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = Recipe(group_size=32, attention="FP8_DYNAMIC", method="rtn")
+    recipe = Recipe(scheme="W4A16", group_size=32, attention="FP8_DYNAMIC", method="rtn")
     quantkit.quantize(make_model(), tmp_path / "out", recipe)
     model = check_against_reference(tmp_path / "out", "w4a8", 0.03)
     kernels = {row["role"]: row["kernel"] for row in model.explain()}
@@ -101,7 +101,7 @@ def test_w4a8_when_asked(make_model: Callable[..., Path], tmp_path: Path) -> Non
 def test_experts_that_differ_go_apart(
     recipe: dict[str, Any], fused: int, make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantkit.quantize(make_model(), tmp_path / "out", Recipe(group_size=32, method="rtn", **recipe))
+    quantkit.quantize(make_model(), tmp_path / "out", Recipe(scheme="W4A16", group_size=32, method="rtn", **recipe))
     model = check_against_reference(tmp_path / "out", "auto", 0.03)
     assert isinstance(model.weights, KernelWeights)
     assert sum(kernel is not None for kernel in model.weights._fused.values()) == fused
@@ -139,7 +139,7 @@ def test_a_weight_that_cannot_be_packed_is_named(make_model: Callable[..., Path]
 
 
 def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    quantkit.quantize(make_model(), tmp_path / "out", Recipe(attention="BF16", group_size=32, method="rtn"))
+    quantkit.quantize(make_model(), tmp_path / "out", Recipe(scheme="W4A16", attention="BF16", group_size=32, method="rtn"))
     command = ["bench", str(tmp_path / "out"), "--tokens", "1,3", "--rounds", "2", "--json"]
     rows = json.loads(CliRunner().invoke(main, command, catch_exceptions=False).stdout)["rows"]
     named = {(row["matrix"], row["tokens"]) for row in rows}

@@ -97,7 +97,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def out(model: Path, text: str) -> Path:
     """INT4 by GPTQ on calibration text."""
-    recipe = Recipe(group_size=32, samples=16, seq_len=64, calibration=text)
+    recipe = Recipe(scheme="W4A16", group_size=32, samples=16, seq_len=64, calibration=text)
     record = quantkit.quantize(model, model.parent / "out", recipe)
     assert record["fallbacks"] == {} and {o["method"] for o in record["linears"].values()} == {"gptq"}
     return model.parent / "out"

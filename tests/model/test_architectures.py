@@ -227,7 +227,7 @@ def test_through_the_tool_chain(name: str, theirs: Callable[[str], Theirs], text
     """Quantize, verify against the source, evaluate, generate."""
     model, spec = theirs(name).folder, theirs(name).spec
     recipes = {
-        "W4A16": Recipe(group_size=32, samples=16, seq_len=64, calibration=text),
+        "W4A16": Recipe(scheme="W4A16", group_size=32, samples=16, seq_len=64, calibration=text),
         "W8A16": Recipe(scheme="W8A16", group_size=32),
         "FP8_DYNAMIC": Recipe(scheme="FP8_DYNAMIC"),
     }
@@ -272,7 +272,9 @@ def test_code_beside_a_model_is_never_run(tmp_path: Path, text: str) -> None:
     names = [f"{name}_own.py" for name in ("configuration", "modeling", "tokenization")]
     for name in names:
         (model / name).write_text(code)
-    quantkit.quantize(model, tmp_path / "out", Recipe(group_size=32, samples=4, seq_len=32, calibration=text))
+    quantkit.quantize(
+        model, tmp_path / "out", Recipe(scheme="W4A16", group_size=32, samples=4, seq_len=32, calibration=text)
+    )
     quantkit.evaluate(tmp_path / "out", model, text, seq_len=32, windows=2)
     quantkit.load(tmp_path / "out").generate(torch.ones(1, 2, dtype=torch.int64), 2)
     assert not list(tmp_path.rglob("ran")) and not any((tmp_path / "out" / name).exists() for name in names)

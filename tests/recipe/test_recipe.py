@@ -42,7 +42,7 @@ HUNYUAN = build_spec(CONFIG, "test")
 
 
 def rules(*said: dict[str, Any], **fields: Any) -> Recipe:
-    return Recipe.of({**SMALL, **fields, "rules": said})
+    return Recipe.of({"scheme": "W4A16", **SMALL, **fields, "rules": said})
 
 
 def planned(folder: Path, *said: dict[str, Any], **fields: Any) -> Plan:

@@ -9,12 +9,14 @@ from types import ModuleType
 
 import pytest
 
+from quantkit.model.spec import Role
+from quantkit.recipe import Recipe
 from quantkit.scheme import PRESETS
 from tests.helpers.paths import ROOT
 from tests.helpers.scripts import script
 
 
-@pytest.mark.parametrize("page", ["cpu", "peers", "gpu"])
+@pytest.mark.parametrize("page", ["allocation", "cpu", "peers", "gpu"])
 def test_figures_are_those_of_the_committed_results(page: str) -> None:
     done = subprocess.run([sys.executable, f"scripts/{page}_doc.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -31,6 +33,12 @@ def test_tables_show_what_was_measured(accuracy: ModuleType) -> None:
     for page in accuracy.PAGES:
         shown = page.read_text("utf-8")
         assert shown == accuracy.written(page, accuracy.read("accuracy")), "run scripts/accuracy_table.py"
+
+
+def test_bytes_of_the_mix_are_the_plans() -> None:
+    """One row of the table, which `python scripts/mix_table.py` writes."""
+    mix = script("mix_table")
+    assert f"| Hunyuan-A13B | {' | '.join(mix._sizes('hunyuan-a13b'))} |" in mix.PAGE.read_text("utf-8")
 
 
 def test_the_readme_has_a_row_for_each_scheme(accuracy: ModuleType) -> None:
@@ -57,4 +65,7 @@ def test_the_recipe_that_is_recommended_loses_least_at_its_size(accuracy: Module
     assert mean[accuracy.RECOMMENDED] < 0.6 * mean["experts W4A16 GPTQ, attention and shared FP8_DYNAMIC"]
     for place in ("README.md", "quantkit/cli.py", "examples/demo.py"):
         text = (ROOT / place).read_text("utf-8").replace('", "', " ")
-        assert "--experts W4A16 --attention W8A16 --shared-experts W8A16" in text and "attention FP8_DYNAMIC" not in text
+        assert "attention FP8_DYNAMIC" not in text
+    settled = Recipe().settled({Role.EXPERTS, Role.SHARED_EXPERTS, Role.ATTENTION})  # what nobody has to name
+    assert (settled.scheme, settled.experts, settled.shared_experts, settled.attention) == ("W4A16", None, "W8A16", "W8A16")
+    assert "--experts W4A16 --attention W8A16 --shared-experts W8A16" in text  # of the demo, the last of these places

@@ -56,6 +56,10 @@ ROOMS: dict[str, set[str]] = {
     "job": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "quant", "quant.method", "kernels", "kernels.reference"},
     "report": {"errors", "extras", "atomic", "checkpoint"},
     "measure": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "run", "report"},
+    "allocate": {
+        *BELOW_CHECKPOINT,
+        *("checkpoint", "calib", "recipe", "quant.method", "engines", "job", "measure", "report"),
+    },
     "tasks": {*BELOW_CHECKPOINT, "checkpoint", "calib", "run", "measure", "report"},
     "commands": {
         "errors",
@@ -69,6 +73,7 @@ ROOMS: dict[str, set[str]] = {
         "job",
         "measure",
         "report",
+        "allocate",
         "tasks",
     },
     "cli": {"errors", "choices", "model", "checkpoint", "engines", "run", "job", "commands"},

@@ -72,8 +72,8 @@ def test_unquantized_logits_agree(a13b: Path) -> None:
     torch.testing.assert_close(quantkit.load(a13b, kernels="reference").logits(IDS), theirs(a13b), atol=1e-4, rtol=1e-4)
 
 
-INT4 = {**SMALL}
-MIXED = {**SMALL, "method": "rtn", "attention": "BF16"}
+INT4 = {**SMALL, "scheme": "W4A16"}
+MIXED = {**SMALL, "scheme": "W4A16", "method": "rtn", "attention": "BF16"}
 
 
 @pytest.mark.parametrize("fields", [INT4, MIXED, {"scheme": "W8A16", "group_size": 32}], ids=["W4A16", "kept", "W8A16"])

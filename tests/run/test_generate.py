@@ -73,7 +73,7 @@ def test_one_group_of_layers_holds_its_keys(make_model: Callable[..., Path], mon
 
 
 def test_generation_with_the_cache_is_greedy_decoding_without(model: Path, tmp_path: Path) -> None:
-    quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     quant, ids = quantkit.load(tmp_path / "out", kernels="reference"), torch.arange(1, 13).view(2, 6)
     generated = quant.generate(ids, 8, kv_format=KVFormat.FLOAT32)
     assert generated.shape == (2, 14) and torch.equal(generated[:, :6], ids)
