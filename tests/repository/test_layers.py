@@ -53,7 +53,17 @@ ROOMS: dict[str, set[str]] = {
     "calib": {*VOCABULARY, "model", "checkpoint", "kernels.reference"},
     "run": {*BELOW_CHECKPOINT, "checkpoint", "calib", "kernels", "kernels.reference"},
     "engines": {*BELOW_CHECKPOINT, "checkpoint"},
-    "job": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "quant", "quant.method", "kernels", "kernels.reference"},
+    "job": {
+        *BELOW_CHECKPOINT,
+        "checkpoint",
+        "calib",
+        "recipe",
+        "quant",
+        "quant.method",
+        "kernels",
+        "kernels.reference",
+        "kernels.cpu.build",
+    },
     "report": {"errors", "extras", "atomic", "checkpoint"},
     "measure": {*BELOW_CHECKPOINT, "checkpoint", "calib", "recipe", "run", "report"},
     "allocate": {
