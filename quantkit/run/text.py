@@ -33,7 +33,7 @@ def stream_text(
     tokenizer, ends = load_text_tokenizer(model.folder, add_bos), end_tokens(model.folder, model.config)
     ids = torch.tensor([_encode(tokenizer, prompt)])
     model.check_room(ids.shape[1], max_tokens)
-    return _pieces(tokenizer, islice(model.stream(ids, sampling, kv_format), max_tokens), ends)
+    return _pieces(tokenizer, islice(model.stream(ids, sampling, kv_format, None, max_tokens), max_tokens), ends)
 
 
 def _pieces(tokenizer: TextTokenizer, tokens: Iterator[torch.Tensor], ends: frozenset[int]) -> Iterator[str]:
@@ -66,7 +66,7 @@ def complete(
     padding = torch.tensor([width - len(row) for row in encoded])
     done = [False] * len(encoded)
     drawn: list[list[int]] = [[] for _ in encoded]
-    for tokens in islice(model.stream(ids, sampling, kv_format, padding), max_tokens):
+    for tokens in islice(model.stream(ids, sampling, kv_format, padding, max_tokens), max_tokens):
         for i, token in enumerate(tokens.flatten().tolist()):
             done[i] |= token in ends
             if not done[i]:

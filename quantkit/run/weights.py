@@ -15,10 +15,14 @@ from quantkit.choices import Kernels
 from quantkit.errors import CheckpointError
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
+from quantkit.model.attend import FEW
+from quantkit.model.attention import Positions
 from quantkit.model.blocks import Routing
-from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
+from quantkit.model.cache import KVStore
+from quantkit.model.spec import MLP, Layer, Linear, ModelSpec, MoE
 from quantkit.model.weights import Weights
 from quantkit.qtensor import QuantizedTensor
+from quantkit.run.fused import FusedHalves
 from quantkit.scheme import Scheme
 
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels"]
@@ -100,6 +104,8 @@ class KernelWeights(CheckpointWeights):
         self._linears: dict[str, QuantLinear | None] = {}
         self._matrices: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, int], QuantExperts | None] = {}
+        self._plain_rows: dict[str, QuantLinear | None] = {}
+        self.halves = FusedHalves(dispatch.steps(device, backends), self._alone, self._experts, self.tensor)
 
     def choice(self, ref: Linear) -> dispatch.Choice:
         """What serves a linear here."""
@@ -108,6 +114,8 @@ class KernelWeights(CheckpointWeights):
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
         if scheme is None:
+            if x.shape[:-1].numel() <= FEW and (rows := self._rows(ref)):
+                return rows(x)
             weight = self.tensor(ref.weight)
             return F.linear(x.to(weight.dtype), weight).to(x.dtype)
         kernel = self._linear(ref, scheme)
@@ -137,6 +145,24 @@ class KernelWeights(CheckpointWeights):
             return super().experts(spec, x, routing)
         routed = kernel(x, ids, weights)
         return routed + self.mlp(spec.shared, x) if spec.shared else routed
+
+    def attention_half(self, layer: Layer, h: Tensor, at: Positions, store: KVStore) -> Tensor | None:
+        return self.halves.attention_half(layer, h, at, store)
+
+    def mlp_half(self, layer: Layer, h: Tensor) -> tuple[Tensor, Routing | None] | None:
+        return self.halves.mlp_half(layer, h)
+
+    def _rows(self, ref: Linear) -> QuantLinear | None:
+        """A linear that is not quantized, for few tokens; None where torch serves it."""
+        if ref.key not in self._plain_rows:
+            weight, steps = self.tensor(ref.weight), self.halves.steps
+            able = not isinstance(steps, str) and weight.dtype is torch.bfloat16
+            self._plain_rows[ref.key] = steps.plain(weight) if able and not isinstance(steps, str) else None
+        return self._plain_rows[ref.key]
+
+    def _alone(self, ref: Linear) -> QuantLinear | None:
+        """A linear's kernel for few tokens, quantized or not."""
+        return self._rows(ref) if (scheme := self.schemes[ref.key]) is None else self._linear(ref, scheme)
 
     def pack(self, spec: ModelSpec, progress: Callable[[int, int], None] | None = None) -> None:
         """Pack every weight now; progress is called with (layers done, layers in all). Raises CheckpointError."""

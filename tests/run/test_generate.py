@@ -16,13 +16,16 @@ import quantkit
 from quantkit.calib.tokenizer import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError, NotFiniteError
+from quantkit.kernels.cpu import build
 from quantkit.model.cache import KV, Cache, KVFormat
 from quantkit.model.gqa import GroupedQuery
 from quantkit.recipe import Recipe
 from quantkit.run.sampling import Sampling, sample
 from quantkit.run.text import complete, stream_text
 from quantkit.run.weights import Kernels
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, random_weights, write_checkpoint
+from tests.helpers.architectures import TINY as CONFIGS
+from tests.helpers.counting import ran
 from tests.helpers.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny-hunyuan"
@@ -124,6 +127,22 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite(model: Path, monkeypa
     monkeypatch.setattr(loaded, "head", lambda hidden: hidden.new_full((*hidden.shape[:-1], 257), float("inf")))
     with pytest.raises(NotFiniteError, match="the logits of new token 1 are not finite"):
         loaded.generate(torch.tensor([[1, 2]]), 3)
+
+
+@pytest.mark.skipif(isinstance(build.load(), str), reason="no CPU kernels here")
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_a_token_takes_few_operations(name: str, tmp_path: Path) -> None:
+    """Of torch, at most four for each half of a layer and twenty around them: in single calls it was 210 a layer."""
+    source = write_checkpoint(tmp_path / "model", CONFIGS[name], random_weights(CONFIGS[name]))
+    quantkit.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    model, checked = quantkit.load(tmp_path / "out"), []
+    check = model._check
+    model._check = lambda ids: checked.append(ids) or check(ids)  # type: ignore[method-assign,func-returns-value]
+    stream = model.stream(torch.arange(1, 21)[None], new_tokens=9)
+    [next(stream) for _ in range(3)]
+    calls = [ran(lambda: next(stream)).calls for _ in range(3)]
+    assert calls[0] == calls[1] == calls[2] <= 20 + 8 * len(model.spec.layers)
+    assert len(checked) == 1  # ids that the model drew are its own
 
 
 def test_generate_command(model: Path) -> None:

@@ -82,9 +82,15 @@ def load() -> ctypes.CDLL | str:
     if isinstance(library := _library(SOURCE), str):
         return library
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.quantkit_matmul.restype = library.quantkit_experts.restype = ctypes.c_int
-    library.quantkit_matmul.argtypes = [*[pointer] * 3, size, ctypes.c_int]
-    library.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
+    entries: dict[str, list[type]] = {  # what each takes, before the number of threads
+        "quantkit_matmul": [*[pointer] * 3, size],
+        "quantkit_experts": [*[pointer] * 6, *[size] * 3],
+        "quantkit_attention_half": [pointer] * 4,
+        "quantkit_mlp_half": [*[pointer] * 6, size],
+    }
+    for name, takes in entries.items():
+        entry = getattr(library, name)
+        entry.restype, entry.argtypes = ctypes.c_int, [*takes, ctypes.c_int]
     return library
 
 
