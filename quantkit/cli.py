@@ -249,7 +249,8 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
         from quantkit.run.model import Model
 
         model = Model(path, torch.device("cpu"), kernels="auto")
-        show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
+        kernels_here = {"path": str(path), "kernels": model.explain(), "decoding": model.explain_decoding()}
+        show(kernels_here, kernel_table, as_json)
         return
     from quantkit.checkpoint.inspect import inspect as run
 

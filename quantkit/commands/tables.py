@@ -148,6 +148,9 @@ def kernel_table(choices: dict[str, Any]) -> Table:
         table.add_column(name, justify="right" if name == "linears" else "left")
     for row in choices["kernels"]:
         table.add_row(*(str(row[name]) for name in names))
+    table.add_section()
+    for row in choices["decoding"]:
+        table.add_row(f"decoding: {row['half']}", "", f"{row['layers']} layers", row["kernel"], row["why"], "")
     return table
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,23 +17,37 @@ from quantkit.model.spec import GQA, MLP, Layer, Linear, ModelSpec
 
 __all__ = ["FusedHalves"]
 
-_WIDEST = 512  # elements of a head, in the library's registers and stack
+_WIDEST = 512  # elements of a head
+_OTHER = "a kernel of another family, a router that is not BF16, or input scales that differ"
+
+
+class Kernels(Protocol):
+    """Where the halves' parts come from: `KernelWeights`."""
+
+    def tensor(self, key: str) -> Tensor: ...
+
+    def few(self, ref: Linear) -> QuantLinear | None:
+        """A linear's kernel for few tokens, packed, quantized or not."""
+        ...
+
+    def together(self, parts: tuple[MLP, ...]) -> QuantExperts | None:
+        """One kernel for all these MLPs, packed."""
+        ...
+
+    def has_few(self, ref: Linear) -> bool:
+        """Whether `few` has one; packs nothing."""
+        ...
+
+    def has_together(self, parts: tuple[MLP, ...]) -> bool:
+        """Whether `together` has one, as far as schemes and shapes say; packs nothing."""
+        ...
 
 
 class FusedHalves:
-    """Steps for the halves of layers, made when first asked for. steps: the kernels' own, or why there are none.
+    """Steps for the halves of layers, made when first asked for. steps: the kernels' own, or why there are none."""
 
-    linear: a linear on its kernel, None where it has none. experts: a layer's MLPs on one kernel. tensor: norms and routers.
-    """
-
-    def __init__(
-        self,
-        steps: Steps | str,
-        linear: Callable[[Linear], QuantLinear | None],
-        experts: Callable[[tuple[MLP, ...]], QuantExperts | None],
-        tensor: Callable[[str], Tensor],
-    ) -> None:
-        self.steps, self._linear, self._experts, self._tensor = steps, linear, experts, tensor
+    def __init__(self, steps: Steps | str, kernels: Kernels) -> None:
+        self.steps, self._kernels = steps, kernels
         self._attention: dict[int, AttentionStep | str] = {}
         self._mlp: dict[int, MlpStep | str] = {}
 
@@ -71,50 +86,64 @@ class FusedHalves:
 
     def _make_attention(self, layer: Layer) -> AttentionStep | str:
         a = layer.attention
+        if isinstance(self.steps, str) or not isinstance(a, GQA) or self._no_attention(layer):
+            return self._no_attention(layer)
+        q, k, v, o = (None if ref is None else self._kernels.few(ref) for ref in (a.q, a.k, a.v, a.o))
+        assert q is not None and o is not None
+        q_norm, k_norm = (None if key is None else self._kernels.tensor(key) for key in (a.q_norm, a.k_norm))
+        norms, sizes = (q_norm, k_norm, a.norm_first), (a.heads, a.kv_heads, a.head_dim)
+        parts = AttentionParts(q, k, v, o, self._kernels.tensor(layer.input_norm), *norms, *sizes, layer.eps)
+        return self.steps.attention(parts) or _OTHER
+
+    def _no_attention(self, layer: Layer) -> str:
+        """Why a layer's attention has no step, or nothing."""
+        a = layer.attention
         if isinstance(self.steps, str):
             return self.steps
         if not isinstance(a, GQA):
-            return "latent attention has no step"
+            return "no step for latent attention"
         if a.head_dim > _WIDEST or (a.q_norm is None) != (a.k_norm is None):
-            return f"no step for heads of {a.head_dim}, or a norm of one side alone"
-        q, k, v, o = (None if ref is None else self._linear(ref) for ref in (a.q, a.k, a.v, a.o))
-        if q is None or o is None or (k is None or v is None) != (a.k is None):
-            return "its linears have no kernel"
-        q_norm, k_norm = (None if key is None else self._tensor(key) for key in (a.q_norm, a.k_norm))
-        norms, sizes = (q_norm, k_norm, a.norm_first), (a.heads, a.kv_heads, a.head_dim)
-        parts = AttentionParts(q, k, v, o, self._tensor(layer.input_norm), *norms, *sizes, layer.eps)
-        return self.steps.attention(parts) or "no step for these kernels"
+            return f"no step for heads of {a.head_dim}, or a norm of query or key alone"
+        return "" if all(map(self._kernels.has_few, a.linears())) else "a linear of it has no kernel"
 
     def _make_mlp(self, layer: Layer) -> MlpStep | str:
+        if isinstance(self.steps, str) or self._no_mlp(layer):
+            return self._no_mlp(layer)
+        norm, spec = self._kernels.tensor(layer.post_attention_norm), layer.mlp
+        if isinstance(spec, MLP):
+            kernel = self._kernels.together((spec,))
+            parts = kernel and MlpParts(kernel, None, False, norm, None, 1, False, 1.0, layer.eps)
+        else:
+            r, shared = spec.router, (spec.shared,) if spec.shared else ()
+            kernel = self._kernels.together((*spec.experts, *shared)) if shared else None
+            among, apart = kernel is not None, None
+            if kernel is None:
+                kernel, apart = self._kernels.together(spec.experts), self._kernels.together(shared) if shared else None
+            router = self._kernels.tensor(r.weight), r.top_k, r.renormalise, r.scale
+            whole = kernel and (among or len(shared) == (apart is not None))
+            parts = MlpParts(kernel, apart, among, norm, *router, layer.eps) if kernel and whole else None
+        return (parts and self.steps.mlp(parts)) or _OTHER
+
+    def _no_mlp(self, layer: Layer) -> str:
+        """Why a layer's MLP or experts have no step, or nothing."""
+        spec = layer.mlp
         if isinstance(self.steps, str):
             return self.steps
-        norm, spec = self._tensor(layer.post_attention_norm), layer.mlp
         if isinstance(spec, MLP):
-            if (kernel := self._experts((spec,))) is None:
-                return "its linears have no kernel together"
-            parts = MlpParts(kernel, None, False, norm, None, 1, False, 1.0, layer.eps)
-            return self.steps.mlp(parts) or "no step for these kernels"
+            return "" if self._kernels.has_together((spec,)) else "its linears have no kernel together"
         if spec.router.groups > 1:
-            return "group-limited routing has no step"
-        apart, among = None, spec.shared is not None
-        kernel = self._experts((*spec.experts, spec.shared)) if spec.shared else None
-        if kernel is None:
-            kernel, among = self._experts(spec.experts), False
-            apart = self._experts((spec.shared,)) if spec.shared else None
-        if kernel is None or (spec.shared and not among and apart is None):
-            return "its experts have no kernel together"
-        r = spec.router
-        router = self._tensor(r.weight), r.top_k, r.renormalise, r.scale
-        parts = MlpParts(kernel, apart, among, norm, *router, layer.eps)
-        return self.steps.mlp(parts) or "no step for a router that is not BF16"
+            return "no step for group-limited routing"
+        routed, shared = spec.experts, (spec.shared,) if spec.shared else ()
+        alike = self._kernels.has_together((*routed, *shared))
+        apart = self._kernels.has_together(routed) and all(self._kernels.has_together((one,)) for one in shared)
+        return "" if alike or apart else "its experts have no kernel together"
 
     def explain(self, spec: ModelSpec) -> Iterator[tuple[str, str, str]]:
-        """(half, kernel or "torch", why) of each layer's halves."""
-        name = self.steps if isinstance(self.steps, str) else self.steps.name
-        why = "few tokens of a layer in one call"
+        """(half, kernel or "torch", why) of each layer's halves, of which none is packed for this."""
+        name, done = self.steps if isinstance(self.steps, str) else self.steps.name, "few tokens in one call"
         for layer in spec.layers:
-            for half, step in (("attention half", self.attention(layer)), ("mlp half", self.mlp(layer))):
-                yield (half, "torch", step) if isinstance(step, str) else (half, name, why)
+            for half, why in (("attention", self._no_attention(layer)), ("mlp", self._no_mlp(layer))):
+                yield half, "single calls" if why else name, why or done
 
 
 def _fits(h: Tensor) -> bool:

@@ -119,21 +119,20 @@ class Model:
         return torch.cat([input_ids.to(self.device), *new], dim=1)
 
     def explain(self) -> list[dict[str, str | int]]:
-        """Which kernel serves which role, why, and what would on other hardware (`kernels.dispatch.explain`); then which
-        halves of layers go in one call when tokens are few, and why the others do not."""
+        """Which kernel serves which role, why, and what would on other hardware (`kernels.dispatch.explain`)."""
         linears = (
             (ref.role.value, self.weights.schemes[ref.key], (ref.out_features, ref.in_features))
             for ref in self.spec.linears()
         )
+        backends = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
+        return dispatch.explain(linears, self.device, backends)
+
+    def explain_decoding(self) -> list[dict[str, str | int]]:
+        """Which halves of how many layers go in one call when tokens are few, or why they do not. Packs nothing."""
         if not isinstance(self.weights, KernelWeights):
-            return dispatch.explain(linears, self.device, ())
-        rows = dispatch.explain(linears, self.device, self.weights.backends)
+            return []
         halves = Counter(self.weights.halves.explain(self.spec))
-        elsewhere = "torch and single calls on any device"
-        return rows + [
-            {"role": role, "scheme": "", "linears": number, "kernel": kernel, "why": why, "elsewhere": elsewhere}
-            for (role, kernel, why), number in halves.items()
-        ]
+        return [{"half": half, "layers": n, "kernel": kernel, "why": why} for (half, kernel, why), n in halves.items()]
 
     def check_room(self, prompt: int, new_tokens: int) -> None:
         """Raises ConfigError where a prompt of that many tokens and the new ones are more than the config's positions."""

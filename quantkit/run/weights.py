@@ -104,8 +104,8 @@ class KernelWeights(CheckpointWeights):
         self._linears: dict[str, QuantLinear | None] = {}
         self._matrices: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, int], QuantExperts | None] = {}
-        self._plain_rows: dict[str, QuantLinear | None] = {}
-        self.halves = FusedHalves(dispatch.steps(device, backends), self._alone, self._experts, self.tensor)
+        self._rows: dict[str, QuantLinear | None] = {}
+        self.halves = FusedHalves(dispatch.steps(device, backends), self)
 
     def choice(self, ref: Linear) -> dispatch.Choice:
         """What serves a linear here."""
@@ -114,7 +114,7 @@ class KernelWeights(CheckpointWeights):
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
         if scheme is None:
-            if x.shape[:-1].numel() <= FEW and (rows := self._rows(ref)):
+            if x.shape[:-1].numel() <= FEW and (rows := self.few(ref)):
                 return rows(x)
             weight = self.tensor(ref.weight)
             return F.linear(x.to(weight.dtype), weight).to(x.dtype)
@@ -152,17 +152,26 @@ class KernelWeights(CheckpointWeights):
     def mlp_half(self, layer: Layer, h: Tensor) -> tuple[Tensor, Routing | None] | None:
         return self.halves.mlp_half(layer, h)
 
-    def _rows(self, ref: Linear) -> QuantLinear | None:
-        """A linear that is not quantized, for few tokens; None where torch serves it."""
-        if ref.key not in self._plain_rows:
+    def few(self, ref: Linear) -> QuantLinear | None:
+        """A linear's kernel for few tokens, packed, quantized or not; None where torch or the reference serves it."""
+        if (scheme := self.schemes.get(ref.key)) is not None:
+            return self._linear(ref, scheme)
+        if ref.key not in self._rows:
             weight, steps = self.tensor(ref.weight), self.halves.steps
-            able = not isinstance(steps, str) and weight.dtype is torch.bfloat16
-            self._plain_rows[ref.key] = steps.plain(weight) if able and not isinstance(steps, str) else None
-        return self._plain_rows[ref.key]
+            plain = weight.dtype is torch.bfloat16 and not isinstance(steps, str)
+            self._rows[ref.key] = steps.plain(weight) if plain and not isinstance(steps, str) else None
+        return self._rows[ref.key]
 
-    def _alone(self, ref: Linear) -> QuantLinear | None:
-        """A linear's kernel for few tokens, quantized or not."""
-        return self._rows(ref) if (scheme := self.schemes[ref.key]) is None else self._linear(ref, scheme)
+    def has_few(self, ref: Linear) -> bool:
+        if self.schemes.get(ref.key) is not None:
+            return self.choice(ref).backend is not None
+        return self.reader.entry(ref.weight).dtype == "BF16"
+
+    def together(self, parts: tuple[MLP, ...]) -> QuantExperts | None:
+        return self._experts(parts)
+
+    def has_together(self, parts: tuple[MLP, ...]) -> bool:
+        return self._alike(parts) is not None
 
     def pack(self, spec: ModelSpec, progress: Callable[[int, int], None] | None = None) -> None:
         """Pack every weight now; progress is called with (layers done, layers in all). Raises CheckpointError."""

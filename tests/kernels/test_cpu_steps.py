@@ -50,16 +50,25 @@ class OnRows(Weights):
         self.tensors, found = tensors, backend.AVX512.steps(torch.device("cpu"))
         assert not isinstance(found, str)
         self.plain = found.plain
-        self.halves = FusedHalves(found if fused else "asked for", self.kernel, lambda _: None, self.tensor)
+        self.halves = FusedHalves(found if fused else "asked for", self)
 
-    def kernel(self, ref: Linear) -> QuantLinear:
+    def few(self, ref: Linear) -> QuantLinear:
         return self.plain(self.tensors[ref.weight])
+
+    def has_few(self, ref: Linear) -> bool:
+        return True
+
+    def together(self, parts: tuple[MLP, ...]) -> None:
+        return None
+
+    def has_together(self, parts: tuple[MLP, ...]) -> bool:
+        return False
 
     def tensor(self, key: str) -> Tensor:
         return self.tensors[key]
 
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
-        return self.kernel(ref)(x)
+        return self.few(ref)(x)
 
     def attention_half(self, layer: Layer, h: Tensor, at: Positions, store: KVStore) -> Tensor | None:
         return self.halves.attention_half(layer, h, at, store)
@@ -236,9 +245,9 @@ def test_a_model_decodes_as_it_does_in_single_calls(
 
     fused, layers = decoded(model), len(model.spec.layers)
     assert called == {"attention": 5 * layers, "mlp": 5 * layers}
-    model.weights.halves.steps = "asked for"
-    model.weights.halves._attention.clear()
-    model.weights.halves._mlp.clear()
+    assert {row["kernel"] for row in model.explain_decoding()} == {"cpu-avx512"}
+    model.weights.halves = FusedHalves("asked for", model.weights)
+    assert {(row["kernel"], row["why"]) for row in model.explain_decoding()} == {("single calls", "asked for")}
     apart, right = decoded(model), decoded(exact)
     assert called["mlp"] == 5 * layers
     errors = [(got - right).norm(dim=-1) / right.norm(dim=-1) for got in (fused, apart)]

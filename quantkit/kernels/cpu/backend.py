@@ -73,7 +73,7 @@ def _steps(device: torch.device) -> Steps | str:
     return library if isinstance(library, str) else _STEPS
 
 
-_STEPS = Steps("cpu-avx512 step", lambda weight: _Linear(gather([plain(weight)])), _attention, _mlp)
+_STEPS = Steps("cpu-avx512", lambda weight: _Linear(gather([plain(weight)])), _attention, _mlp)
 
 
 def rounding_of_w4a8(scheme: Scheme) -> Activation:

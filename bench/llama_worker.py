@@ -1,0 +1,61 @@
+"""One engine of bench/llama_generate.py in a process of its own: python llama_worker.py quantkit|llama MODEL THREADS [KERNELS].
+
+A line of JSON on standard input asks for a prompt of `positions` ids and `tokens` more, one at a time; a line on standard output
+says how many seconds the prompt took, and each token, on the clock and of processor time. Run by any Python that has the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def quantkit_steps(model: str, threads: int, kernels: str) -> Callable[[list[int]], Iterator[Any]]:
+    import torch
+
+    import quantkit
+
+    torch.set_num_threads(threads)
+    loaded = quantkit.load(model, kernels=kernels)  # type: ignore[arg-type]
+    return lambda ids: loaded.stream(torch.tensor([ids]), new_tokens=256)
+
+
+def llama_steps(model: str, threads: int) -> Callable[[list[int]], Iterator[Any]]:
+    import numpy as np
+    from llama_cpp import Llama
+
+    engine = Llama(model_path=model, n_ctx=2048, n_batch=2048, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def steps(ids: list[int]) -> Iterator[int]:
+        engine.reset()
+        following = ids
+        while True:
+            engine.eval(following)
+            logits = np.ctypeslib.as_array(engine._ctx.get_logits_ith(-1), shape=(engine.n_vocab(),))
+            following = [int(logits.argmax())]
+            yield following[0]
+
+    return steps
+
+
+def main() -> None:
+    engine, model, threads, *kernels = sys.argv[1:]
+    begin = llama_steps(model, int(threads)) if engine == "llama" else quantkit_steps(model, int(threads), *kernels)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        ids = [(7919 * i + asked["seed"]) % 40000 + 100 for i in range(asked["positions"])]
+        stream, clocks = begin(ids), []
+        for _ in range(asked["tokens"] + 1):
+            start = time.perf_counter(), time.process_time()
+            next(stream)
+            clocks.append([time.perf_counter() - start[0], time.process_time() - start[1]])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"prefill": clocks[0], "tokens": clocks[1:], "peak": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
