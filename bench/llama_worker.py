@@ -1,7 +1,8 @@
-"""One engine of bench/llama_generate.py in a process of its own: python llama_worker.py quantkit|llama MODEL THREADS [KERNELS].
+"""One engine of llama_generate.py in a process of its own: python llama_worker.py quantkit|llama MODEL THREADS [KERNELS].
 
-A line of JSON on standard input asks for a prompt of `positions` ids and `tokens` more, one at a time; a line on standard output
-says how many seconds the prompt took, and each token, on the clock and of processor time. Run by any Python that has the engine.
+A line of JSON on standard input asks for a prompt of `positions` ids and `tokens` more, one at a time; a line on standard
+output says how many seconds the prompt took, and each token, by the clock and of processor time. Any Python with the engine
+runs it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def quantkit_steps(model: str, threads: int, kernels: str) -> Callable[[list[int
 
 def llama_steps(model: str, threads: int) -> Callable[[list[int]], Iterator[Any]]:
     import numpy as np
-    from llama_cpp import Llama
+    from llama_cpp import Llama  # type: ignore[import-not-found]
 
-    engine = Llama(model_path=model, n_ctx=2048, n_batch=2048, n_ubatch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    sizes = {"n_ctx": 2048, "n_batch": 2048, "n_threads": threads, "n_threads_batch": threads}
+    engine = Llama(model_path=model, verbose=False, **sizes)
 
     def steps(ids: list[int]) -> Iterator[int]:
         engine.reset()

@@ -23,6 +23,7 @@ KV = tuple[Tensor, Tensor]
 _BLOCK = 2**18  # elements of a block: 1 MB of float32, a core's own cache
 _LEAST = 64  # positions of a block
 _STEP = 256  # positions by which room grows, at least
+_CPU = torch.device("cpu")
 _DTYPES = {KVFormat.FLOAT32: torch.float32, KVFormat.BF16: torch.bfloat16, KVFormat.FP8: torch.float8_e4m3fn}
 
 
@@ -189,7 +190,7 @@ class Cache:
         """The buffers of the group that `layer` owns, on the CPU, with room for new positions that the caller writes."""
         group = self._group(layer)
         for buffer in group:
-            buffer.extend(batch, heads, new, width, torch.device("cpu"))
+            buffer.extend(batch, heads, new, width, _CPU)
         return group
 
     def buffers(self, layer: int) -> tuple[_Buffer, _Buffer]:

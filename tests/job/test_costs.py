@@ -218,8 +218,8 @@ def test_the_kernels_of_a_processor_are_called_once_for_all_experts(
         monkeypatch.setattr(backend, kernel, counted(kernel))
     entries = cpu_steps.call
 
-    def entered(entry: str, *given: Any) -> None:
-        launched[entry] += 1
+    def entered(entry: Any, *given: Any) -> None:
+        launched[entry.__name__] += 1
         entries(entry, *given)
 
     monkeypatch.setattr(cpu_steps, "call", entered)

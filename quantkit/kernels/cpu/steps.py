@@ -75,9 +75,9 @@ def _held(parts: Sequence[Tensor]) -> tuple[int, int | None, int]:
     return parts[0].data_ptr(), parts[1].data_ptr() if len(parts) > 1 else None, parts[0].shape[2]
 
 
-def call(name: str, *given: Any) -> None:
-    """An entry of the library on all threads. Raises MemoryError, and RuntimeError where there is no library."""
-    if getattr(found(load()), name)(*given, torch.get_num_threads()):
+def call(entry: Any, *given: Any) -> None:
+    """An entry of the library on all threads. Raises MemoryError."""
+    if entry(*given, torch.get_num_threads()):
         raise MemoryError("no memory for the activations of a layer")
 
 
@@ -94,7 +94,7 @@ class AttentionHalf:
         sizes = parts.norm.numel(), parts.heads, parts.kv_heads, parts.head_dim
         pointers = *map(_address, packed), *map(_pointer, norms)
         self._layer = _AttentionLayer(*pointers, *sizes, parts.eps, parts.head_dim**-0.5, head_norm)
-        self._at = ctypes.addressof(self._layer)
+        self._at, self._entry = ctypes.addressof(self._layer), found(load()).quantkit_attention_half
 
     def __call__(
         self,
@@ -106,12 +106,13 @@ class AttentionHalf:
         length: int,
     ) -> Tensor:
         """As `kernels.backend.AttentionStep`."""
-        h, out = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format)
+        h = h.contiguous()
+        out = torch.empty_like(h)
         cos, sin = tables[0].contiguous(), tables[1].contiguous()
         padding = padding if padding is None else padding.contiguous()
         pointers = cos.data_ptr(), sin.data_ptr(), _pointer(padding), *_held(key), *_held(value)
         place = _Place(*pointers, h.shape[0], h.shape[1], length, STORED[key[0].dtype], int(cos.dim() > 2))
-        call("quantkit_attention_half", self._at, ctypes.addressof(place), h.data_ptr(), out.data_ptr())
+        call(self._entry, self._at, ctypes.addressof(place), h.data_ptr(), out.data_ptr())
         return out
 
 
@@ -128,14 +129,16 @@ class MlpHalf:
         pointers = *map(_address, packed), _pointer(norm), _pointer(router)
         self._layer = _MlpLayer(*pointers, *sizes, parts.eps, parts.router_scale, *flags)
         self._at, self._top_k = ctypes.addressof(self._layer), parts.top_k
+        self._entry = found(load()).quantkit_mlp_half
 
     def __call__(self, h: Tensor) -> tuple[Tensor, Routed | None]:
         """As `kernels.backend.MlpStep`."""
-        h, out, tokens = h.contiguous(), torch.empty_like(h, memory_format=torch.contiguous_format), h.shape[:-1].numel()
+        h = h.contiguous()
+        out, tokens = torch.empty_like(h), h.shape[:-1].numel()
         routed = None
         if self.routed:
             chosen = torch.empty(tokens, self._top_k, dtype=torch.int64), torch.empty(tokens, self._top_k)
             routed = (*chosen, torch.empty(tokens, self.routed))
         ids, weights, logits = (None, None, None) if routed is None else (part.data_ptr() for part in routed)
-        call("quantkit_mlp_half", self._at, h.data_ptr(), out.data_ptr(), logits, ids, weights, tokens)
+        call(self._entry, self._at, h.data_ptr(), out.data_ptr(), logits, ids, weights, tokens)
         return out, routed
