@@ -49,8 +49,9 @@ def choose(
 
 def steps(device: torch.device, backends: tuple[Backend, ...] = BACKENDS) -> Steps | str:
     """How few tokens go in few calls on this device: the first backend's that has any, or the reasons why none has."""
-    found = [backend.steps(device) for backend in backends]
-    return next((steps for steps in found if not isinstance(steps, str)), "; ".join(dict.fromkeys(map(str, found))))
+    offers = [backend.steps(device) for backend in backends]
+    reasons = dict.fromkeys(offer for offer in offers if isinstance(offer, str))
+    return next((offer for offer in offers if not isinstance(offer, str)), "; ".join(reasons))
 
 
 def explain(

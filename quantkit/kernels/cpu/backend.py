@@ -53,17 +53,18 @@ def _lacks(scheme: Scheme, activation: Activation | None, device: torch.device) 
 
 
 def _attention(parts: AttentionParts) -> AttentionHalf | None:
-    packed = [part.weight if isinstance(part, _Linear) else None for part in (parts.q, parts.k, parts.v, parts.o)]
-    given = [part is not None for part in (parts.q, parts.k, parts.v, parts.o)]
-    return AttentionHalf(parts, packed) if [part is not None for part in packed] == given else None
+    linears = parts.q, parts.k, parts.v, parts.o
+    if any(linear is not None and not isinstance(linear, _Linear) for linear in linears):
+        return None
+    return AttentionHalf(parts, [linear.weight if isinstance(linear, _Linear) else None for linear in linears])
 
 
 def _mlp(parts: MlpParts) -> MlpHalf | None:
     if parts.router is not None and parts.router.dtype is not torch.bfloat16:
         return None
     kernels = [part for part in (parts.experts, parts.apart) if part is not None]
-    held = [weight for part in kernels if isinstance(part, _Experts) for weight in (part.gate_up, part.down)]
-    return MlpHalf(parts, [*held, *[None] * (4 - len(held))]) if len(held) == 2 * len(kernels) else None
+    packed = [weight for part in kernels if isinstance(part, _Experts) for weight in (part.gate_up, part.down)]
+    return MlpHalf(parts, [*packed, *[None] * (4 - len(packed))]) if len(packed) == 2 * len(kernels) else None
 
 
 def _steps(device: torch.device) -> Steps | str:

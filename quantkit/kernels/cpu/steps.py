@@ -57,8 +57,8 @@ class _MlpLayer(ctypes.Structure):
     )
 
 
-def _address(held: Packed | None) -> int | None:
-    return None if held is None else ctypes.addressof(held.matrix)
+def _address(weight: Packed | None) -> int | None:
+    return None if weight is None else ctypes.addressof(weight.matrix)
 
 
 def _row(weight: Tensor | None) -> Tensor | None:
@@ -75,9 +75,9 @@ def _held(parts: Sequence[Tensor]) -> tuple[int, int | None, int]:
     return parts[0].data_ptr(), parts[1].data_ptr() if len(parts) > 1 else None, parts[0].shape[2]
 
 
-def call(entry: Any, *given: Any) -> None:
+def call(entry: Any, *arguments: Any) -> None:
     """An entry of the library on all threads. Raises MemoryError."""
-    if entry(*given, torch.get_num_threads()):
+    if entry(*arguments, torch.get_num_threads()):
         raise MemoryError("no memory for the activations of a layer")
 
 
