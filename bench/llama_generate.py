@@ -34,7 +34,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 WORKER = HERE / "llama_worker.py"
 POSITIONS = (32, 512, 1500)
-FIND = f"import sys; sys.path.insert(0, {str(HERE)!r}); import llama_cpp, smollm2; print(smollm2.weights())"
+FIND = (
+    f"import sys; sys.path.insert(0, {str(HERE)!r}); import llama_cpp, smollm2; "
+    "print(llama_cpp.__version__); print(smollm2.weights())"
+)
 
 
 class Engine:
@@ -86,19 +89,31 @@ def measure(engines: dict[str, Engine], rounds: int, tokens: int, clock: int) ->
                 "decode_times_llama": median(b[1] / a[1] for a, b in zip(pairs, peer, strict=True)),
             }
     for name, engine in engines.items():
-        rows[name]["peak_bytes"] = engine.ask(1, 1, 0)["peak"]
+        answer = engine.ask(1, 1, 0)
+        rows[name] |= {"peak_bytes": answer["peak"], "runtime_bytes": answer["runtime"]}
     return rows
 
 
 def show(rows: dict[str, Any]) -> None:
-    table = Table("engine", "positions", "prefill, tokens/s", "of llama.cpp", "decode, tokens/s", "of llama.cpp", "peak, MB")
+    table = Table(
+        "engine",
+        "positions",
+        "prefill, tokens/s",
+        "of llama.cpp",
+        "decode, tokens/s",
+        "of llama.cpp",
+        "peak, MB",
+        "runtime alone",
+    )
     for name, row in rows.items():
         for positions in map(str, POSITIONS):
             r = row[positions]
             prefill = f"{r['prefill_tokens_per_s']:.0f}", f"{r['prefill_times_llama']:.2f}x"
             decode = f"{r['decode_tokens_per_s']:.1f}", f"{r['decode_times_llama']:.2f}x"
-            table.add_row(name, positions, *prefill, *decode, f"{row['peak_bytes'] / 1e6:.0f}")
-    Console().print(table)
+            table.add_row(
+                name, positions, *prefill, *decode, *(f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "runtime_bytes"))
+            )
+    Console(width=140).print(table)
 
 
 @click.command()
@@ -108,14 +123,18 @@ def show(rows: dict[str, Any]) -> None:
 @click.option("--tokens", default=24)
 @click.option("--threads", default=2)
 @click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall")
+@click.option("--about-peer", default="", help="What was done to the peer, for the results.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "llama_generate.json")
-def main(peer: Path | None, work: Path, rounds: int, tokens: int, threads: int, clock: str, out: Path) -> None:
+def main(
+    peer: Path | None, work: Path, rounds: int, tokens: int, threads: int, clock: str, about_peer: str, out: Path
+) -> None:
     python = str(peer / "bin" / "python") if peer else ""
     found = subprocess.run([python, "-c", FIND], capture_output=True, text=True) if peer else None
     if found is None or found.returncode:
         reason = "no --peer is given" if found is None else found.stderr.strip().splitlines()[-1]
         raise SystemExit(f"skipped: {reason}; see the top of this file")
-    gguf = Path(found.stdout.strip())
+    version, file = found.stdout.strip().splitlines()
+    gguf = Path(file)
     model = checkpoint(work, python)
     commands = {"llama.cpp": [python, str(WORKER), "llama", str(gguf), str(threads)]}
     for name, kernels in (("quantkit", "auto"), ("quantkit w4a8", "w4a8")):
@@ -126,7 +145,7 @@ def main(peer: Path | None, work: Path, rounds: int, tokens: int, threads: int, 
         engine.close()
     show(rows)
     about = {"processor": processor(), "threads": threads, "clock": clock, "rounds": rounds, "torch": torch.__version__}
-    versions = {"llama_cpp_python": "0.3.36", "weights": gguf.name}
+    versions = {"llama_cpp_python": version, "weights": gguf.name, "about_peer": about_peer}
     out.write_text(json.dumps({**about, **versions, "engines": rows}, indent=1) + "\n")
 
 

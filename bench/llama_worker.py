@@ -7,6 +7,7 @@ runs it.
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -44,8 +45,15 @@ def llama_steps(model: str, threads: int) -> Callable[[list[int]], Iterator[Any]
     return steps
 
 
+def peak() -> int:
+    """Bytes resident at most, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     engine, model, threads, *kernels = sys.argv[1:]
+    importlib.import_module("llama_cpp" if engine == "llama" else "quantkit.run.model")
+    runtime = peak()  # of an engine without a model
     begin = llama_steps(model, int(threads)) if engine == "llama" else quantkit_steps(model, int(threads), *kernels)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -55,8 +63,7 @@ def main() -> None:
             start = time.perf_counter(), time.process_time()
             next(stream)
             clocks.append([time.perf_counter() - start[0], time.process_time() - start[1]])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"prefill": clocks[0], "tokens": clocks[1:], "peak": peak}), flush=True)
+        print(json.dumps({"prefill": clocks[0], "tokens": clocks[1:], "peak": peak(), "runtime": runtime}), flush=True)
 
 
 if __name__ == "__main__":

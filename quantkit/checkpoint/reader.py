@@ -27,6 +27,7 @@ __all__ = ["INDEX", "SINGLE", "CheckpointReader", "Entry", "load_json"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PIECE = 2**20  # elements that are summed at once
 _OPEN = 4  # files that a reader holds open at most: a source of hundreds of shards must not use up what a process may have
 
 
@@ -133,8 +134,10 @@ class CheckpointReader:
         tensor = self.stored(key)
         if tensor.dtype.is_floating_point:
             # A finite sum of |x| says that all are finite, in one pass; one that is not (float64 may overflow) says: look.
+            # In pieces, since torch widens all that it sums.
             wide = tensor.float() if tensor.element_size() == 1 else tensor
-            if not wide.abs().sum(dtype=torch_dtype("F64")).isfinite():
+            sums = (part.abs().sum(dtype=torch_dtype("F64")) for part in wide.flatten().split(_PIECE))
+            if not all(total.isfinite() for total in sums):
                 bad = (~wide.isfinite()).flatten().nonzero()
                 if len(bad):
                     raise CheckpointError(

@@ -242,3 +242,11 @@ def test_rounding_without_calibration_dequantizes_for_the_stated_error_alone(
     quantkit.quantize(model, tmp_path / "out", Recipe(method="rtn", group_size=32))
     written = {path.name: n for path, n in counted.hashed.items() if path.suffix == ".safetensors"}
     assert len(written) == 3 and {*written.values()} == {2}
+
+
+def test_a_tensor_is_looked_at_in_pieces(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch makes float64 of all that it sums: of an embedding whole, four times its size."""
+    opened, sizes, plain = CheckpointReader(model), list[int](), torch.Tensor.sum
+    monkeypatch.setattr(reader, "_PIECE", 1000)
+    monkeypatch.setattr(torch.Tensor, "sum", lambda x, **how: sizes.append(x.numel()) or plain(x, **how))
+    assert opened.tensor("model.embed_tokens.weight").numel() == sum(sizes) > max(sizes) == 1000
