@@ -71,8 +71,9 @@ def beside_llama() -> list[str]:
     about = f" ({measured['about_peer']})" if measured["about_peer"] else ""
     where = f"{measured['threads']} thread(s) of another machine ({measured['processor'].split(',')[0]}), {clock}"
     lines = [
-        f"SmolLM2-135M, {where}, beside llama.cpp{about}: tokens per second, and how many times as fast. llama.cpp reads Q4_1, "
-        "quantkit the same weights in INT4 by groups of 64, and a BF16 head (`bench/llama_generate.py`).",
+        f"SmolLM2-135M, {where}, beside llama.cpp{about}: tokens per second, and how many times as fast. "
+        "llama.cpp reads Q4_1, quantkit the same weights in INT4 by groups of 64, and a BF16 head "
+        "(`bench/llama_generate.py`).",
         "",
         "| engine | positions | prefill | decode | peak, of which runtime |",
         "|---|---|---|---|---|",
