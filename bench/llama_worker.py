@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -46,8 +46,9 @@ def llama_steps(model: str, threads: int) -> Callable[[list[int]], Iterator[Any]
 
 
 def peak() -> int:
-    """Bytes resident at most, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes resident at most, so far; getrusage would count what the parent had."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def main() -> None:
