@@ -69,9 +69,9 @@ def span_kernel(
     group, span = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = tl.program_id(2) * BR + tl.arange(0, BR)
     d, v, m = tl.arange(0, BD), tl.arange(0, BV), tl.arange(0, BM)
-    held = tl.load(length)
+    positions = tl.load(length)
     begin = tl.load(padding + group // KV).to(tl.int32) if PADDED else 0
-    begin = tl.minimum(begin, held - 1)  # a padded position still sees itself
+    begin = tl.minimum(begin, positions - 1)  # a padded position still sees itself
     rows = (group * ROWS + row)[:, None]
     live = (row < ROWS)[:, None]
     of_q = tl.load(q + rows * D + d[None, :], mask=live & (d < D)[None, :], other=0.0)
@@ -80,9 +80,9 @@ def span_kernel(
     top = tl.full((BR,), float("-inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
     acc = tl.zeros((BR, BV), tl.float32)
-    for start in range(span * LONG, tl.minimum((span + 1) * LONG, held), BN):
+    for start in range(span * LONG, tl.minimum((span + 1) * LONG, positions), BN):
         at = start + tl.arange(0, BN)
-        there, seen = at < held, (at < held) & (at >= begin)
+        there, visible = at < positions, (at < positions) & (at >= begin)
         place = group * ROOM + at
         keys = tl.load(key + place[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         scores = _dot(of_q, tl.trans(keys), SIM)
@@ -94,7 +94,7 @@ def span_kernel(
             if SCALED:
                 other *= tl.load(more_scale + place, mask=there, other=0.0).to(tl.float32)[None, :]
             scores += other
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        scores = tl.where(visible[None, :], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, 1))
         safe = tl.where(highest == float("-inf"), 0.0, highest)
         p = tl.exp(scores - safe[:, None])
