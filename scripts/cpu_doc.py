@@ -64,5 +64,31 @@ def generation() -> list[str]:
     ]
 
 
+def beside_llama() -> list[str]:
+    """One prompt of a small model, beside llama.cpp."""
+    measured = read("llama_generate")
+    clock = "processor time" if measured["clock"] == "cpu" else "by the clock"
+    about = f" ({measured['about_peer']})" if measured["about_peer"] else ""
+    where = f"{measured['threads']} thread(s) of another machine ({measured['processor'].split(',')[0]}), {clock}"
+    lines = [
+        f"SmolLM2-135M, {where}, beside llama.cpp{about}: tokens per second, and how many times as fast. "
+        "llama.cpp reads Q4_1, quantkit the same weights in INT4 by groups of 64, and a BF16 head "
+        "(`bench/llama_generate.py`).",
+        "",
+        "| engine | positions | prefill | decode | peak, of which runtime |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in measured["engines"].items():
+        memory = f"{row['peak_bytes'] / 1e6:.0f} MB, {row['runtime_bytes'] / 1e6:.0f} MB"
+        for positions, speed in ((key, value) for key, value in row.items() if key.isdecimal()):
+            cells = [
+                f"{speed[f'{what}_tokens_per_s']:.0f} ({speed[f'{what}_times_llama']:.1f}x)"
+                for what in ("prefill", "decode")
+            ]
+            lines.append(f"| {name} | {positions} | {' | '.join(cells)} | {memory} |")
+            memory = ""
+    return lines
+
+
 if __name__ == "__main__":
-    write("cpu", [*matrix(), "", *layer(), "", *generation()])
+    write("cpu", [*matrix(), "", *layer(), "", *generation(), "", *beside_llama()])

@@ -32,7 +32,7 @@ within 90 "${tests[@]}" -x -s tests/gpu/smoke.py || { say "smoke failed: nothing
 
 # 16 processors and one GPU: the benches compile beside the tests what they measure afterwards. Nothing is timed here.
 say "correctness"
-within 200 "${tests[@]}" -n 6 --durations=5 tests/gpu/kernels.py tests/gpu/model.py tests/gpu/benches.py > "$scratch/small" 2>&1 & small=$!
+within 200 "${tests[@]}" -n 6 --durations=5 tests/gpu/kernels.py tests/gpu/attention.py tests/gpu/graphs.py tests/gpu/model.py tests/gpu/benches.py > "$scratch/small" 2>&1 & small=$!
 within 240 "${tests[@]}" -n 4 --durations=5 tests/gpu/shapes.py > "$scratch/large" 2>&1 & large=$!
 within 150 "${bench[@]}" --quick --rounds 1 --out "$scratch/warm.json" > /dev/null 2>&1 & quick=$!
 within 200 "${bench[@]}" --tune --kind int4 --rounds 1 --out "$scratch/tune.json" > /dev/null 2>&1 & tune=$!

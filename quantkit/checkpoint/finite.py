@@ -24,10 +24,10 @@ _BITS = {
 
 def first_not_finite(values: Tensor) -> tuple[int, int] | None:
     """How many of the values are NaN or infinite, and the flat index of the first; None where none is, as of integers."""
-    known = next((row for name, row in _BITS.items() if values.dtype is torch_dtype(name)), None)
-    if known is None:
+    bits = next((row for name, row in _BITS.items() if values.dtype is torch_dtype(name)), None)
+    if bits is None:
         return None
-    integer, magnitude, least = known
+    integer, magnitude, least = bits
     flat = values.reshape(-1).view(torch_dtype(integer))
     if all(int((part & magnitude).amax()) < least for part in flat.split(_AT_ONCE) if len(part)):
         return None

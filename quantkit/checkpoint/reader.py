@@ -152,8 +152,8 @@ class CheckpointReader:
 
     def _check(self, key: str, values: Tensor, row: int) -> None:
         """Raises CheckpointError where values, which begin at that row of the tensor, are not all finite."""
-        if (found := first_not_finite(values)) is not None:
-            count, first = found
+        if (bad := first_not_finite(values)) is not None:
+            count, first = bad
             first += row * (values[:1].numel() if values.ndim else 1)
             raise CheckpointError(
                 f"{self.folder / self.entries[key].shard}: tensor '{key}' holds {count} NaN or infinite "

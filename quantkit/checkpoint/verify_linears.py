@@ -62,29 +62,31 @@ def check_linears(
     layout = format_of(reader)
 
     def check(group: tuple[Linear, ...]) -> Found:
-        found = Found()
+        findings = Found()
         shared = _shared_range(original, group, schemes[group[0].key]) if original else None
         for ref in group:
             if (scheme := schemes[ref.key]) is None:
                 continue
             row = stated.get(ref.key)
-            found.unstated += row is None
-            found.unscaled += scheme.static and (row is None or "input_scale" not in row)
+            findings.unstated += row is None
+            findings.unscaled += scheme.static and (row is None or "input_scale" not in row)
             try:
                 q = layout.decode(ref, scheme, reader.tensors())
                 _check_values(reader, ref, q, row or {})
                 if original is not None:
-                    found.errors.setdefault(ref.role.value, []).append(_check_against(original, ref, scheme, q, row, shared))
+                    findings.errors.setdefault(ref.role.value, []).append(
+                        _check_against(original, ref, scheme, q, row, shared)
+                    )
             except CheckpointError as broken:
-                found.unread.append(broken.problem)
+                findings.unread.append(broken.problem)
             except QuantkitError as broken:
-                found.problems.append(broken.problem)
-        return found
+                findings.problems.append(broken.problem)
+        return findings
 
-    findings = Found()
-    for found in every(check, [group for layer in spec.layers for group in layer.same_input()]):
-        findings.add(found)
-    return findings
+    total = Found()
+    for findings in every(check, [group for layer in spec.layers for group in layer.same_input()]):
+        total.add(findings)
+    return total
 
 
 def _shared_range(original: CheckpointReader, group: tuple[Linear, ...], scheme: Scheme | None) -> Range | None:
@@ -131,21 +133,21 @@ def _check_against(
 ) -> float:
     """The relative error against the source's weight. Raises VerificationError when it is not what the method gives."""
     method, stated = (row or {}).get("method"), (row or {}).get("weight_error")
-    known = method in METHODS
+    bounded = method in METHODS
     scales, codes, lost, start = _Wrong("scale"), _Wrong("code"), WeightError(), 0
     for part in original.rows(ref.weight, _at_once(ref, scheme)):
         weight, here = part.float(), q.rows(start, start + len(part))
-        seen = _compared(weight, here, method == "rtn", lost)
-        if known and (shared is None or not start):  # one for all is looked at once
-            scales.add(*_where(wrong_scales(here, shared or seen.span, str(method))))
-        codes.add(*seen.misplaced, here.shape)
+        comparison = _compared(weight, here, method == "rtn", lost)
+        if bounded and (shared is None or not start):  # one for all is looked at once
+            scales.add(*_where(wrong_scales(here, shared or comparison.span, str(method))))
+        codes.add(*comparison.misplaced, here.shape)
         start += len(part)
     error = lost.value
     if error > scheme.weight.codes.worst:
         raise VerificationError(f"'{ref.key}' differs from its source by {error:.1%}: more than {scheme.name} can lose")
     if row is None:
         return error
-    if not known:
+    if not bounded:
         raise VerificationError(f"'{ref.key}' was made by {shown(method)!r}, as {STATEMENT} states: nothing bounds that")
     if scales.number:
         raise VerificationError(f"'{ref.key}': {scales} not what {_by(str(method))} gives for its source")
@@ -183,21 +185,21 @@ def _where(wrong: Tensor) -> tuple[int, int, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Comparison:
     span: Range
     misplaced: tuple[int, int]
 
 
-def _compared(weight: Tensor, q: QuantizedTensor, codes: bool, lost: WeightError) -> _Seen:
+def _compared(weight: Tensor, q: QuantizedTensor, codes: bool, lost: WeightError) -> _Comparison:
     """Some rows beside what they became: their range under each scale, how many codes are misplaced, if that is asked, and
     the first, and what was lost, which is added to `lost`. In one pass where there is a compiler."""
     if (done := rowwise.compare_rows(weight, q, TIE, codes)) is not None:
         lost.add_sums(done.lost.tolist(), done.whole.tolist())
-        return _Seen((done.smallest, done.largest), done.misplaced)
+        return _Comparison((done.smallest, done.largest), done.misplaced)
     value = q.dequantize()
     lost.add(weight, value)
     number, first, _ = _where(misplaced_codes(weight, q, value)) if codes else (0, 0, ())
-    return _Seen(range_of(weight, q.grid), (number, first))
+    return _Comparison(range_of(weight, q.grid), (number, first))
 
 
 def _by(method: str) -> str:

@@ -151,10 +151,13 @@ def kernel_table(choices: dict[str, Any]) -> Table:
         table.add_column(name, justify="right" if name == "linears" else "left")
     for row in choices["kernels"]:
         table.add_row(*(str(row[name]) for name in names))
+    table.add_section()
+    for row in choices["decoding"]:
+        table.add_row(f"decoding: {row['half']}", "", f"{row['layers']} layers", row["kernel"], row["why"], "")
     return table
 
 
-def bench_table(benchmark: dict[str, Any]) -> Table:
+def bench_table(benchmark: dict[str, Any]) -> Group:
     """One section for each matrix; the kernels that served them stand below."""
     table = Table(title=benchmark["title"], box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for name in ("matrix", "shape", "tokens", "us (p20..p80)", "GB/s", "TFLOP/s", "roofline", "BF16"):
@@ -175,6 +178,16 @@ def bench_table(benchmark: dict[str, Any]) -> Table:
         last = name, shape
     kernels = sorted({f"{row['scheme']} by {row['kernel']}" for row in benchmark["rows"]})
     table.caption = f"{', '.join(kernels)}; share of the roofline measured here, speed-up over BF16"
+    return Group(table, *([_generation_table(benchmark["generation"])] if benchmark["generation"] else []))
+
+
+def _generation_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("positions", "prefill, tokens/s", "decode, tokens/s"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        speeds = (f"{row[name]:.1f}" for name in ("prefill_tokens_per_s", "decode_tokens_per_s") if name in row)
+        table.add_row(str(row["positions"]), *((row["skipped"], "") if "skipped" in row else speeds))
     return table
 
 

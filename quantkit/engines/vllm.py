@@ -61,8 +61,8 @@ def _backend(view: View) -> list[Hit]:
 
 def _signed(view: View) -> list[Hit]:
     schemes = {weight.scheme.name for weight in view.weights if weight.scheme and weight.scheme.weight.signed}
-    asked = view.deployment.on_gpu and "W4A16" in schemes
-    return [Hit(None, "GPTQ's scales of symmetric integers may be negative")] if asked else []
+    concerned = view.deployment.on_gpu and "W4A16" in schemes
+    return [Hit(None, "GPTQ's scales of symmetric integers may be negative")] if concerned else []
 
 
 RULES = (

@@ -183,8 +183,8 @@ class UnitRun:
         """Quantize linears that read one input, and write them; what was written of each."""
         scheme = self.plan.schemes[group[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
-            seen = f"the input of '{group[0].key}' is not finite on the calibration text"
-            raise CalibrationError(seen, "check the source model: its hidden states overflow before this layer")
+            problem = f"the input of '{group[0].key}' is not finite on the calibration text"
+            raise CalibrationError(problem, "check the source model: its hidden states overflow before this layer")
         weights = tuple(self.place.weight(ref) for ref in group)
         if scheme is None:
             for ref, weight in zip(group, weights, strict=True):

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.kernels.backend import Backend
+from quantkit.kernels.backend import Backend, Steps
 from quantkit.kernels.cpu import backend as cpu
 from quantkit.kernels.triton import backend as triton
 from quantkit.scheme import Scheme
 
-__all__ = ["BACKENDS", "OPTIONS", "PLAIN", "REFERENCE", "Choice", "choose", "explain"]
+__all__ = ["BACKENDS", "OPTIONS", "PLAIN", "REFERENCE", "Choice", "choose", "explain", "steps"]
 
 REFERENCE = "reference"
 PLAIN = "torch"
@@ -45,6 +45,13 @@ def choose(
     if here is None:
         return Choice(REFERENCE, None, "; ".join(dict.fromkeys(filter(None, reasons))) or "asked for", elsewhere)
     return Choice(here.name, here, "; ".join(filter(None, (here.why, here.note(scheme, device)))), elsewhere)
+
+
+def steps(device: torch.device, backends: tuple[Backend, ...] = BACKENDS) -> Steps | str:
+    """How few tokens go in few calls on this device: the first backend's that has any, or the reasons why none has."""
+    offers = [backend.steps(device) for backend in backends]
+    reasons = dict.fromkeys(offer for offer in offers if isinstance(offer, str))
+    return next((offer for offer in offers if not isinstance(offer, str)), "; ".join(reasons))
 
 
 def explain(

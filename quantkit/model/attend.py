@@ -13,15 +13,15 @@ from torch import Tensor
 
 from quantkit.model.cache import Kept
 
-__all__ = ["attend", "continues", "mix", "probabilities", "scores"]
+__all__ = ["FEW", "attend", "continues", "mix", "probabilities", "scores"]
 
-_FEW = 8  # new positions whose scores are held whole
+FEW = 8  # new positions whose scores are held whole
 _MASK = 2**22
 
 
 def continues(t: int, s: int) -> bool:
     """Whether t queries, the last of s positions, are few after many."""
-    return t <= _FEW and t < s
+    return t <= FEW and t < s
 
 
 def attend(q: Tensor, k: Kept, v: Kept, scale: float | None = None, padding: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ def _many(q: Tensor, k: Tensor, v: Tensor, scale: float | None, padding: Tensor 
     if s == t and padding is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     else:
-        parts, step = [], max(_FEW, _MASK // (s if padding is None else s * b * kv_heads))
+        parts, step = [], max(FEW, _MASK // (s if padding is None else s * b * kv_heads))
         for start in range(0, t, step):
             end = min(start + step, t)
             reach = s - t + end

@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from quantkit.choices import KVFormat
+from quantkit.model.blocks import rope_tables
+from quantkit.model.spec import Rope
 
 __all__ = ["KV", "Cache", "KVFormat", "KVStore", "Kept", "KeptKV", "OneGroup", "kept"]
 
 KV = tuple[Tensor, Tensor]
 _BLOCK = 2**18  # elements of a block: 1 MB of float32, a core's own cache
 _LEAST = 64  # positions of a block
+_STEP = 256  # positions by which room grows, at least
+_CPU = torch.device("cpu")
+_DTYPES = {KVFormat.FLOAT32: torch.float32, KVFormat.BF16: torch.bfloat16, KVFormat.FP8: torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -110,28 +115,40 @@ class OneGroup:
 
 
 class _Buffer:
-    """One tensor [batch, heads, time, head_dim] that grows in time; room is doubled when it runs out."""
+    """One tensor [batch, heads, time, width] that grows in time: new positions go into room that is there, and what is held
+    is copied when there is none left, which happens the less often the more is held."""
 
-    def __init__(self, kv_format: KVFormat) -> None:
-        self.format, self.length = kv_format, 0
+    def __init__(self, kv_format: KVFormat, room: int) -> None:
+        self.format, self.length, self.room = kv_format, 0, room
         self.parts: list[Tensor] = []  # codes [b, h, room, d], and for FP8 scales [b, h, room, 1]
 
     def view(self) -> Kept:
         return Kept(*(part[:, :, : self.length] for part in self.parts))
 
-    def append(self, x: Tensor) -> Kept:
-        """Keep x [batch, heads, new, head_dim] after what is there; a view of the whole of it."""
-        added, end = kept(x, self.format), self.length + x.shape[2]
-        new = [added.codes] if added.scale is None else [added.codes, added.scale]
+    def extend(self, batch: int, heads: int, new: int, width: int, device: torch.device) -> None:
+        """Hold so many positions more, whose values are to be written."""
+        end = self.length + new
         if not self.parts or end > self.parts[0].shape[2]:
-            room = max(64, 2 * end)
-            grown = [part.new_empty((*part.shape[:2], room, part.shape[3])) for part in new]
+            room = max(self.room, end + max(_STEP, end // 2) if self.parts else end + _STEP)
+            sizes = (width, 1) if self.format is KVFormat.FP8 else (width,)
+            dtypes = _DTYPES[self.format], torch.bfloat16
+            grown = [
+                torch.empty(batch, heads, room, size, dtype=dtype, device=device)
+                for size, dtype in zip(sizes, dtypes, strict=False)
+            ]
             for target, part in zip(grown, self.parts, strict=False):
                 target[:, :, : self.length] = part[:, :, : self.length]
             self.parts = grown
-        for part, values in zip(self.parts, new, strict=True):
-            part[:, :, self.length : end] = values
         self.length = end
+
+    def append(self, x: Tensor) -> Kept:
+        """Keep x [batch, heads, new, width] after what is there; a view of the whole of it."""
+        added, start = kept(x, self.format), self.length
+        batch, heads, new, width = x.shape
+        self.extend(batch, heads, new, width, x.device)
+        for part, values in zip(self.parts, (added.codes, added.scale), strict=False):
+            if values is not None:
+                part[:, :, start : self.length] = values
         return self.view()
 
     def nbytes(self) -> int:
@@ -142,14 +159,15 @@ class Cache:
     """groups maps the index of the layer that owns a group's K/V to its (key, value).
 
     padding: int64 [batch], how many ids at the start of each row only fill it up; None for none. Positions count from the
-    first id that is real.
+    first id that is real. room: positions for which memory is taken at once; it grows where they do not do.
     """
 
     for_later = True
 
-    def __init__(self, kv_format: KVFormat = KVFormat.FLOAT32, padding: Tensor | None = None) -> None:
-        self.format, self.padding = kv_format, padding
+    def __init__(self, kv_format: KVFormat = KVFormat.FLOAT32, padding: Tensor | None = None, room: int = 0) -> None:
+        self.format, self.padding, self.room = kv_format, padding, room
         self.groups: dict[int, tuple[_Buffer, _Buffer]] = {}
+        self._tables: tuple[Rope, tuple[Tensor, Tensor]] | None = None
 
     @property
     def length(self) -> int:
@@ -161,11 +179,41 @@ class Cache:
         return sum(buffer.nbytes() for group in self.groups.values() for buffer in group)
 
     def append(self, layer: int, kv: KV) -> KeptKV:
-        key, value = self.groups.setdefault(layer, (_Buffer(self.format), _Buffer(self.format)))
+        key, value = self._group(layer)
         return key.append(kv[0]), value.append(kv[1])
 
     def borrow(self, layer: int) -> KeptKV:
+        key, value = self.buffers(layer)
+        return key.view(), value.view()
+
+    def extend(self, layer: int, batch: int, heads: int, new: int, width: int) -> tuple[_Buffer, _Buffer]:
+        """The buffers of the group that `layer` owns, on the CPU, with room for new positions that the caller writes."""
+        group = self._group(layer)
+        for buffer in group:
+            buffer.extend(batch, heads, new, width, _CPU)
+        return group
+
+    def buffers(self, layer: int) -> tuple[_Buffer, _Buffer]:
+        """Key and value of the group that `layer` owns, as they lie in memory. Raises ValueError where it has not run."""
         if layer not in self.groups:
             raise ValueError(f"K/V are borrowed from layer {layer}, which has not run")
-        key, value = self.groups[layer]
-        return key.view(), value.view()
+        return self.groups[layer]
+
+    def _group(self, layer: int) -> tuple[_Buffer, _Buffer]:
+        if layer not in self.groups:
+            self.groups[layer] = _Buffer(self.format, self.room), _Buffer(self.format, self.room)
+        return self.groups[layer]
+
+    def tables(self, rope: Rope, time: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the next `time` positions, each [time, dim], or with padding [batch, 1, time, dim]. They are made
+        once for all the room, not for each token."""
+        start, end = self.length, self.length + time
+        if self._tables is None or self._tables[0] != rope or end > len(self._tables[1][0]):
+            room = max(self.room, end + max(_STEP, end // 2))
+            self._tables = rope, rope_tables(rope, torch.arange(room, device=device))
+        cos, sin = self._tables[1]
+        if self.padding is None:
+            return cos[start:end], sin[start:end]
+        at = torch.arange(start, end, device=device) - self.padding.to(device)[:, None, None]
+        at = at.clamp(min=0)  # [batch, 1, time]
+        return cos[at], sin[at]

@@ -30,11 +30,11 @@ class LayerTrace:
 
 def forward(spec: ModelSpec, weights: Weights, input_ids: Tensor, cache: Cache | None = None) -> Iterator[LayerTrace]:
     """Run the layers over int64 input_ids [batch, time], yielding after each. With a cache, ids continue what it holds."""
-    start, padding = (cache.length, cache.padding) if cache is not None else (0, None)
-    positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-    if padding is not None:
-        positions = (positions - padding.to(positions.device)[:, None, None]).clamp(min=0)  # [batch, 1, time]
-    at, store = Positions(rope_tables(spec.rope, positions), padding), cache if cache is not None else OneGroup()
+    time, place, store = input_ids.shape[1], input_ids.device, OneGroup() if cache is None else cache
+    if cache is None:
+        at = Positions(rope_tables(spec.rope, torch.arange(time, device=place)))
+    else:
+        at = Positions(cache.tables(spec.rope, time, place), cache.padding)
     h = F.embedding(input_ids, weights.tensor(spec.embedding)).float()
     for layer in spec.layers:
         h = attention_half(layer, h, weights, at, store)

@@ -1,7 +1,8 @@
 """A decoder layer, once: two halves, each a pure function of hidden states, weights, positions and K/V.
 
-Whoever runs, calibrates, evaluates or learns a layer calls these. Where one is stopped half-way (calibration looks at what
-o or down reads) the first part of a half has a name of its own.
+Whoever runs, calibrates, evaluates or learns a layer calls these. Weights may have one step for a half on few tokens, which
+computes the same. Where one is stopped half-way (calibration looks at what o or down reads) the first part of a half has a
+name of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ def attention_inner(layer: Layer, h: Tensor, weights: Weights, at: Positions, st
 
 def attention_half(layer: Layer, h: Tensor, weights: Weights, at: Positions, store: KVStore) -> Tensor:
     """h + attention(norm(h)), [batch, time, hidden]."""
+    if (fused := weights.attention_half(layer, h, at, store)) is not None:
+        return fused
     return h + weights.linear(layer.attention.o, attention_inner(layer, h, weights, at, store))
 
 
@@ -50,6 +53,8 @@ def routes(layer: Layer, x: Tensor, weights: Weights) -> Routing | None:
 
 def mlp_half(layer: Layer, h: Tensor, weights: Weights) -> tuple[Tensor, Routing | None]:
     """h + mlp(norm(h)), [batch, time, hidden], and the routing of its tokens in order."""
+    if (fused := weights.mlp_half(layer, h)) is not None:
+        return fused
     x = mlp_input(layer, h, weights).flatten(0, 1)
     routing = routes(layer, x, weights)
     if isinstance(layer.mlp, MoE):

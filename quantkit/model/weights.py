@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from quantkit.model.blocks import Routing
-from quantkit.model.spec import MLP, Linear, MoE
+from quantkit.model.spec import MLP, Layer, Linear, MoE
+
+if TYPE_CHECKING:
+    from quantkit.model.attention import Positions
+    from quantkit.model.cache import KVStore
 
 __all__ = ["PlainWeights", "Weights", "gated"]
 
@@ -18,7 +23,8 @@ __all__ = ["PlainWeights", "Weights", "gated"]
 class Weights(ABC):
     """The only seam between a model's mathematics and its numbers: every product but the router's is `linear`.
 
-    `mlp` and `experts` are defined by `linear`; a subclass may compute the same in fewer steps.
+    `mlp` and `experts` are defined by `linear`, and the halves of a layer by `layer.py`; a subclass may compute the same in
+    fewer steps.
     """
 
     @abstractmethod
@@ -59,6 +65,14 @@ class Weights(ABC):
         y = y * routing.weights.flatten()[order, None].to(y.dtype)
         out = self.mlp(spec.shared, x) if spec.shared else torch.zeros_like(x)
         return out.index_add(0, tokens, y.to(out.dtype))
+
+    def attention_half(self, layer: Layer, h: Tensor, at: Positions, store: KVStore) -> Tensor | None:
+        """`layer.attention_half` in one step, or None, with nothing done, where this has no step for it."""
+        return None
+
+    def mlp_half(self, layer: Layer, h: Tensor) -> tuple[Tensor, Routing | None] | None:
+        """`layer.mlp_half` in one step, or None where this has no step for it."""
+        return None
 
 
 class PlainWeights(Weights):

@@ -54,17 +54,17 @@ def _factor(hessian: Tensor, order: Tensor, dampings: tuple[float, ...]) -> tupl
     mean = hessian.diagonal().mean()
     if not torch.isfinite(mean) or mean <= 0:
         raise NotPositive
-    made = torch.empty_like(hessian)
+    factor = torch.empty_like(hessian)
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     for damping in dampings:
         for start in range(0, len(order), _COPIED):
             rows = slice(start, start + _COPIED)
-            torch.index_select(hessian[order[rows]], 1, order, out=made[rows])
-        made.diagonal().add_(damping * mean)
-        lower = made.mT  # H is symmetric, and LAPACK works in place on columns
+            torch.index_select(hessian[order[rows]], 1, order, out=factor[rows])
+        factor.diagonal().add_(damping * mean)
+        lower = factor.mT  # H is symmetric, and LAPACK works in place on columns
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
-            return made, damping
+            return factor, damping
     raise NotPositive
 
 
@@ -154,11 +154,11 @@ def gptq(
     factor, damping = _factor(hessian, order, dampings)
     shape, at_once = (weight.shape[0], weight.shape[1]), _ROWS[weight.is_cuda]
     cuts = [slice(start, start + at_once) for start in range(0, shape[0], at_once)]
-    made = [
+    pieces = [
         _solve(weight[rows], factor, order, _Steps.of(scale, zero, grid, rows, shape), loops, keep_latent) for rows in cuts
     ]
-    quantized = QuantizedTensor(torch.cat([one.codes for one in made]), scale, zero, grid)
-    lost = torch.cat([one.lost for one in made])
-    lost -= damping * importance.mean() * torch.cat([one.squares for one in made])
-    latent = torch.cat([one.latent for one in made if one.latent is not None]) if keep_latent else None
+    quantized = QuantizedTensor(torch.cat([one.codes for one in pieces]), scale, zero, grid)
+    lost = torch.cat([one.lost for one in pieces])
+    lost -= damping * importance.mean() * torch.cat([one.squares for one in pieces])
+    latent = torch.cat([one.latent for one in pieces if one.latent is not None]) if keep_latent else None
     return Solved(quantized, damping, lost.clamp_(min=0), latent)

@@ -67,11 +67,11 @@ def search_scale(weight: Tensor, grid: Grid, importance: Tensor, loops: Loops = 
     """
     if grid.strategy not in (Strategy.GROUP, Strategy.CHANNEL):
         return minmax_scale(weight.float(), grid)
-    found = [
+    pieces = [
         _search(rows.float(), grid, importance, loops)
         for rows in weight.split(max(1, _VALUES[weight.is_cuda] // weight.shape[1]))
     ]
-    scales, zeros = zip(*found, strict=True)
+    scales, zeros = zip(*pieces, strict=True)
     return torch.cat(scales), None if grid.symmetric else torch.cat(zeros)
 
 

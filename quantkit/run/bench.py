@@ -27,7 +27,7 @@ from quantkit.qtensor import QuantizedTensor
 from quantkit.run.model import Model
 from quantkit.scheme import Kind, Scheme, scheme_named
 
-__all__ = ["SHAPES", "Matrix", "bench", "matrices_of", "random_weight", "roofline", "selected", "timed"]
+__all__ = ["SHAPES", "Matrix", "bench", "counts", "matrices_of", "random_weight", "roofline", "selected", "timed"]
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,14 @@ def selected(path: Path | None, shape: str | None, scheme: str | None) -> list[M
     if preset is None:
         raise ConfigError("--scheme BF16 has no kernel to measure", "choose another scheme")
     return [Matrix(name, out, inputs, preset) for name, out, inputs in SHAPES[shape]]
+
+
+def counts(option: str, text: str) -> list[int]:
+    """The numbers of an option with commas between. Raises ConfigError."""
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal() and int(part) > 0]
+    if len(numbers) != text.count(",") + 1:
+        raise ConfigError(f"{option} {text!r}", "give positive numbers with commas between, such as 1,16,256")
+    return numbers
 
 
 def bench(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -49,10 +51,10 @@ class Model:
         self._check(input_ids)
         return plainly(forward(self.spec, self.weights, input_ids.to(self.device), cache))
 
-    @plain_arithmetic()
     def head(self, hidden: Tensor) -> Tensor:
         """float32 [..., hidden] after the last layer -> float32 logits [..., vocab]."""
-        return head(self.spec, self.weights, hidden)
+        with plain_arithmetic():
+            return head(self.spec, self.weights, hidden)
 
     @torch.inference_mode()
     @plain_arithmetic()
@@ -62,8 +64,13 @@ class Model:
         last: of that many positions at the end only; those of a long prompt are gigabytes. Raises ConfigError for ids of
         another dtype or shape, or outside the vocabulary.
         """
+        self._check(input_ids)
+        return self._logits(input_ids, cache, last)
+
+    def _logits(self, input_ids: Tensor, cache: Cache | None, last: int | None) -> Tensor:
+        """`logits` of ids that are checked, in arithmetic that is set."""
         hidden = torch.empty(0)
-        for trace in self.layers(input_ids, cache):
+        for trace in forward(self.spec, self.weights, input_ids.to(self.device), cache):
             hidden = trace.hidden
         return self.head(hidden if last is None else hidden[:, -last:])
 
@@ -73,24 +80,29 @@ class Model:
         sampling: Sampling = GREEDY,
         kv_format: KVFormat = KVFormat.BF16,
         padding: Tensor | None = None,
+        new_tokens: int | None = None,
     ) -> Iterator[Tensor]:
         """Continue int64 [batch, time] without end, yielding int64 [batch, 1]: prefill once, then a token at a time.
 
         The cache holds one K and one V per CLA group, in kv_format. padding: int64 [batch], how many ids at the start of
-        each row only fill it up, where prompts are of different lengths. Raises NotFiniteError: of logits that are not
+        each row only fill it up, where prompts are of different lengths. new_tokens: how many will be asked for, so that
+        the cache is made for them at once. Ids are checked once, here. Raises NotFiniteError: of logits that are not
         finite no token is the likeliest.
         """
         if padding is not None and (padding.shape != input_ids.shape[:1] or bool((padding >= input_ids.shape[1]).any())):
             problem = f"padding {padding.tolist()} of input_ids {tuple(input_ids.shape)}"
             raise ConfigError(problem, "give a number for each row that leaves it at least one token")
+        self._check(input_ids)
         at = None if padding is None else padding.to(self.device)
-        cache, generator = Cache(kv_format, at), torch.Generator().manual_seed(sampling.seed)
+        room = 0 if new_tokens is None else input_ids.shape[1] + new_tokens
+        cache, generator = Cache(kv_format, at, room), torch.Generator().manual_seed(sampling.seed)
         following = input_ids
         for drawn in count(1):
-            logits = self.logits(following, cache, last=1)[:, -1]
-            if not torch.isfinite(logits).all():
-                raise NotFiniteError(self.folder, f"the logits of new token {drawn} are not finite")
-            following = sample(logits, sampling, generator)
+            with torch.inference_mode(), plain_arithmetic():
+                logits = self._logits(following, cache, last=1)[:, -1]
+                if not _finite(logits):
+                    raise NotFiniteError(self.folder, f"the logits of new token {drawn} are not finite")
+                following = sample(logits, sampling, generator)
             yield following
 
     def generate(
@@ -103,7 +115,7 @@ class Model:
         """int64 [batch, time] -> int64 [batch, time + new_tokens], as `stream` gives them."""
         self._check(input_ids)
         self.check_room(input_ids.shape[1], new_tokens)
-        new = islice(self.stream(input_ids, sampling, kv_format), new_tokens)
+        new = islice(self.stream(input_ids, sampling, kv_format, None, new_tokens), new_tokens)
         return torch.cat([input_ids.to(self.device), *new], dim=1)
 
     def explain(self) -> list[dict[str, str | int]]:
@@ -114,6 +126,13 @@ class Model:
         )
         backends = self.weights.backends if isinstance(self.weights, KernelWeights) else ()
         return dispatch.explain(linears, self.device, backends)
+
+    def explain_decoding(self) -> list[dict[str, str | int]]:
+        """Which halves of how many layers go in one call when tokens are few, or why they do not. Packs nothing."""
+        if not isinstance(self.weights, KernelWeights):
+            return []
+        halves = Counter(self.weights.halves.explain(self.spec))
+        return [{"half": half, "layers": n, "kernel": kernel, "why": why} for (half, kernel, why), n in halves.items()]
 
     def check_room(self, prompt: int, new_tokens: int) -> None:
         """Raises ConfigError where a prompt of that many tokens and the new ones are more than the config's positions."""
@@ -133,6 +152,11 @@ class Model:
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= self.spec.vocab:
             raise ConfigError(f"input_ids span {low}..{high}", f"the vocabulary is 0..{self.spec.vocab - 1}")
+
+
+def _finite(logits: Tensor) -> bool:
+    """A sum that is finite has finite parts; one that is not may have overflowed."""
+    return math.isfinite(float(logits.sum())) or bool(torch.isfinite(logits).all())
 
 
 @plain_arithmetic()

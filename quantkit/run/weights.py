@@ -15,10 +15,14 @@ from quantkit.choices import Kernels
 from quantkit.errors import CheckpointError
 from quantkit.kernels import dispatch, reference
 from quantkit.kernels.backend import Backend, Expert, InputScalesDiffer, QuantExperts, QuantLinear
+from quantkit.model.attend import FEW
+from quantkit.model.attention import Positions
 from quantkit.model.blocks import Routing
-from quantkit.model.spec import MLP, Linear, ModelSpec, MoE
+from quantkit.model.cache import KVStore
+from quantkit.model.spec import MLP, Layer, Linear, ModelSpec, MoE
 from quantkit.model.weights import Weights
 from quantkit.qtensor import QuantizedTensor
+from quantkit.run.fused import FusedHalves
 from quantkit.scheme import Scheme
 
 __all__ = ["CheckpointWeights", "KernelWeights", "Kernels"]
@@ -100,6 +104,8 @@ class KernelWeights(CheckpointWeights):
         self._linears: dict[str, QuantLinear | None] = {}
         self._matrices: dict[str, Tensor] = {}
         self._fused: dict[tuple[str, int], QuantExperts | None] = {}
+        self._rows: dict[str, QuantLinear | None] = {}
+        self.halves = FusedHalves(dispatch.steps(device, backends), self)
 
     def choice(self, ref: Linear) -> dispatch.Choice:
         """What serves a linear here."""
@@ -108,6 +114,8 @@ class KernelWeights(CheckpointWeights):
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         scheme = self.schemes.get(ref.key)
         if scheme is None:
+            if x.shape[:-1].numel() <= FEW and (rows := self.few(ref)):
+                return rows(x)
             weight = self.tensor(ref.weight)
             return F.linear(x.to(weight.dtype), weight).to(x.dtype)
         kernel = self._linear(ref, scheme)
@@ -137,6 +145,33 @@ class KernelWeights(CheckpointWeights):
             return super().experts(spec, x, routing)
         routed = kernel(x, ids, weights)
         return routed + self.mlp(spec.shared, x) if spec.shared else routed
+
+    def attention_half(self, layer: Layer, h: Tensor, at: Positions, store: KVStore) -> Tensor | None:
+        return self.halves.attention_half(layer, h, at, store)
+
+    def mlp_half(self, layer: Layer, h: Tensor) -> tuple[Tensor, Routing | None] | None:
+        return self.halves.mlp_half(layer, h)
+
+    def few(self, ref: Linear) -> QuantLinear | None:
+        """A linear's kernel for few tokens, packed, quantized or not; None where torch or the reference serves it."""
+        if (scheme := self.schemes.get(ref.key)) is not None:
+            return self._linear(ref, scheme)
+        if ref.key not in self._rows:
+            weight, steps = self.tensor(ref.weight), self.halves.steps
+            plain = weight.dtype is torch.bfloat16 and not isinstance(steps, str)
+            self._rows[ref.key] = steps.plain(weight) if plain and not isinstance(steps, str) else None
+        return self._rows[ref.key]
+
+    def has_few(self, ref: Linear) -> bool:
+        if self.schemes.get(ref.key) is not None:
+            return self.choice(ref).backend is not None
+        return self.reader.entry(ref.weight).dtype == "BF16"
+
+    def together(self, parts: tuple[MLP, ...]) -> QuantExperts | None:
+        return self._experts(parts)
+
+    def has_together(self, parts: tuple[MLP, ...]) -> bool:
+        return self._alike(parts) is not None
 
     def pack(self, spec: ModelSpec, progress: Callable[[int, int], None] | None = None) -> None:
         """Pack every weight now; progress is called with (layers done, layers in all). Raises CheckpointError."""

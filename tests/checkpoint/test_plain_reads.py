@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import quantkit
 from quantkit import atomic
 from quantkit.calib.tape import Tape
-from quantkit.checkpoint import folder, reader, shard
+from quantkit.checkpoint import finite, folder, reader, shard
 from quantkit.checkpoint import verify as verify_module
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.shard import OpenShard
@@ -245,3 +245,12 @@ def test_rounding_without_calibration_dequantizes_for_the_stated_error_alone(
     quantkit.quantize(model, tmp_path / "out", Recipe(scheme="W4A16", method="rtn", group_size=32))
     written = {path.name: n for path, n in counted.hashed.items() if path.suffix == ".safetensors"}
     assert len(written) == 3 and {*written.values()} == {2}
+
+
+def test_a_tensor_is_looked_at_in_pieces(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its exponents, without a copy of an embedding in a wider dtype."""
+    opened, sizes, plain = CheckpointReader(model), list[int](), torch.Tensor.amax
+    monkeypatch.setattr(finite, "_AT_ONCE", 1000)
+    monkeypatch.setattr(torch.Tensor, "amax", lambda x, **how: sizes.append(x.numel()) or plain(x, **how))
+    embedding = opened.tensor("model.embed_tokens.weight")
+    assert embedding.numel() == sum(sizes) > max(sizes) == 1000

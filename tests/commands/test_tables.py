@@ -78,17 +78,20 @@ def judged() -> RenderableType:
 
 def kernels() -> RenderableType:
     row = {"role": "shared_experts", "scheme": "W4A16", "linears": 61_440, "kernel": "cpu-avx512"}
-    return kernel_table({"path": "OUT", "kernels": [{**row, "why": "by table " * 9, "elsewhere": "triton " * 9}]})
+    return kernel_table(
+        {"path": "OUT", "kernels": [{**row, "why": "by table " * 9, "elsewhere": "triton " * 9}], "decoding": []}
+    )
 
 
 def benched() -> RenderableType:
+    generated = {"positions": 131072, "prefill_tokens_per_s": 12345.67, "decode_tokens_per_s": 123.45}
     row = {
         "matrix": "experts.gate_up_proj", "shape": (36_608, 6400), "tokens": 16_384, "gb_per_s": 1234.5,
         "microseconds": {"median": 123_456, "p20": 120_001, "p80": 130_009}, "of_roofline": 0.97, "of_bf16": 12.34,
         "tflop_per_s": 567.89,
         "scheme": "W4A16", "kernel": "triton",
     }  # fmt: skip
-    return bench_table({"title": "hunyuan-large", "rows": [row]})
+    return bench_table({"title": "hunyuan-large", "rows": [row], "generation": [generated]})
 
 
 def inspected() -> RenderableType:
@@ -108,7 +111,21 @@ SHOWN = {
     "inspect --kernels": (kernels, ("61440",)),
     "eval": (evaluated, ("1234.58523", "1.0142e+304", "1015.60774 .. 1030.30890", "0.01843", "0.39804", "0.00015")),
     "report": (judged, ("0.15", "0.0208,", "0.0179", "0.0010001", "0.0010002")),
-    "bench": (benched, ("36608x6400", "16384", "123456 (120001..130009)", "1234.5", "567.89", "97%", "12.34x")),
+    "bench": (
+        benched,
+        (
+            "36608x6400",
+            "16384",
+            "123456 (120001..130009)",
+            "1234.5",
+            "567.89",
+            "97%",
+            "12.34x",
+            "131072",
+            "12345.7",
+            "123.5",
+        ),
+    ),
     "tasks": (
         lambda: task_table(TASKS),
         ("14042", "88.4%", "88.0%", "99.5%", "99.1%..100.1%", "214/178", "0.077"),

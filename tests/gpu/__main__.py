@@ -11,7 +11,7 @@ import torch
 
 from quantkit.kernels.triton.backend import capability_of
 
-FILES = ("smoke.py", "kernels.py", "benches.py", "model.py", "shapes.py")
+FILES = ("smoke.py", "kernels.py", "attention.py", "graphs.py", "benches.py", "model.py", "shapes.py")
 
 
 def missing() -> str | None:

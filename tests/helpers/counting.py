@@ -17,14 +17,15 @@ __all__ = ["Memory", "MostAlive", "ran", "steps"]
 
 
 class Memory(TorchDispatchMode):
-    """largest, total: bytes of tensors that operations made anew, views left out."""
+    """largest, total: bytes of tensors that operations made anew, views left out. calls: how many operations ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = self.total = 0
+        self.largest = self.total = self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        self.calls += 1
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in given:

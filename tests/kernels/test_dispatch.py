@@ -139,9 +139,14 @@ def test_a_weight_that_cannot_be_packed_is_named(make_model: Callable[..., Path]
 
 
 def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    quantkit.quantize(make_model(), tmp_path / "out", Recipe(scheme="W4A16", attention="BF16", group_size=32, method="rtn"))
+    source = make_model(max_position_embeddings=300)
+    quantkit.quantize(source, tmp_path / "out", Recipe(scheme="W4A16", attention="BF16", group_size=32, method="rtn"))
     command = ["bench", str(tmp_path / "out"), "--tokens", "1,3", "--rounds", "2", "--json"]
-    rows = json.loads(CliRunner().invoke(main, command, catch_exceptions=False).stdout)["rows"]
+    command += ["--positions", "5,240,512"]
+    found = json.loads(CliRunner().invoke(main, command, catch_exceptions=False).stdout)
+    rows, generated = found["rows"], found["generation"]
+    assert [row["positions"] for row in generated] == [5, 240, 512] and "skipped" in generated[2]
+    assert all(row["prefill_tokens_per_s"] > 0 and row["decode_tokens_per_s"] > 0 for row in generated[:2])
     named = {(row["matrix"], row["tokens"]) for row in rows}
     roles = [f"{role} {name}_proj" for role in ("experts", "shared_experts") for name in ("gate", "up", "down")]
     assert named == {(role, tokens) for role in roles for tokens in (1, 3)}
@@ -161,6 +166,7 @@ def test_bench_measures_every_matrix(make_model: Callable[..., Path], tmp_path: 
         (["--shape", "gpt"], "hunyuan-large"),
         (["--shape", "hunyuan-a13b", "--scheme", "BF16"], "no kernel to measure"),
         (["--shape", "hunyuan-a13b", "--tokens", "1,x"], "positive numbers"),
+        (["--shape", "hunyuan-a13b", "--positions", "0"], "--positions"),
     ],
 )
 def test_bench_refuses(arguments: list[str], words: str) -> None:

@@ -16,7 +16,8 @@ from quantkit.scheme import PRESETS
 from tests.helpers.kernels import random_weight
 from tests.helpers.paths import ROOT
 
-FULL = [pytest.param(files, marks=pytest.mark.slow) for files in (("kernels", "benches"), ("model",))]
+GROUPS = ("kernels", "benches"), ("model",), ("attention", "graphs")
+FULL = [pytest.param(files, marks=pytest.mark.slow) for files in GROUPS]
 
 
 @pytest.mark.parametrize("files", [("smoke",), *FULL], ids="-".join)

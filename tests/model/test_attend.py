@@ -230,5 +230,6 @@ def test_a_prompt_gives_the_logits_of_its_last_position(model: Path, monkeypatch
     ids = torch.arange(1, 41).view(2, 20)
     loaded.generate(ids, 3)
     assert asked == [2, 2, 2]
-    assert torch.equal(loaded.logits(ids, last=1), loaded.logits(ids)[:, -1:])
+    # Few rows are not rounded to BF16 at the end, as torch's product of many is.
+    torch.testing.assert_close(loaded.logits(ids, last=1), loaded.logits(ids)[:, -1:], atol=0.02, rtol=2**-7)
     assert loaded.logits(ids, last=5).shape == (2, 5, 257)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,17 @@ import quantkit
 from quantkit.calib.tokenizer import load_tokenizer
 from quantkit.cli import main
 from quantkit.errors import ConfigError, NotFiniteError
+from quantkit.kernels.cpu import build
 from quantkit.model.cache import KV, Cache, KVFormat
 from quantkit.model.gqa import GroupedQuery
 from quantkit.recipe import Recipe
 from quantkit.run.sampling import Sampling, sample
+from quantkit.run.speed import Speed
 from quantkit.run.text import complete, stream_text
 from quantkit.run.weights import Kernels
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, random_weights, write_checkpoint
+from tests.helpers.architectures import TINY as CONFIGS
+from tests.helpers.counting import ran
 from tests.helpers.paths import ROOT
 
 TINY = ROOT / "examples" / "tiny-hunyuan"
@@ -126,14 +132,46 @@ def test_no_token_is_drawn_from_logits_that_are_not_finite(model: Path, monkeypa
         loaded.generate(torch.tensor([[1, 2]]), 3)
 
 
+@pytest.mark.skipif(isinstance(build.load(), str), reason="no CPU kernels here")
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_a_token_takes_few_operations(name: str, tmp_path: Path) -> None:
+    """Of torch, at most four for each half of a layer and twenty around them: in single calls it was 210 a layer."""
+    source = write_checkpoint(tmp_path / "model", CONFIGS[name], random_weights(CONFIGS[name]))
+    quantkit.quantize(source, tmp_path / "out", Recipe(method="rtn", group_size=32))
+    model, checked = quantkit.load(tmp_path / "out"), []
+    check = model._check
+    model._check = lambda ids: checked.append(ids) or check(ids)  # type: ignore[method-assign,func-returns-value]
+    stream = model.stream(torch.arange(1, 21)[None], new_tokens=9)
+    [next(stream) for _ in range(3)]
+    calls = [ran(lambda: next(stream)).calls for _ in range(3)]
+    assert calls[0] == calls[1] == calls[2] <= 20 + 8 * len(model.spec.layers)
+    assert len(checked) == 1  # ids that the model drew are its own
+
+
+def test_speed_counts_what_is_made_and_not_what_is_done_with_it() -> None:
+    def made() -> Iterator[torch.Tensor]:
+        for seconds in (0.05, 0.01, 0.01, 0.01):
+            time.sleep(seconds)
+            yield torch.zeros(2, 1)
+
+    speed = Speed()
+    assert speed.prefill is None and speed.decode is None and str(speed) == "prompt: 0 tokens; new: 0 tokens"
+    for _ in speed.watch(30, made()):
+        time.sleep(0.02)
+    assert len(speed.seconds) == 4 and speed.prefill == 30 / speed.seconds[0]
+    assert speed.decode == 6 / sum(speed.seconds[1:]) and sum(speed.seconds) >= 0.08
+
+
 def test_generate_command(model: Path) -> None:
     arguments = ["generate", str(model), "--prompt", "import os", "--max-tokens", "5"]
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0 and result.stdout.startswith("import os")
+    assert re.fullmatch(r"(warning.*\n)*prompt: 9 tokens, [\d.]+ a second; new: 5 tokens, [\d.]+ a second\n", result.stderr)
     other = CliRunner().invoke(main, [*arguments, "--kernels", "reference"], catch_exceptions=False)
     assert other.stdout == result.stdout  # nothing is quantized: the same numbers
     batch = CliRunner().invoke(main, [*arguments, "--prompt", "x"], catch_exceptions=False)
     assert batch.exit_code == 0 and batch.stdout.startswith("import os") and "\nx" in batch.stdout
+    assert "prompt: 10 tokens" in batch.stderr and "new: 10 tokens" in batch.stderr
     empty = CliRunner().invoke(main, ["generate", str(model), "--prompt", ""])
     assert empty.exit_code == 2 and "no token" in empty.stderr
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels.backend import Backend, Expert
+from quantkit.kernels.backend import AttentionParts, Backend, Expert, MlpParts, Steps
 from quantkit.kernels.cpu import build
-from quantkit.kernels.cpu.linear import Packed, experts, format_of, gather, matmul, pack, stack, unfit
+from quantkit.kernels.cpu.linear import Packed, experts, format_of, gather, matmul, pack, plain, stack, unfit
+from quantkit.kernels.cpu.steps import AttentionHalf, MlpHalf
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Kind, Scheme, Strategy
 
@@ -51,6 +52,31 @@ def _lacks(scheme: Scheme, activation: Activation | None, device: torch.device) 
     return result if isinstance(result, str) else None
 
 
+def _attention(parts: AttentionParts) -> AttentionHalf | None:
+    linears = parts.q, parts.k, parts.v, parts.o
+    if any(linear is not None and not isinstance(linear, _Linear) for linear in linears):
+        return None
+    return AttentionHalf(parts, [linear.weight if isinstance(linear, _Linear) else None for linear in linears])
+
+
+def _mlp(parts: MlpParts) -> MlpHalf | None:
+    if parts.router is not None and parts.router.dtype is not torch.bfloat16:
+        return None
+    kernels = [part for part in (parts.experts, parts.apart) if part is not None]
+    packed = [weight for part in kernels if isinstance(part, _Experts) for weight in (part.gate_up, part.down)]
+    return MlpHalf(parts, [*packed, *[None] * (4 - len(packed))]) if len(packed) == 2 * len(kernels) else None
+
+
+def _steps(device: torch.device) -> Steps | str:
+    if device.type != "cpu":
+        return f"{AVX512.name} runs on the CPU, not on {device}"
+    library = build.load()
+    return library if isinstance(library, str) else _STEPS
+
+
+_STEPS = Steps("cpu-avx512", lambda weight: _Linear(gather([plain(weight)])), _attention, _mlp)
+
+
 def rounding_of_w4a8(scheme: Scheme) -> Activation:
     """INT8 with a scale for each group of inputs that share a scale of the weight, 128 where a whole row does."""
     return Activation(Kind.INT, Strategy.GROUP, dynamic=True, group_size=scheme.weight.group_size or 128)
@@ -71,6 +97,7 @@ AVX512 = Backend(
     lacks=lambda scheme, device: _lacks(scheme, scheme.activation, device),
     linear=lambda q, scheme: _linear(q, scheme.activation),
     experts=lambda parts, count, scheme: _experts(parts, scheme.activation),
+    steps=_steps,
 )
 W4A8 = Backend(
     name="cpu-w4a8",
@@ -80,4 +107,5 @@ W4A8 = Backend(
     lacks=lambda scheme, device: _lacks(scheme, rounding_of_w4a8(scheme), device),
     linear=lambda q, scheme: _linear(q, rounding_of_w4a8(scheme)),
     experts=lambda parts, count, scheme: _experts(parts, rounding_of_w4a8(scheme)),
+    steps=_steps,
 )

@@ -85,9 +85,15 @@ def load() -> ctypes.CDLL | str:
     if isinstance(shared := library(SOURCE), str):
         return shared
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    shared.quantkit_matmul.restype = shared.quantkit_experts.restype = ctypes.c_int
-    shared.quantkit_matmul.argtypes = [*[pointer] * 3, size, ctypes.c_int]
-    shared.quantkit_experts.argtypes = [*[pointer] * 6, *[size] * 3, ctypes.c_int]
+    entries: dict[str, list[type]] = {  # what each takes, before the number of threads
+        "quantkit_matmul": [*[pointer] * 3, size],
+        "quantkit_experts": [*[pointer] * 6, *[size] * 3],
+        "quantkit_attention_half": [pointer] * 4,
+        "quantkit_mlp_half": [*[pointer] * 6, size],
+    }
+    for name, takes in entries.items():
+        entry = getattr(shared, name)
+        entry.restype, entry.argtypes = ctypes.c_int, [*takes, ctypes.c_int]
     return shared
 
 

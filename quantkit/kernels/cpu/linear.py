@@ -13,11 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quantkit.kernels.cpu.build import kernels, load
+from quantkit.kernels.cpu.build import KERNELS, kernels, load
 from quantkit.qtensor import QuantizedTensor
 from quantkit.scheme import Activation, Grid, Kind, Strategy
 
-__all__ = ["Packed", "PackedLinear", "experts", "format_of", "gather", "matmul", "on_huge_pages", "pack", "stack", "unfit"]
+__all__ = [
+    "Packed",
+    "PackedLinear",
+    "experts",
+    "format_of",
+    "found",
+    "gather",
+    "matmul",
+    "on_huge_pages",
+    "pack",
+    "plain",
+    "stack",
+    "unfit",
+]
 
 ROWS = 16  # rows interleaved to a block: the 32-bit lanes of a register
 STEP = 8  # inputs in a step of the kernel
@@ -28,6 +41,7 @@ BYTES = {4: 3, 8: 4}  # integers that meet activations of 8-bit integers
 ROUNDINGS = {Kind.FLOAT: 1, Kind.INT: 2}
 ALIGNMENT = 64
 HUGE = 2**21
+PLAIN = len(KERNELS)  # a format: bfloat16 as it is stored
 NO_SUCH_EXPERT = 2  # a status of csrc/quantkit_cpu.cpp
 
 
@@ -37,7 +51,7 @@ class PackedLinear:
 
     weight: uint8. scale: [row blocks, scales of a row, 16], bfloat16, or float32 where the checkpoint's are not that. zero:
     int8 like scale, or None. chunk: inputs that are summed before a scale is applied; a scale serves `chunks_per_scale` of
-    them. format: a number of build.KERNELS.
+    them. format: a number of build.KERNELS, or PLAIN: weight holds bfloat16 rows, and there are no scales.
     rounding: 0 the activation becomes bfloat16, 1 FP8, 2 INT8, with one scale for `span` inputs: the largest magnitude's, or
     input_scale [1].
     """
@@ -86,8 +100,8 @@ class Packed:
         """A reference to its `_Matrix`, made at the first call. It holds on to what it points to. Raises as `matmul`."""
         first = self.parts[0]
         columns: dict[str, Any] = {
-            "weight": _pointers([part.weight for part in self.parts]),
-            "scale": _pointers([part.scale for part in self.parts]),
+            "weight": _pointers([part.weight for part in self.parts], 1 if first.format == PLAIN else ALIGNMENT),
+            "scale": None if first.format == PLAIN else _pointers([part.scale for part in self.parts]),
             "zero": None if first.zero is None else _pointers([p.zero for p in self.parts if p.zero is not None]),
             "input_scale": None,
         }
@@ -95,7 +109,8 @@ class Packed:
             scales = [float(p.input_scale) for p in self.parts if p.input_scale is not None]
             columns["input_scale"] = (ctypes.c_float * len(scales))(*scales)
         fields = {name: ctypes.cast(values, ctypes.c_void_p) for name, values in columns.items() if values is not None}
-        fields["kernels"] = ctypes.cast(_found(kernels(first.format)).quantkit_work, ctypes.c_void_p)
+        if first.format != PLAIN:
+            fields["kernels"] = ctypes.cast(found(kernels(first.format)).quantkit_work, ctypes.c_void_p)
         wide = int(first.scale.dtype is torch.float32)
         numbers = first.chunk, first.chunks_per_scale, first.span, first.format, first.rounding, wide
         names = ("chunk", "chunks_per_scale", "span", "format", "rounding", "wide")
@@ -104,10 +119,10 @@ class Packed:
         return matrix
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+def _pointers(tensors: Sequence[Tensor], alignment: int = ALIGNMENT) -> ctypes.Array[ctypes.c_void_p]:
     for tensor in tensors:
-        if tensor.data_ptr() % ALIGNMENT or not tensor.is_contiguous():
-            raise ValueError(f"a packed tensor is not contiguous and aligned to {ALIGNMENT} bytes: pack it again")
+        if tensor.data_ptr() % alignment or not tensor.is_contiguous():
+            raise ValueError(f"a packed tensor is not contiguous and aligned to {alignment} bytes: pack it again")
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
 
@@ -236,6 +251,16 @@ def pack(q: QuantizedTensor, activation: Activation | None = None) -> PackedLine
     )
 
 
+def plain(weight: Tensor) -> PackedLinear:
+    """A bfloat16 weight [rows, inputs] on the CPU as it is: no copy is made. Raises ValueError for another one."""
+    if weight.dtype is not torch.bfloat16 or weight.dim() != 2 or weight.device.type != "cpu" or not weight.numel():
+        raise ValueError(f"a weight {weight.dtype} {tuple(weight.shape)} on {weight.device}, not bfloat16 [rows, inputs]")
+    padded = -(-weight.shape[1] // STEP) * STEP
+    none = torch.empty(0, dtype=torch.bfloat16)
+    rows, inputs = weight.shape
+    return PackedLinear(weight.contiguous(), none, None, (rows, inputs), padded, 1, PLAIN, 0, padded, None)
+
+
 def stack(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
     """Both as one weight: the rows of gate filled up to whole blocks, then those of up likewise. Raises ValueError."""
     if gate.layout != up.layout:
@@ -246,7 +271,7 @@ def stack(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
     return replace(gate, weight=weight, scale=torch.cat([gate.scale, up.scale]), zero=zero, shape=(rows, gate.shape[1]))
 
 
-def _found(library: ctypes.CDLL | str) -> ctypes.CDLL:
+def found(library: ctypes.CDLL | str) -> ctypes.CDLL:
     if isinstance(library, str):
         raise RuntimeError(f"no CPU kernels: {library}")
     return library
@@ -283,7 +308,7 @@ def matmul(x: Tensor, weight: Packed, out: Tensor | None = None) -> Tensor:
     tokens = x.numel() // inputs
     out = _output(out, (*x.shape[:-1], rows))
     pointers = ctypes.byref(weight.matrix), x.data_ptr(), out.data_ptr()
-    if _found(load()).quantkit_matmul(*pointers, tokens, torch.get_num_threads()):
+    if found(load()).quantkit_matmul(*pointers, tokens, torch.get_num_threads()):
         raise MemoryError(f"no memory for the activations of {tokens} tokens")
     return out
 
@@ -305,7 +330,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Packed, down: Pack
         raise ValueError(f"router weights are {weights.dtype} {tuple(weights.shape)}, not float32 {tuple(ids.shape)}")
     out, ids, weights = _output(out, (tokens, hidden)), ids.contiguous(), weights.contiguous()
     pointers = (ctypes.byref(gate_up.matrix), ctypes.byref(down.matrix), *(t.data_ptr() for t in (ids, weights, x, out)))
-    status = _found(load()).quantkit_experts(*pointers, *ids.shape, count, torch.get_num_threads())
+    status = found(load()).quantkit_experts(*pointers, *ids.shape, count, torch.get_num_threads())
     if status == NO_SUCH_EXPERT:
         raise ValueError(f"ids span {int(ids.min())}..{int(ids.max())}, there are {count} experts")
     if status:

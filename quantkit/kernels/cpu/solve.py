@@ -21,13 +21,13 @@ SOURCE = build.SOURCE.with_name("solve.cpp")
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | str:
     """The loaded library, or the reason why there is none. Built on first use, once a machine."""
-    if isinstance(found := build.library(SOURCE, build.EXACT), str):
-        return found
+    if isinstance(loops := build.library(SOURCE, build.EXACT), str):
+        return loops
     pointer, size, value, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    found.quantkit_least.argtypes = [*[pointer] * 5, *[size] * 4, value, value, whole, whole]
-    found.quantkit_repair.argtypes = [*[pointer] * 9, size, size, value, value, whole]
-    found.quantkit_least.restype = found.quantkit_repair.restype = None
-    return found
+    loops.quantkit_least.argtypes = [*[pointer] * 5, *[size] * 4, value, value, whole, whole]
+    loops.quantkit_repair.argtypes = [*[pointer] * 9, size, size, value, value, whole]
+    loops.quantkit_least.restype = loops.quantkit_repair.restype = None
+    return loops
 
 
 def _loaded(grid: Grid, *tensors: Tensor | None) -> ctypes.CDLL:
@@ -36,10 +36,10 @@ def _loaded(grid: Grid, *tensors: Tensor | None) -> ctypes.CDLL:
     for tensor in (tensor for tensor in tensors if tensor is not None):
         check(tensor.dtype is torch.float32 and tensor.device.type == "cpu", f"a {tensor.dtype} tensor on {tensor.device}")
         check(tensor.is_contiguous(), "a tensor is not contiguous")
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(f"the loops of quantization are not compiled: {found}")
-    return found
+    loops = library()
+    if isinstance(loops, str):
+        raise RuntimeError(f"the loops of quantization are not compiled: {loops}")
+    return loops
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -49,16 +49,16 @@ def _address(tensor: Tensor | None) -> int | None:
 def least(cells: Tensor, importance: Tensor, steps: Tensor, offsets: Tensor | None, grid: Grid) -> Tensor:
     """`quantkit.quant.loops.least` of integers: int64 [rows, cells]. All tensors float32, contiguous, on the CPU. Raises
     ValueError, and RuntimeError where nothing is compiled."""
-    found = _loaded(grid, cells, importance, steps, offsets)
+    loops = _loaded(grid, cells, importance, steps, offsets)
     rows, count, span = cells.shape
     check(span > 0 and importance.shape == (count, span), f"importance {tuple(importance.shape)} does not fit the weight")
     check(
         all(t.shape == (len(steps), rows, count) for t in (steps, offsets) if t is not None), "steps do not fit the weight"
     )
     best = torch.empty(rows, count, dtype=torch.int64)
-    given = (cells, importance, steps, offsets, best)
+    arrays = (cells, importance, steps, offsets, best)
     sizes = (rows, count, span, len(steps), grid.qmin, grid.qmax, int(grid.signed), torch.get_num_threads())
-    found.quantkit_least(*map(_address, given), *sizes)
+    loops.quantkit_least(*map(_address, arrays), *sizes)
     return best
 
 
@@ -75,8 +75,8 @@ def repair(
     )
     diagonal = factor.diagonal()
     ratios, squares = (factor / diagonal[:, None]).contiguous(), diagonal * diagonal
-    found = _loaded(grid, left, weight, ratios, squares, step, offset)
+    loops = _loaded(grid, left, weight, ratios, squares, step, offset)
     codes, errors, lost = torch.empty(left.shape, dtype=torch.int8), torch.empty_like(left), left.new_empty(rows)
-    given = (left, weight, ratios, squares, step, offset, codes, errors, lost)
-    found.quantkit_repair(*map(_address, given), columns, rows, grid.qmin, grid.qmax, torch.get_num_threads())
+    arrays = (left, weight, ratios, squares, step, offset, codes, errors, lost)
+    loops.quantkit_repair(*map(_address, arrays), columns, rows, grid.qmin, grid.qmax, torch.get_num_threads())
     return codes, errors, lost

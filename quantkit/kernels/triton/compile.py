@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.kernels.triton import activation, lang, repair, routing, tiles, w8a8, weight_only
+from quantkit.kernels.triton import activation, attention, lang, repair, routing, tiles, w8a8, weight_only
 from quantkit.kernels.triton.tiles import Tile
 
 __all__ = ["Case", "Loop", "Usage", "cases", "compile_case", "cuobjdump", "loops", "product", "resources", "step_bytes"]
@@ -32,6 +32,8 @@ UNEVEN = (
     "TOTAL",
     "EXPERTS",
     "BLOCKS",
+    "ROWS",
+    "KV",
 )  # not multiples of 16
 ROLES: dict[str, dict[str, object]] = {
     "linear": {"GATED": False, "GROUPED": 0, "ROUTED": False},
@@ -162,9 +164,34 @@ def _helpers() -> Iterator[Case]:
         yield Case(f"sort {slots} by {experts}", routing.sort_kernel, {"BLOCK": 16, "E": experts, "T": slots})
 
 
+def _attention() -> Iterator[Case]:
+    """Decoding: heads of 128 and of 80, and DeepSeek-V2's latents, each in BF16 and FP8."""
+    for name, d, dv, dm in (("heads of 128", 128, 128, 0), ("heads of 80", 80, 80, 0), ("latents", 512, 512, 64)):
+        blocks = {
+            "D": d,
+            "DV": dv,
+            "DM": dm,
+            "BD": 128 if d < 512 else 512,
+            "BV": 128 if d < 512 else 512,
+            "BM": max(dm, 16),
+        }
+        for dtype, scaled in (("bf16", False), ("fp8e4nv", True)):
+            flags = {**blocks, "BR": 16, "BN": 32, "LONG": attention.SPAN, "SCALED": scaled, "PADDED": False, "SIM": False}
+            codes = dict.fromkeys(("key", "value", "key_more"), f"*{dtype}")
+            scales = dict.fromkeys(("key_scale", "value_scale", "more_scale"), "*bf16")
+            rest = {"q": "*bf16", "q_more": "*bf16", "padding": "*i64", "length": "*i32"}
+            left = dict.fromkeys(("sums", "tops", "totals"), "*fp32")
+            types = {**codes, **scales, **rest, **left}
+            wide = attention.warps(blocks["BV"])
+            yield Case(f"attention {name} {dtype}", attention.span_kernel, flags, wide, types=types)
+        flags = {"DV": dv, "BV": blocks["BV"], "LONG": attention.SPAN}
+        merged = dict.fromkeys(("sums", "tops", "totals", "out"), "*fp32") | {"length": "*i32"}
+        yield Case(f"attention {name} merged", attention.merge_kernel, flags, types=merged)
+
+
 def cases() -> tuple[Case, ...]:
     """Every kernel at the tiles of the table. Needs Triton."""
-    return (*_products(), *_edges(), *_helpers())
+    return (*_products(), *_edges(), *_helpers(), *_attention())
 
 
 def cuobjdump() -> str | None:
