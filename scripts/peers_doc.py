@@ -59,5 +59,24 @@ def refusals(found: Any) -> list[str]:
     return lines
 
 
+def linears(found: Any) -> list[str]:
+    """GPTQ of one linear by each tool."""
+    lines = [
+        "GPTQ of one linear at true width (`python -m bench.gptq`): CPU seconds of one thread for the statistics of the",
+        "tokens and the solve, peak memory of the process, and the error on tokens that no tool saw.",
+        "",
+        "| out x in | tokens | tool | statistics | solve | in all, of quantkit's | peak GB | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ours = {row["shape"]: row["statistics"] + row["solve"] for row in found["runs"] if row["tool"] == "quantkit"}
+    for row in found["runs"]:
+        ratio = (row["statistics"] + row["solve"]) / ours[row["shape"]]
+        seconds = f"{row['statistics']:.1f} | {row['solve']:.1f} | {ratio:.1f}"
+        begins = f"| {row['shape']} | {row['tokens']:,} | {row['tool']}"
+        lines.append(f"{begins} | {seconds} | {row['peak_gb']:.2f} | {row['error']:.2e} |")
+    return lines
+
+
 if __name__ == "__main__":
-    write("peers", [*table(read("peers_tiny-qwen3-moe")), "", *refusals(read("peers_tiny-hunyuan"))])
+    tables = [*table(read("peers_tiny-qwen3-moe")), "", *refusals(read("peers_tiny-hunyuan"))]
+    write("peers", [*tables, "", *linears(read("gptq"))])
