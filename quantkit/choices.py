@@ -8,7 +8,7 @@ from typing import Literal, get_args
 __all__ = ["KERNELS", "METHODS", "TARGETS", "FormatName", "KVFormat", "Kernels", "MethodName"]
 
 Kernels = Literal["auto", "w4a8", "reference"]
-MethodName = Literal["rtn", "gptq"]
+MethodName = Literal["rtn", "gptq", "learned"]
 FormatName = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers"]
 
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)

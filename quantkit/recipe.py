@@ -30,6 +30,7 @@ __all__ = ["Recipe", "Rule"]
 
 _PARAMETERS = tuple(dict.fromkeys(name for names in PARAMETERS.values() for name in names))  # fields of rules and recipes
 _Damping = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+_Steps = Annotated[int, Field(ge=1, strict=True)]
 
 
 class _EachKeyOnce(yaml.SafeLoader):
@@ -68,6 +69,7 @@ class Rule(BaseModel):
     group_size: int | None = Field(default=None, ge=8)
     method: MethodName | None = None
     damping: _Damping | None = None
+    steps: _Steps | None = None
 
     @field_validator("scheme")
     @classmethod
@@ -117,6 +119,7 @@ class Recipe(BaseModel):
     group_size: int | None = Field(default=None, ge=8)
     method: MethodName | None = None
     damping: _Damping | None = None
+    steps: _Steps | None = None
     calibration: str = "stdlib"
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=8)
@@ -180,11 +183,14 @@ class Recipe(BaseModel):
 
     def method_of(self, ref: Linear) -> Method | None:
         """The method of one linear, None where it is kept: its rule's, else the general one, else GPTQ for 4 bits and
-        rounding to nearest for 8. A parameter that the method does not have is for other linears."""
+        rounding to nearest for 8, as where only 4 bits are learned. A parameter that the method does not have is for other
+        linears."""
         if (scheme := self.scheme_of(ref)) is None:
             return None
         rule = self.rule_of(ref.key) or _NOTHING
-        name = rule.method or self.method or ("gptq" if scheme.weight.bits == 4 else "rtn")
+        few = scheme.weight.bits == 4
+        general = self.method if few or self.method != "learned" else None
+        name = rule.method or general or ("gptq" if few else "rtn")
         parameters = {field: getattr(rule, field) or getattr(self, field) for field in PARAMETERS[name]}
         return Method(name, **{field: value for field, value in parameters.items() if value is not None})
 

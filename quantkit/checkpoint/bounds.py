@@ -2,6 +2,7 @@
 
 Rounding: the scale covers exactly the range of its weights, and every code is a nearest one. GPTQ: the scale is that of a
 part of the range, from half to a little above it; codes are bounded by the error that was recorded when they were made.
+Learned: as GPTQ's, and the scale within 0.3 of one of GPTQ's.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["METHODS", "Range", "misplaced_codes", "range_of", "wrong_scales"]
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "learned")
 Range = tuple[Tensor, Tensor]
-_PARTS = (0.5, 1.05)  # of the range, that a search of scales may choose
+_PARTS = {"gptq": (0.5, 1.05), "learned": (0.35, 1.365)}  # of the range: what a search may choose, and 0.3 of that more
 _TINY = torch.finfo(torch.bfloat16).tiny
 _LAST_BIT = 2.0**-7  # of a bfloat16, relative to it, at most
 _DIVISION = 1e-6  # what a division in float32 may be off, relative, on any device
@@ -49,8 +50,8 @@ def wrong_scales(q: QuantizedTensor, span: Range, method: str) -> Tensor:
 
 
 def _possible(scale: Tensor, exact: Tensor, method: str) -> Tensor:
-    if method == "gptq":
-        smallest, largest = (part * exact for part in _PARTS)
+    if method in _PARTS:
+        smallest, largest = (part * exact for part in _PARTS[method])
         none = (scale == 1) & (smallest <= _TINY)  # a range of nothing is given the scale 1
         return none | ((scale >= smallest * (1 - _LAST_BIT)) & (scale <= largest * (1 + _LAST_BIT)))
     candidates = (exact, exact * (1 - _DIVISION), exact * (1 + _DIVISION))

@@ -17,7 +17,6 @@ from quantkit.atomic import sha256
 from quantkit.calib import tokens
 from quantkit.calib.documents import read_documents
 from quantkit.calib.lockstep import Lockstep, Observer
-from quantkit.calib.tape import Tape
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.checkpoint.by_name import Part
 from quantkit.checkpoint.coverage import reconcile
@@ -44,7 +43,8 @@ from quantkit.job.partial import (
     shortage,
 )
 from quantkit.job.plan import Plan, make_plan, summary
-from quantkit.job.unit import Place, UnitRun
+from quantkit.job.tapes import Passage, Tapes
+from quantkit.job.unit import AHEAD, Place, UnitRun
 from quantkit.model.spec import Layer
 from quantkit.recipe import Recipe
 
@@ -186,7 +186,9 @@ class _Job:
         self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
         self.threads = int(self.journal.begun["threads"])
         self.recovered: list[str] = []
-        self.tapes: dict[int, Tape] = {}  # sound ones, by the unit that reads them
+        kinds = () if ready.ids is None else ("tape", *((AHEAD,) if ready.plan.learned else ()))
+        rows, width = (0, 0) if ready.ids is None else (ready.ids.numel(), ready.plan.model.hidden)
+        self.tapes = Tapes(self.journal, kinds, rows, width, self._again)
         self.resumed_at, self.layers_done = len(self.journal.units), 0
 
     def run(self, progress: Progress) -> RunRecord:
@@ -219,50 +221,26 @@ class _Job:
             if damage := set_aside_damaged(self.target, unit["shards"]):
                 self.recovered += [f"{problem}: unit {index} was quantized again" for problem in damage]
                 del self.journal.units[index]
-        for index, unit in self.journal.units.items():
-            if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
-                self.tapes[index + 1] = tape
+        self.tapes.find()
         written = [name for unit in self.journal.units.values() for name in unit["shards"]]
-        drop_orphans(self.partial, [*written, *(tape.path.name for tape in self.tapes.values())])
+        drop_orphans(self.partial, [*written, *self.tapes.files])
 
     def _commit(self, index: int, progress: Progress, lockstep: Lockstep | None) -> None:
         begun, unit = time.monotonic(), self.plan.units[index]
-        calibrated, last = self.plan.calibrated, index + 1 == len(self.plan.units)
-        tape = self._input_tape(index)
-        following = Tape.create(*self._tape(index + 1)) if calibrated else None
+        passages, last = self.tapes.passages(index), index + 1 == len(self.plan.units)
         done = UnitRun(self.place, unit, lambda layer, outcomes: progress(self.step(layer, outcomes)))
-        outcomes = done.run(tape, following, lockstep)
-        digest = following.sync() if following and not last else None
+        outcomes = done.run(passages, lockstep)
+        left = {kind: None if last else following.sync() for kind, (_, following) in passages.items()}
         self.source.check()
         hashes = {shard.file: sha256(self.partial / shard.file) for shard in unit.shards}
         digests = {name: self.reader.digests[name] for name in unit.source()}
-        line = {"shards": hashes, "linears": outcomes, "source": digests, "tape": digest}
+        line = {"shards": hashes, "linears": outcomes, "source": digests, **left}
         self.journal.commit(index, {**line, "seconds": round(time.monotonic() - begun, 3)})
-        for number in [number for number in self.tapes if number <= index]:
-            self.tapes.pop(number).remove()
-        if following is not None:
-            self.tapes[index + 1] = following
+        self.tapes.committed(index, passages)
 
-    def _tape(self, index: int) -> tuple[Path, int, int]:
-        assert self.ids is not None
-        return self.work / f"tape-{index}.f32", self.ids.numel(), self.plan.model.hidden
-
-    def _input_tape(self, index: int) -> Tape | None:
-        """The tape that unit `index` reads: none for unit 0 and without calibration. Where it is lost, it is computed again
-        from the last one that is not, through what is committed."""
-        if index == 0 or not self.plan.calibrated:
-            return None
-        start = max((number for number in self.tapes if number <= index), default=0)
-        for number in range(start, index):
-            following = Tape.create(*self._tape(number + 1))
-            UnitRun(self.place, self.plan.units[number], lambda *_: None).again(self.tapes.get(number), following)
-            if following.sync() != self.journal.units[number]["tape"]:
-                problem = f"{self.partial}: the hidden states after unit {number} cannot be computed again as they were"
-                raise OutputError(problem, f"remove {self.partial} and repeat the command")
-            if number in self.tapes:
-                self.tapes.pop(number).remove()
-            self.tapes[number + 1] = following
-        return self.tapes[index]
+    def _again(self, kind: str, index: int, passage: Passage) -> None:
+        run = UnitRun(self.place, self.plan.units[index], lambda *_: None)
+        run.ahead_again(passage) if kind == AHEAD else run.again(passage)
 
     def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
         """What to tell about a layer that has just been quantized."""

@@ -30,7 +30,7 @@ from quantkit.job.placement import Unit, place
 from quantkit.model.names import target
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import OPTION_ROLES, Linear, ModelSpec, Role
-from quantkit.quant.method import DAMPING, PARAMETERS, Method
+from quantkit.quant.method import DAMPING, PARAMETERS, STEPS, Method
 from quantkit.recipe import Recipe
 from quantkit.scheme import BF16, Scheme, Strategy, labels
 
@@ -80,13 +80,18 @@ class Plan:
         """Whether any linear needs tokens."""
         return any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())
 
+    @cached_property
+    def learned(self) -> bool:
+        """Whether any linear's rounding is learned."""
+        return any(method.name == "learned" for method in self.methods.values())
+
     @property
     def resolved(self) -> dict[str, Any]:
         """The recipe with each role's scheme, and without what decides nothing here; a file of text by its name alone."""
         fields = self.recipe.model_dump(mode="json")
         fields |= {role.value: fields[role.value] or self.recipe.scheme for role in OPTION_ROLES}
         # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
-        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0])}
+        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0]), "steps": (None, STEPS)}
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
             return {name: value for name, value in fields.items() if name not in _TEXT}
@@ -311,8 +316,10 @@ def _unused(recipe: Recipe, schemes: dict[str, Scheme | None], methods: dict[str
     notes, names = [], ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
     if recipe.group_size is not None and not any(scheme and scheme.weight.group_size for scheme in schemes.values()):
         notes.append(f"group size {recipe.group_size} changes nothing: {names} has no groups")
-    if recipe.damping is not None and not any("damping" in PARAMETERS[method.name] for method in methods.values()):
-        notes.append(f"damping {recipe.damping:g} changes nothing: no linear is made by a method that has it")
+    for field in ("damping", "steps"):
+        value = getattr(recipe, field)
+        if value is not None and not any(field in PARAMETERS[method.name] for method in methods.values()):
+            notes.append(f"{field} {value:g} changes nothing: no linear is made by a method that has it")
     if recipe.calibration != Recipe().calibration and not any(needs_tokens(schemes[k], m) for k, m in methods.items()):
         notes.append(f"calibration '{recipe.calibration}' is not read: {names} is rounded without calibration")
     return notes
