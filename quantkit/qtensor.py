@@ -30,9 +30,9 @@ def expand(per_scale: Tensor, grid: Grid, shape: tuple[int, int]) -> Tensor:
 class QuantizedTensor:
     """A weight [out, in] on a grid.
 
-    codes: `grid.codes.dtype`, [out, in]. scale: `grid.scale_dtype`, `grid.scale_shape`, finite and
-    > 0. zero: int8 of the scale's shape when the grid is asymmetric, else None. input_scale: a float [1] when the scheme
-    rounds activations with a calibrated scale.
+    codes: `grid.codes.dtype`, [out, in]. scale: `grid.scale_dtype`, `grid.scale_shape`, finite and > 0; where the grid is
+    `signed`, or all zero points under a scale are 0, it may be < 0. zero: int8 of the scale's shape when the grid is
+    asymmetric, else None. input_scale: a float [1] when the scheme rounds activations with a calibrated scale.
     """
 
     codes: Tensor

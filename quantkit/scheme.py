@@ -116,6 +116,11 @@ class Grid:
         return CODES[self.kind, self.bits]
 
     @property
+    def signed(self) -> bool:
+        """Whether a scale may be negative: symmetric integers reach one further on one side, and either may be that one."""
+        return self.symmetric and self.kind is Kind.INT
+
+    @property
     def qmin(self) -> float:
         return self.codes.smallest
 

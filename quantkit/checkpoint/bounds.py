@@ -1,8 +1,8 @@
 """What a method may have made of a weight: which scales, which codes. For `verify`, from the definition of a grid alone.
 
 Rounding: the scale covers exactly the range of its weights, and every code is a nearest one. GPTQ: the scale is that of a
-part of the range, from half to a little above it; codes are bounded by the error that was recorded when they were made.
-Learned: as GPTQ's, and the scale within 0.3 of one of GPTQ's.
+part of the range, from half to a little above it, of either sign where integers are symmetric; codes are bounded by the
+error that was recorded when they were made. Learned: as GPTQ's, and the scale within 0.3 of one of GPTQ's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.scheme import Grid, Kind, Strategy
 
-__all__ = ["METHODS", "Range", "misplaced_codes", "range_of", "wrong_scales"]
+__all__ = ["METHODS", "Range", "may_be_negative", "misplaced_codes", "range_of", "wrong_scales"]
 
 METHODS = ("rtn", "gptq", "learned")
 Range = tuple[Tensor, Tensor]
@@ -37,10 +37,17 @@ def range_of(weight: Tensor, grid: Grid) -> Range:
     return cells.amin((1, 3)).clamp(max=0), cells.amax((1, 3)).clamp(min=0)
 
 
+def may_be_negative(q: QuantizedTensor) -> Tensor:
+    """bool of the scale's shape: where it is of symmetric integers, whichever format holds them."""
+    return torch.full(q.scale.shape, q.grid.signed, device=q.scale.device) if q.zero is None else q.zero == 0
+
+
 def wrong_scales(q: QuantizedTensor, span: Range, method: str) -> Tensor:
     """bool of the scale's shape: where it is none that this method gives weights of that range."""
     low, high = span
     grid, scale = q.grid, q.scale.float()
+    if method in _PARTS:
+        scale = torch.where(may_be_negative(q), scale.abs(), scale)
     reach = grid.qmax if grid.kind is Kind.FLOAT else (grid.qmax - grid.qmin) / 2
     symmetric = _possible(scale, torch.maximum(high, -low) / reach, method)
     if q.zero is None:
@@ -68,4 +75,4 @@ def misplaced_codes(weight: Tensor, q: QuantizedTensor, value: Tensor) -> Tensor
     else:
         zero = 0.0 if q.zero is None else expand(q.zero.float(), grid, q.shape)
         nearest = ((weight / step).round() + zero).clamp(grid.qmin, grid.qmax) - zero
-    return (weight - value).abs() > (weight - nearest * step).abs() + _TIE * step
+    return (weight - value).abs() > (weight - nearest * step).abs() + _TIE * step.abs()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.bounds import METHODS, Range, misplaced_codes, range_of, wrong_scales
+from quantkit.checkpoint.bounds import METHODS, Range, may_be_negative, misplaced_codes, range_of, wrong_scales
 from quantkit.checkpoint.by_name import NamedSpec
 from quantkit.checkpoint.opened import format_of
 from quantkit.checkpoint.origin import STATEMENT
@@ -88,8 +88,9 @@ def _shared_range(original: CheckpointReader, group: tuple[Linear, ...], scheme:
 
 def _check_values(reader: CheckpointReader, ref: Linear, q: QuantizedTensor, row: Mapping[str, Any]) -> None:
     """What can be said of a decoded linear without its source. Raises VerificationError, CheckpointError."""
-    if not (q.scale.float() > 0).all():
-        raise VerificationError(f"'{ref.key}' has scales that are not positive")
+    scale = q.scale.float()
+    if not ((scale > 0) | (may_be_negative(q) & (scale < 0))).all():
+        raise VerificationError(f"'{ref.key}' has scales that are {'0' if q.grid.signed else 'not positive'} or not numbers")
     if q.input_scale is not None and not (q.input_scale.float() > 0).all():
         raise VerificationError(f"'{ref.key}' has an input scale that is not positive")
     if q.input_scale is not None and row.get("input_scale", float(q.input_scale)) != float(q.input_scale):

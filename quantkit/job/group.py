@@ -8,10 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from quantkit.qtensor import QuantizedTensor
 from quantkit.quant import gptq
 from quantkit.quant.method import Method
-from quantkit.quant.solve import Outcome, solve
+from quantkit.quant.solve import Solution, solutions
 from quantkit.scheme import Scheme
 from quantkit.stats import LinearStats
 
@@ -28,10 +27,10 @@ class GroupJob:
     scheme: Scheme
     method: Method
 
-    def run(self, device: torch.device) -> list[tuple[QuantizedTensor, Outcome]]:
+    def run(self, device: torch.device) -> list[Solution]:
         """Codes and scales of each, and what happened to it."""
         weights = [weight.to(device).float() for weight in self.weights]
-        return solve(weights, self.scheme, self.method, self.stats, repair_on(device))
+        return solutions(weights, self.scheme, self.method, self.stats, repair_on(device))
 
 
 def repair_on(device: torch.device) -> gptq.Repair:

@@ -17,9 +17,8 @@ from quantkit.calib.streams import AttentionPart, MLPPart, Part
 from quantkit.job.makers import Group, Made, Quantizing
 from quantkit.model.spec import Layer, Linear
 from quantkit.model.weights import Weights
-from quantkit.qtensor import QuantizedTensor, expand
 from quantkit.quant.learned import Learned, SoftWeight, learn
-from quantkit.quant.solve import Outcome
+from quantkit.quant.solve import Outcome, Solution
 from quantkit.stats import weight_error
 
 if TYPE_CHECKING:
@@ -93,12 +92,14 @@ class _Chosen:
 
     ref: Linear
     weight: Tensor
-    quantized: QuantizedTensor
-    outcome: Outcome
+    solution: Solution
 
     def soft(self) -> SoftWeight:
-        step = expand(self.quantized.scale.float(), self.quantized.grid, self.quantized.shape)
-        return SoftWeight(self.weight, self.quantized, self.weight / step)
+        return SoftWeight(self.weight, self.solution.quantized, self.solution.latent)
+
+    def kept(self, why: str) -> Solution:
+        """As it is, and why."""
+        return Solution(self.solution.quantized, _noted(self.solution.outcome, why))
 
 
 class Learning(Quantizing):
@@ -147,8 +148,8 @@ class Learning(Quantizing):
         run, found = self.run, []
         for group, made in self._solved.items():
             for ref, one in zip(group, made, strict=True):
-                if isinstance(one, tuple) and run.plan.methods[ref.key].name == "learned":
-                    found.append(_Chosen(ref, run.place.weight(ref).to(run.place.device).float(), *one))
+                if isinstance(one, Solution) and run.plan.methods[ref.key].name == "learned":
+                    found.append(_Chosen(ref, run.place.weight(ref).to(run.place.device).float(), one))
         return found
 
     def _learn(self, part: Part) -> dict[str, dict[str, Any]]:
@@ -159,18 +160,18 @@ class Learning(Quantizing):
         fit = fit_of(part, self.ahead)
         if not len(fit.learned_from) or not len(fit.held_out):
             nobody = "no token to learn from" if not len(fit.learned_from) else "no token apart to judge learning by"
-            self._replace(
-                chosen, {one.ref: (one.quantized, _noted(one.outcome, f"{nobody}: GPTQ's codes are kept")) for one in chosen}
-            )
+            self._replace({one.ref: one.kept(f"{nobody}: GPTQ's codes are kept") for one in chosen})
             return {one.ref.key: {"steps": 0, "kept": 0, "tokens": 0} for one in chosen}
         plan = self.run.plan
         steps = max(plan.methods[one.ref.key].steps for one in chosen)
         drawn = batches(fit, steps, [plan.recipe.seed, zlib.crc32(part.last.key.encode())])
         soft = [one.soft() for one in chosen]
-        how = [(one.ref, Applied(one.weight, plan.schemes[one.ref.key], one.quantized.input_scale)) for one in chosen]
+        how = [
+            (one.ref, Applied(one.weight, plan.schemes[one.ref.key], one.solution.quantized.input_scale)) for one in chosen
+        ]
         objective = _Objective(fit, self.run.weights, how, drawn)
         learned = learn(soft, steps, objective.step, objective.apart)
-        self._replace(chosen, self._outcomes(fit, chosen, learned))
+        self._replace(self._solutions(fit, chosen, learned))
         part.close()  # what was kept of it is of GPTQ's codes
         shares = [one.flipped(q) / q.codes.numel() for one, q in zip(soft, learned.weights, strict=True)]
         same = {"steps": learned.steps, "kept": learned.kept, "tokens": fit.tokens, "before": learned.before}
@@ -179,10 +180,10 @@ class Learning(Quantizing):
             for one, share in zip(chosen, shares, strict=True)
         }
 
-    def _outcomes(self, fit: Fit, chosen: list[_Chosen], learned: Learned) -> dict[Linear, tuple[QuantizedTensor, Outcome]]:
+    def _solutions(self, fit: Fit, chosen: list[_Chosen], learned: Learned) -> dict[Linear, Solution]:
         if not learned.kept:
             why = "; ".join(filter(None, (_NO_HELP, learned.stopped)))
-            return {one.ref: (one.quantized, _noted(one.outcome, why)) for one in chosen}
+            return {one.ref: one.kept(why) for one in chosen}
         values = [q.dequantize() for q in learned.weights]
         schemes = self.run.plan.schemes
         soft = {one.ref.key: Applied(v, schemes[one.ref.key]) for one, v in zip(chosen, values, strict=True)}
@@ -192,16 +193,18 @@ class Learning(Quantizing):
         found = {}
         for one, q, value in zip(chosen, learned.weights, values, strict=True):
             outcome = dataclasses.replace(
-                _noted(one.outcome, learned.stopped), method="learned", error=weights.error(one.ref)
+                _noted(one.solution.outcome, learned.stopped),
+                method="learned",
+                error=weights.error(one.ref),
+                weight_error=weight_error(one.weight, value),
             )
-            found[one.ref] = q, dataclasses.replace(outcome, weight_error=weight_error(one.weight, value))
+            found[one.ref] = Solution(q, outcome)
         return found
 
-    def _replace(self, chosen: list[_Chosen], by: Mapping[Linear, tuple[QuantizedTensor, Outcome]]) -> None:
+    def _replace(self, by: Mapping[Linear, Solution]) -> None:
         for group, made in self._solved.items():
-            new = [by.get(ref, one) for ref, one in zip(group, made, strict=True)]
-            self._solved[group] = new
-            self.apply(group, new)
+            self._solved[group] = [by.get(ref, one) for ref, one in zip(group, made, strict=True)]
+            self.apply(group, self._solved[group])
 
 
 def _noted(outcome: Outcome, why: str) -> Outcome:

@@ -11,8 +11,7 @@ from quantkit.calib.lockstep import Observer
 from quantkit.calib.replay import gather
 from quantkit.calib.streams import Part
 from quantkit.model.spec import Linear
-from quantkit.qtensor import QuantizedTensor
-from quantkit.quant.solve import Outcome
+from quantkit.quant.solve import Solution
 
 if TYPE_CHECKING:
     from quantkit.job.unit import UnitRun
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Committed", "Group", "Maker", "Made", "Quantizing"]
 
 Group = tuple[Linear, ...]
-Made = list[Tensor | tuple[QuantizedTensor, Outcome]]  # of each of a group: kept as it is stored, or quantized
+Made = list[Tensor | Solution]  # of each of a group: kept as it is stored, or quantized
 
 
 class Maker(Observer):
@@ -58,7 +57,7 @@ class Quantizing(Maker):
         self.run.write(group, made)
 
     def apply(self, group: Group, made: Made) -> None:
-        self.run.apply(group, [one[0] if isinstance(one, tuple) else one for one in made])
+        self.run.apply(group, [one.quantized if isinstance(one, Solution) else one for one in made])
 
 
 class Committed(Maker):

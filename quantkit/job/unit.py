@@ -198,12 +198,12 @@ class UnitRun:
             if isinstance(one, Tensor):
                 self._write(ref.weight, one)
                 continue
-            (q, outcome), scheme = one, self.plan.schemes[ref.key]
+            q, scheme = one.quantized, self.plan.schemes[ref.key]
             assert scheme is not None
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
                 self._write(name, tensor)
             scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
-            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **scale}
+            self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(one.outcome), **scale}
 
     def apply(self, group: Group, stored: Sequence[Tensor | QuantizedTensor]) -> None:
         """Let what passes through the part meet these."""

@@ -22,6 +22,7 @@ from quantkit.scheme import Grid, Kind
 __all__ = ["DAMPING", "NotPositive", "Repair", "gptq", "repair"]
 
 Repair = Callable[..., Tensor]  # of `repair`'s arguments
+_FARTHEST = torch.finfo(torch.float16).max  # of a latent
 _BLOCK = 128  # columns repaired at once; only speed depends on it, and a kernel takes no more
 
 
@@ -31,8 +32,12 @@ class NotPositive(Exception):
 
 @dataclass(frozen=True)
 class Solved:
+    """latent: float16 [out, in], what was rounded to each code: the repaired weight over its scale, plus the zero point.
+    None unless it was asked for."""
+
     quantized: QuantizedTensor
     damping: float
+    latent: Tensor | None = None
 
 
 def _inverse_factor(hessian: Tensor, dampings: tuple[float, ...]) -> tuple[Tensor, float]:
@@ -66,13 +71,19 @@ def repair(
 
 
 def gptq(
-    weight: Tensor, hessian: Tensor, grid: Grid, repair: Repair = repair, dampings: tuple[float, ...] = DAMPING
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    repair: Repair = repair,
+    dampings: tuple[float, ...] = DAMPING,
+    keep_latent: bool = False,
 ) -> Solved:
     """Quantize float32 weight [out, in] under hessian [in, in] = mean of x x^T (float32, symmetric).
 
     A feature that calibration never excited has a zero row in H: it is rounded to nearest and repairs nothing.
-    repair: how a block of columns is rounded; a kernel may do the same. dampings: tried in order, of mean(diag H). Raises
-    NotPositive when none of them makes H invertible.
+    repair: how a block of columns is rounded; a kernel may do the same. dampings: tried in order, of mean(diag H).
+    keep_latent: also return what was rounded, from which rounding can be learned. Raises NotPositive when none of the
+    dampings makes H invertible.
     """
     importance = hessian.diagonal()
     # Without some importance a feature that was never seen would be free to lose, and its group's range the first tried.
@@ -83,11 +94,15 @@ def gptq(
     W = weight[:, order].clone()
     step = expand(scale.float(), grid, shape).expand(shape)[:, order]
     offset = None if zero is None else expand(zero.float(), grid, shape).expand(shape)[:, order]
+    latent = torch.empty(shape, dtype=torch.float16, device=weight.device) if keep_latent else None
     Q = torch.empty(shape, dtype=torch.float8_e4m3fn if grid.kind is Kind.FLOAT else torch.int8, device=weight.device)
     for start in range(0, shape[1], _BLOCK):
         stop = min(start + _BLOCK, shape[1])
         errors = repair(W, U, step, offset, Q, start, stop, grid)
         W[:, stop:] -= errors @ U[start:stop, stop:]
+        if latent is not None:
+            u = Q[:, start:stop].float() + errors * U.diagonal()[start:stop] / step[:, start:stop]
+            latent[:, order[start:stop]] = u.clamp(-_FARTHEST, _FARTHEST).half()
     codes = torch.empty_like(Q)
     codes.view(torch.int8)[:, order] = Q.view(torch.int8)
-    return Solved(QuantizedTensor(codes, scale, zero, grid), damping)
+    return Solved(QuantizedTensor(codes, scale, zero, grid), damping, latent)

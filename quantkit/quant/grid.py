@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,8 @@ def minmax_scale(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
 
 
 def search_scale(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scale, among shrunken min-max ranges, with the least sum of importance * (weight - rounded)^2 under it.
+    """The scale, among shrunken min-max ranges, with the least sum of importance * (weight - rounded)^2 under it; of
+    symmetric integers its sign as well.
 
     importance: float32 [in] >= 0, the diagonal of the Hessian: what an error in that input feature costs.
     """
@@ -67,8 +70,11 @@ def search_scale(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor
     high = _per_scale(weight, grid, largest=True).clamp(min=0)
     best_scale, best_zero = _finish(low, high, grid)
     best_loss = torch.full(best_scale.shape, torch.inf, device=weight.device)
-    for shrink in _SHRINK:
+    # Under a negative scale the largest code, one further from 0 than its opposite, is that of the other side.
+    signs = (1, -1) if grid.signed else (1,)
+    for shrink, sign in product(_SHRINK, signs):
         scale, zero = _finish(low * shrink, high * shrink, grid)
+        scale = scale * sign
         error = weight - _value(weight, scale, zero, grid)
         loss = _sum_per_scale(error.square_().mul_(importance), grid)
         better = loss < best_loss

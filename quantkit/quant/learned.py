@@ -29,19 +29,21 @@ _CHECKS = 8  # how often iterates are held against the tokens that are not learn
 
 
 class SoftWeight:
-    """A weight [out, in] that is being learned. start: its codes and scales so far, which V = d = 0 gives back. latent:
-    float32 [out, in], what was rounded to them, in steps of the scale and without the zero point."""
+    """A weight, float32 [out, in], that is being learned. start: its codes and scales so far, which V = d = 0 gives back.
+    latent: [out, in], what was rounded to them, in steps of the scale plus the zero point; None: the weight itself."""
 
-    def __init__(self, weight: Tensor, start: QuantizedTensor, latent: Tensor) -> None:
+    def __init__(self, weight: Tensor, start: QuantizedTensor, latent: Tensor | None) -> None:
         self.start, grid = start, start.grid
         size = grid.group_size or start.shape[1]
         zero = torch.zeros_like(start.scale, dtype=torch.float32) if start.zero is None else start.zero.float()
-        codes = start.codes.float().unflatten(1, (-1, size)) - zero[..., None]
         self.zero, self.scale = zero[..., None], start.scale.float()[..., None]
+        codes = start.codes.float().unflatten(1, (-1, size)) - self.zero
+        groups = weight.unflatten(1, (-1, size))
+        rounded = groups / self.scale if latent is None else latent.float().unflatten(1, (-1, size)) - self.zero
         self.low, self.high = grid.qmin - self.zero, grid.qmax - self.zero
-        self.u = codes + (latent.unflatten(1, (-1, size)) - codes).clamp(-_INSIDE, _INSIDE)
+        self.u = codes + (rounded - codes).clamp(-_INSIDE, _INSIDE)
         # The scale of a group of zeros says nothing of it: a code of 1 would be a weight of 1.
-        self.live = weight.unflatten(1, (-1, size)).abs().amax(-1, keepdim=True) > 0
+        self.live = groups.abs().amax(-1, keepdim=True) > 0
         self.offset = torch.zeros_like(self.u, requires_grad=True)
         self.change = torch.zeros_like(self.scale, requires_grad=True)
 

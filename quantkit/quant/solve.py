@@ -14,7 +14,7 @@ from quantkit.quant.method import Method
 from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import LinearStats, weight_error
 
-__all__ = ["Outcome", "rtn", "solve"]
+__all__ = ["Outcome", "Solution", "rtn", "solutions", "solve"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,22 @@ def _relative(lost: Tensor, weight: Tensor, hessian: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Solved:
-    """lost: `_by_row` of what was lost, [out]; None without a Hessian that is finite."""
+    """lost: `_by_row` of what was lost, [out]; None without a Hessian that is finite. latent: of `gptq`."""
 
     quantized: QuantizedTensor
     method: str
     fallback: str
     lost: Tensor | None
+    latent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Of one weight. latent: what was rounded to its codes (see `gptq`), where rounding is learned from there."""
+
+    quantized: QuantizedTensor
+    outcome: Outcome
+    latent: Tensor | None = None
 
 
 def _one(weight: Tensor, scheme: Scheme, method: Method, hessian: Tensor | None, how: Repair) -> _Solved:
@@ -76,14 +86,14 @@ def _one(weight: Tensor, scheme: Scheme, method: Method, hessian: Tensor | None,
     if hessian is None:
         return _Solved(rtn(weight, scheme), "rtn", "no calibration token reached this weight", None)
     try:
-        solved = gptq(weight, hessian, scheme.weight, how, method.dampings)
+        solved = gptq(weight, hessian, scheme.weight, how, method.dampings, keep_latent=method.name == "learned")
     except NotPositive:
         return _Solved(rtn(weight, scheme), "rtn", "Hessian not positive definite under any damping", lost)
     repaired = _by_row(weight - solved.quantized.dequantize(), hessian)
     if lost is not None and lost.sum() < repaired.sum():
         return _Solved(rtn(weight, scheme), "rtn", "rounding loses less than GPTQ here", lost)
     raised = f"damping raised to {solved.damping}" if solved.damping > method.damping else ""
-    return _Solved(solved.quantized, "gptq", raised, repaired)
+    return _Solved(solved.quantized, "gptq", raised, repaired, solved.latent)
 
 
 def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearStats | None) -> QuantizedTensor:
@@ -97,13 +107,20 @@ def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearS
 def solve(
     weights: list[Tensor], scheme: Scheme, method: Method, stats: LinearStats | None, how: Repair = repair
 ) -> list[tuple[QuantizedTensor, Outcome]]:
+    """As `solutions`, without what only learning needs."""
+    return [(one.quantized, one.outcome) for one in solutions(weights, scheme, method, stats, how)]
+
+
+def solutions(
+    weights: list[Tensor], scheme: Scheme, method: Method, stats: LinearStats | None, how: Repair = repair
+) -> list[Solution]:
     """Quantize float32 weights [out_i, in] that read the same input (q, k, v; or gate and up).
 
     They are stacked, as engines stack them: one solve serves all, and a per-tensor scale is shared, which an engine
     that fuses them would otherwise force upon them by requantizing. Blocks are cut per weight. how: see `gptq`'s repair.
     """
     if scheme.weight.strategy is Strategy.BLOCK and len(weights) > 1:
-        return [result for weight in weights for result in solve([weight], scheme, method, stats, how)]
+        return [result for weight in weights for result in solutions([weight], scheme, method, stats, how)]
     hessian = stats.mean_hessian() if stats is not None else None
     solved = _one(torch.cat(weights), scheme, method, hessian, how)
     fallback = solved.fallback
@@ -112,7 +129,8 @@ def solve(
     results = []
     sizes = [len(weight) for weight in weights]
     losses = [None] * len(sizes) if solved.lost is None else list(solved.lost.split(sizes))
-    for weight, part, lost in zip(weights, _split(solved.quantized, sizes), losses, strict=True):
+    latents = [None] * len(sizes) if solved.latent is None else list(solved.latent.split(sizes))
+    for weight, part, lost, latent in zip(weights, _split(solved.quantized, sizes), losses, latents, strict=True):
         own = weight_error(weight, part.dequantize())
         outcome = Outcome(
             method=solved.method,
@@ -122,7 +140,7 @@ def solve(
             lent=0 if stats is None else stats.lent,
             weight_error=own,
         )
-        results.append((_with_input_scale(part, scheme, stats), outcome))
+        results.append(Solution(_with_input_scale(part, scheme, stats), outcome, latent))
     return results
 
 

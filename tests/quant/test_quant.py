@@ -203,3 +203,51 @@ def test_reference_kernel_is_dequantize_then_multiply() -> None:
     by_hand = (q.codes.float() - q.zero.float().repeat_interleave(32, 1)) * q.scale.float().repeat_interleave(32, 1)  # type: ignore[union-attr]
     torch.testing.assert_close(linear(x, q, None), x @ by_hand.T)
     assert linear(x[:0], q, None).shape == (0, 16)
+
+
+def test_the_latent_is_what_was_rounded() -> None:
+    x, w = correlated(256, 64), weight(16, 64)
+    h = x.T @ x / len(x)
+    for name in ("W4A16", "W4A16_ASYM"):
+        grid = small(name).weight
+        plain, kept = gptq(w, h, grid), gptq(w, h, grid, keep_latent=True)
+        assert plain.latent is None and kept.latent is not None and kept.latent.dtype is torch.float16
+        q = kept.quantized
+        assert torch.equal(q.codes, plain.quantized.codes)
+        u = kept.latent.float()
+        assert ((u.clamp(grid.qmin, grid.qmax) - q.codes.float()).abs() <= 0.5 + 2**-8).all()
+        first = int(h.diagonal().argmax())  # nothing has been repaired before the first column
+        zero = 0 if q.zero is None else q.zero[:, first // 32].float()
+        torch.testing.assert_close(u[:, first], w[:, first] / q.scale[:, first // 32].float() + zero, rtol=2**-10, atol=1e-4)
+        moved = u - (
+            w / expand(q.scale.float(), grid, q.shape) + (0 if q.zero is None else expand(q.zero.float(), grid, q.shape))
+        )
+        assert moved.abs().mean() > 0.05
+
+
+def test_the_search_tries_both_signs_of_symmetric_integers() -> None:
+    """A weight whose far end is -8 steps needs a positive scale, its opposite a negative one, and both are then exact."""
+    reach = torch.tensor([[-8.0, *([1.0, 7.0, -3.0] * 10), 5.0]]) * 0.25
+    for w, sign in ((reach, 1), (-reach, -1)):
+        grid = small("W4A16").weight
+        scale, _ = search_scale(w, grid, torch.ones(32))
+        assert scale.item() * sign > 0
+        codes = (w / scale.float()).round()
+        assert codes.min() == -8 and codes.max() == 7
+    for name in ("W4A16_ASYM", "FP8_DYNAMIC"):  # zero points do the same; floats have no far side
+        scale, _ = search_scale(torch.cat([reach, -reach]), small(name).weight, torch.ones(32))
+        assert (scale > 0).all()
+    assert (rtn(torch.cat([reach, -reach]), small("W4A16")).scale > 0).all()  # min-max, as compressed-tensors' own
+
+
+def test_signed_scales_lose_less() -> None:
+    x, w, grid = correlated(512, 128), weight(64, 128), small("W4A16").weight
+    h = x.T @ x / len(x)
+    scale = gptq(w, h, grid).quantized.scale
+    assert 0.3 < (scale < 0).float().mean() < 0.7
+    for narrow, searched in ((abs(scale), scale),):
+        losses = [
+            ((w / (s := expand(one.float(), grid, (64, 128)))).round().clamp(-8, 7) * s - w).square().mul(h.diagonal()).sum()
+            for one in (narrow, searched)
+        ]
+        assert losses[1] < 0.97 * losses[0]
