@@ -14,6 +14,7 @@ from torch import Tensor
 from quantkit.calib.fit import Ahead, Fit, SoftWeights, batches, fit_of, looked_at
 from quantkit.calib.replay import Applied, Listening
 from quantkit.calib.streams import AttentionPart, MLPPart, Part
+from quantkit.job.fisher import LayerMetrics
 from quantkit.job.makers import Group, Made, Quantizing
 from quantkit.model.spec import Layer, Linear
 from quantkit.model.weights import Weights
@@ -31,23 +32,32 @@ _NO_HELP = "learning does not lose less on tokens apart: GPTQ's codes are kept"
 
 
 class _Objective:
-    """What is learned by: the mean over tokens of the squared error of the output, and the divergence of the router that
-    reads it, whose weight makes it _ROUTER of the whole: at each step, and apart from the steps as at the start."""
+    """What is learned by: the mean over tokens of the squared error of the output times `factor` (of a metric; None: as it
+    is), and the divergence of the router that reads it, weighed to be _ROUTER of the whole: at each step, and apart from the
+    steps as at the start."""
 
     def __init__(
-        self, fit: Fit, others: Listening, chosen: Sequence[tuple[Linear, Applied]], drawn: Iterator[Tensor]
+        self,
+        fit: Fit,
+        others: Listening,
+        chosen: Sequence[tuple[Linear, Applied]],
+        drawn: Iterator[Tensor],
+        factor: Tensor | None,
     ) -> None:
-        self.fit, self.others, self.chosen, self.drawn = fit, others, chosen, drawn
+        self.fit, self.others, self.chosen, self.drawn, self.factor = fit, others, chosen, drawn, factor
         self._start: tuple[float, float] | None = None
 
     def _weights(self, values: Sequence[Tensor]) -> SoftWeights:
         pairs = zip(self.chosen, values, strict=True)
         return SoftWeights(self.others, {ref.key: dataclasses.replace(how, weight=w) for (ref, how), w in pairs})
 
+    def _scaled(self, output: Tensor) -> Tensor:
+        return output if self.factor is None else output @ self.factor
+
     def step(self, number: int, values: list[Tensor]) -> Tensor:
         items = next(self.drawn)
         error = self.fit.error(items, self._weights(values))
-        loss = error.output.square().sum() / len(error.output)
+        loss = self._scaled(error.output).square().sum() / len(error.output)
         if error.router is not None and error.router > 0:
             router = error.router / len(error.output)
             loss = loss + _ROUTER * (loss / router).detach() * router
@@ -59,7 +69,7 @@ class _Objective:
         for items in looked_at(self.fit):
             error = self.fit.error(items, weights)
             tokens += len(error.output)
-            squared += float(error.output.double().square().sum())
+            squared += float(self._scaled(error.output).double().square().sum())
             router += 0.0 if error.router is None else float(error.router)
         squared, router = squared / tokens, router / tokens
         self._start = self._start or (squared, router)
@@ -105,9 +115,9 @@ class _Chosen:
 class Learning(Quantizing):
     """Quantizes, and learns the rounding of those linears whose method says so, a part at a time."""
 
-    def __init__(self, run: UnitRun, ahead: Ahead) -> None:
+    def __init__(self, run: UnitRun, ahead: Ahead, metrics: LayerMetrics | None) -> None:
         super().__init__(run)
-        self.ahead = ahead
+        self.ahead, self.metrics = ahead, metrics
         self._layer: Layer | None = None
         self._solved: dict[Group, Made] = {}
 
@@ -169,7 +179,7 @@ class Learning(Quantizing):
         how = [
             (one.ref, Applied(one.weight, plan.schemes[one.ref.key], one.solution.quantized.input_scale)) for one in chosen
         ]
-        objective = _Objective(fit, self.run.weights, how, drawn)
+        objective = _Objective(fit, self.run.weights, how, drawn, self._factor(part))
         learned = learn(soft, steps, objective.step, objective.apart)
         self._replace(self._solutions(fit, chosen, learned))
         part.close()  # what was kept of it is of GPTQ's codes
@@ -179,6 +189,11 @@ class Learning(Quantizing):
             one.ref.key: {**same, "after": learned.after, "flipped": round(share, 6)}
             for one, share in zip(chosen, shares, strict=True)
         }
+
+    def _factor(self, part: Part) -> Tensor | None:
+        assert self._layer is not None
+        half = "attention" if isinstance(part, AttentionPart) else "mlp"
+        return None if self.metrics is None else self.metrics.factor(self._layer.index, half)
 
     def _solutions(self, fit: Fit, chosen: list[_Chosen], learned: Learned) -> dict[Linear, Solution]:
         if not learned.kept:

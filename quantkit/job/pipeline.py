@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import ConfigError, OutputError, QuantkitError, VerificationError
 from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
+from quantkit.job.fisher import FOLDER, fisher, windows_of
 from quantkit.job.journal import Journal
 from quantkit.job.partial import (
     RECORD,
@@ -194,6 +196,7 @@ class _Job:
     def run(self, progress: Progress) -> RunRecord:
         with using_threads(self.threads):
             self._take_stock()
+            self._measure()
             lockstep = Lockstep(self.place.pair, self.work, self.beside) if self.beside else None
             for index, unit in enumerate(self.plan.units):
                 if index not in self.journal.units:
@@ -205,6 +208,15 @@ class _Job:
             if problem is not None:  # what passed beside was not what it should be; what was quantized is
                 raise problem
             return record
+
+    def _measure(self) -> None:
+        """The metrics by which rounding is learned, of layers that are still to come."""
+        if self.plan.fisher_tokens and len(self.journal.units) < len(self.plan.units):
+            assert self.ids is not None
+            ids, read = windows_of(self.ids, self.plan.fisher_tokens), self.reader.tensor
+            seed = self.plan.recipe.seed
+            metrics = fisher(self.plan.model, ids, read, self.place.device, self.work, self.key, seed)
+            self.place = dataclasses.replace(self.place, metrics=metrics)
 
     def _finish(self, lockstep: Lockstep) -> QuantkitError | None:
         """Let what passed beside say what it saw; what it raised, so that OUT does not wait for it."""
@@ -223,7 +235,7 @@ class _Job:
                 del self.journal.units[index]
         self.tapes.find()
         written = [name for unit in self.journal.units.values() for name in unit["shards"]]
-        drop_orphans(self.partial, [*written, *self.tapes.files])
+        drop_orphans(self.partial, [*written, *self.tapes.files, FOLDER])
 
     def _commit(self, index: int, progress: Progress, lockstep: Lockstep | None) -> None:
         begun, unit = time.monotonic(), self.plan.units[index]
@@ -272,7 +284,7 @@ class _Job:
             raise self._kept(error, hashes) from error
         self.source.check()
         record = self._record(coverage)
-        for tape in self.work.glob("*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
+        for tape in self.work.rglob("*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
             tape.unlink()
         write_json(self.partial / RECORD, record)
         publish(self.partial, self.target)

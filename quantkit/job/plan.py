@@ -30,7 +30,7 @@ from quantkit.job.placement import Unit, place
 from quantkit.model.names import target
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import OPTION_ROLES, Linear, ModelSpec, Role
-from quantkit.quant.method import DAMPING, PARAMETERS, STEPS, Method
+from quantkit.quant.method import DAMPING, FISHER_TOKENS, PARAMETERS, STEPS, Method
 from quantkit.recipe import Recipe
 from quantkit.scheme import BF16, Scheme, Strategy, labels
 
@@ -86,12 +86,23 @@ class Plan:
         return any(method.name == "learned" for method in self.methods.values())
 
     @property
+    def fisher_tokens(self) -> int:
+        """At most so many are read for the metric of learning; 0: plain squared error."""
+        given = self.recipe.fisher_tokens
+        return 0 if not self.learned else FISHER_TOKENS if given is None else given
+
+    @property
     def resolved(self) -> dict[str, Any]:
         """The recipe with each role's scheme, and without what decides nothing here; a file of text by its name alone."""
         fields = self.recipe.model_dump(mode="json")
         fields |= {role.value: fields[role.value] or self.recipe.scheme for role in OPTION_ROLES}
         # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
-        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0]), "steps": (None, STEPS)}
+        usual = {
+            "mlp": (self.recipe.scheme,),
+            "damping": (None, DAMPING[0]),
+            "steps": (None, STEPS),
+            "fisher_tokens": (None,),
+        }
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
             return {name: value for name, value in fields.items() if name not in _TEXT}
@@ -320,6 +331,8 @@ def _unused(recipe: Recipe, schemes: dict[str, Scheme | None], methods: dict[str
         value = getattr(recipe, field)
         if value is not None and not any(field in PARAMETERS[method.name] for method in methods.values()):
             notes.append(f"{field} {value:g} changes nothing: no linear is made by a method that has it")
+    if recipe.fisher_tokens is not None and not any(method.name == "learned" for method in methods.values()):
+        notes.append(f"fisher_tokens {recipe.fisher_tokens} changes nothing: no rounding is learned")
     if recipe.calibration != Recipe().calibration and not any(needs_tokens(schemes[k], m) for k, m in methods.items()):
         notes.append(f"calibration '{recipe.calibration}' is not read: {names} is rounded without calibration")
     return notes

@@ -26,6 +26,7 @@ from quantkit.checkpoint.writer import ShardWriter
 from quantkit.dtypes import Entry
 from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
+from quantkit.job.fisher import LayerMetrics
 from quantkit.job.group import GroupJob
 from quantkit.job.learning import Learning
 from quantkit.job.makers import Committed, Group, Made, Maker, Quantizing
@@ -47,7 +48,7 @@ Outcomes = dict[str, dict[str, Any]]  # of linears, by name: scheme, `Outcome`, 
 @dataclass(frozen=True)
 class Place:
     """Where a run works. ids: int64 [windows, seq_len] if it is calibrated. shares: whether a baseline passes too, which
-    reads the weights that are quantized."""
+    reads the weights that are quantized. metrics: by which rounding is learned; None: plain squared error."""
 
     reader: CheckpointReader
     plan: Plan
@@ -56,6 +57,7 @@ class Place:
     partial: Path
     work: Path
     shares: bool = False
+    metrics: LayerMetrics | None = None
     _read: dict[str, Tensor] = field(default_factory=dict)  # by the present part
 
     def weight(self, ref: Linear) -> Tensor:
@@ -132,7 +134,7 @@ class UnitRun:
     def _quantize(self, passages: Mapping[str, Passage], lockstep: Lockstep | None) -> None:
         stream = self._stream(passages["tape"], self.weights) if passages else None
         learns = stream is not None and AHEAD in passages
-        maker = Learning(self, self._ahead(passages[AHEAD])) if learns else Quantizing(self)
+        maker = Learning(self, self._ahead(passages[AHEAD]), self.place.metrics) if learns else Quantizing(self)
         self._pass(stream, lockstep, maker, lambda layer: self.done(layer, self.outcomes))
 
     @property
