@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quantkit.calib.extent import APART, STEP_TOKENS
 from quantkit.calib.replay import Applied
 from quantkit.calib.streams import AttentionPart, MLPPart, Part, Stream
 from quantkit.calib.tape import Tape
@@ -28,9 +29,9 @@ from quantkit.model.weights import PlainWeights, Weights
 
 __all__ = ["Ahead", "AttentionFit", "Error", "Fit", "MLPFit", "ReadOnce", "SoftWeights", "batches", "fit_of", "looked_at"]
 
-_TOKENS = 2048  # of a step; also of a batch of those that are only looked at
 _FEWEST = 128  # tokens of a step of an expert that few reach: it reads them more than once
-_APART = 16  # of so many windows one is not learned from
+_HELD = 2**28  # bytes of what an MLP reads and should add, that are held in memory; of more, blocks are read from tapes
+_BLOCK = 32  # tokens that are read from a tape together
 
 
 class ReadOnce(PlainWeights):
@@ -136,9 +137,11 @@ class Error:
 
 
 class Fit(ABC):
-    """items: what can be drawn: windows, or tokens. each: how many tokens one has."""
+    """items: what can be drawn: windows, or tokens. each: how many tokens one has. together: how many of them, one after the
+    other, are drawn at once."""
 
     each: int
+    together = 1
     learned_from: Tensor
     held_out: Tensor
 
@@ -155,24 +158,25 @@ class Fit(ABC):
 def batches(fit: Fit, steps: int, seed: list[int]) -> Iterator[Tensor]:
     """Items of each step: in random order, all once before any comes again."""
     items, generator = fit.learned_from, np.random.default_rng(seed)
-    per_step = min(_TOKENS, max(_FEWEST, -(-fit.tokens // steps)))
-    size = min(len(items), max(1, per_step // fit.each))
-    order, start = torch.empty(0, dtype=torch.int64), 0
+    per_step = min(STEP_TOKENS, max(_FEWEST, -(-fit.tokens // steps)))
+    blocks = items.split(fit.together)
+    size = min(len(blocks), max(1, per_step // (fit.each * fit.together)))
+    order, start = np.empty(0, dtype=np.int64), 0
     while True:
         if start + size > len(order):
-            order, start = torch.from_numpy(generator.permutation(len(items))), 0
-        yield items[order[start : start + size].sort().values]
+            order, start = generator.permutation(len(blocks)), 0
+        yield torch.cat([blocks[index] for index in np.sort(order[start : start + size])])
         start += size
 
 
 def looked_at(fit: Fit) -> Iterator[Tensor]:
     """The items that are not learned from."""
-    yield from fit.held_out.split(max(1, _TOKENS // fit.each))
+    yield from fit.held_out.split(max(1, STEP_TOKENS // fit.each))
 
 
 def _apart(windows: int) -> Tensor:
     """bool [windows]: which of them are not learned from."""
-    every = min(_APART, windows)
+    every = min(APART, windows)
     return torch.arange(windows) % every == every - 1
 
 
@@ -227,13 +231,22 @@ class MLPFit(Fit):
         self.part, self.ahead = part, ahead
         apart = _apart(part.stream.windows[0])[part.rows // part.stream.windows[1]]
         self.learned_from, self.held_out = (~apart).nonzero().flatten(), apart.nonzero().flatten()
+        self._held: tuple[Tensor, Tensor] | None = None
+        if 2 * len(part.rows) * part.stream.place.spec.hidden * 4 <= _HELD:
+            self._held = self._read(part.rows)
+        else:
+            self.together = _BLOCK
+
+    def _read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What the part reads there, and what its output is off by without it."""
+        assert self.ahead.rest is not None
+        off = self.ahead.rest.gather(rows).sub_(self.ahead.stream.target.gather(rows))
+        return self.part.inputs.gather(rows), off
 
     def error(self, items: Tensor, weights: Weights) -> Error:
-        part, rest, device = self.part, self.ahead.rest, self.part.stream.place.device
-        assert rest is not None
-        rows = part.rows[items]
-        y = part.weighted(items, weights.mlp(part.mlp, part.inputs.gather(rows).to(device)))
-        return Error(y + (rest.gather(rows) - self.ahead.stream.target.gather(rows)).to(device))
+        part, device = self.part, self.part.stream.place.device
+        x, off = self._read(part.rows[items]) if self._held is None else (tensor[items] for tensor in self._held)
+        return Error(part.weighted(items, weights.mlp(part.mlp, x.to(device))) + off.to(device))
 
 
 def fit_of(part: Part, ahead: Ahead) -> Fit:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.calib.extent import fisher_windows
 from quantkit.calib.fisher import FisherPass, Metrics, factor
 from quantkit.calib.fit import ReadOnce
 from quantkit.calib.streams import Place
@@ -24,7 +25,7 @@ _HALVES = ("attention", "mlp")
 
 def windows_of(ids: Tensor, tokens: int) -> Tensor:
     """Some of int64 ids [windows, length], evenly apart, of so many tokens or one window."""
-    count = min(len(ids), max(1, tokens // ids.shape[1]))
+    count = fisher_windows(len(ids), ids.shape[1], tokens)
     return ids[torch.arange(count) * len(ids) // count]
 
 

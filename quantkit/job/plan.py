@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from quantkit.calib.extent import fisher_windows
 from quantkit.checkpoint.by_name import NamedSpec, is_known, spec_by_name
 from quantkit.checkpoint.coverage import Coverage, Fate, account, bystanders
 from quantkit.checkpoint.folder import without_tokenizer
@@ -25,6 +26,7 @@ from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.job.chosen import Chosen, choose, is_kept_by_rule, joined
 from quantkit.job.kept import check_meant
+from quantkit.job.learning_plan import learning, learning_notes, tape_bytes
 from quantkit.job.methods import methods_of, needs_tokens
 from quantkit.job.placement import Unit, place
 from quantkit.model.names import target
@@ -115,7 +117,15 @@ class Plan:
             return 0
         a, hidden = self.model.layers[0].attention, self.model.hidden
         width = 3 * hidden + a.kv_width + max(hidden, a.o.in_features)
-        return self.recipe.samples * self.recipe.seq_len * width * 4
+        tokens = self.recipe.samples * self.recipe.seq_len
+        return tokens * width * 4 + (
+            tape_bytes(self.model, tokens, self.fisher_windows * self.recipe.seq_len) if self.learned else 0
+        )
+
+    @property
+    def fisher_windows(self) -> int:
+        recipe = self.recipe
+        return fisher_windows(recipe.samples, recipe.seq_len, self.fisher_tokens) if self.fisher_tokens else 0
 
     def by_role(self) -> dict[str, dict[str, Any]]:
         """Per role: the schemes, how many linears and weights, and bits per weight on disk."""
@@ -165,6 +175,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
             *weight_sets(reader.folder),
             *(chosen.notes if chosen else ()),
             *_unused(recipe, schemes, methods),
+            *learning_notes(recipe, methods),
             *published_notes(reader.folder, reader.config),
         )
         + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
@@ -197,6 +208,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "bf16_share": plan.kept_share,
         "notes": list(plan.notes),
         "recipe": plan.recipe.model_dump(),
+        **({"learning": learning(plan.recipe, plan.methods, plan.fisher_windows)} if plan.learned else {}),
     }
 
 

@@ -114,7 +114,7 @@ def learn(
         with torch.enable_grad():
             value = loss(step - 1, [one.value() for one in soft])
         value.backward()
-        if not (value.isfinite() and all(_finite(one) for one in soft)):
+        if not _finite(value.detach(), soft):
             stopped = f"the gradient is not finite at step {step}"
             break
         for one in soft:
@@ -127,5 +127,7 @@ def learn(
     return Learned(best, kept, step, before, least, stopped)
 
 
-def _finite(soft: SoftWeight) -> bool:
-    return all(value.grad is not None and bool(value.grad.isfinite().all()) for value in soft.learned)
+def _finite(loss: Tensor, soft: Sequence[SoftWeight]) -> bool:
+    """A sum is finite only if all that it sums is: one look for all of them."""
+    gradients = [value.grad for one in soft for value in one.learned if value.grad is not None]
+    return bool(torch.stack([loss, *(gradient.sum() for gradient in gradients)]).isfinite().all())

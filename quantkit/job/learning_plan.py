@@ -1,0 +1,71 @@
+"""What learned rounding will read and need, from the recipe alone, and the refusal of what it cannot learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantkit.calib.extent import STEP_TOKENS, apart
+from quantkit.errors import ConfigError, counted
+from quantkit.model.spec import ModelSpec
+from quantkit.quant.method import Method
+from quantkit.recipe import Recipe
+
+__all__ = ["learning", "learning_notes", "tape_bytes"]
+
+_LONGEST = 8192  # tokens of a window, which a step holds whole
+# How often a token passes a layer: the BF16 model ahead; the parts that are not quantized yet, once to add them and once to
+# take them away; GPTQ's statistics, twice where two inputs are wanted; quantized, to be added there and to go on.
+_PASSES = 7
+_STEP_PASSES = 3  # forward, and backward for inputs and for weights
+
+
+def _steps(methods: Mapping[str, Method]) -> int:
+    return max((method.steps for method in methods.values() if method.name == "learned"), default=0)
+
+
+def learning(recipe: Recipe, methods: Mapping[str, Method], fisher_windows: int) -> dict[str, Any]:
+    """In numbers. tokens: learned from. apart: by which iterates are judged. epochs: how often a part that reads all tokens
+    learns from each. passes: how often all tokens pass a layer, where backward counts as two."""
+    steps, total = _steps(methods), recipe.samples * recipe.seq_len
+    held = apart(recipe.samples) * recipe.seq_len
+    read = steps * min(STEP_TOKENS, total - held)
+    return {
+        "linears": sum(method.name == "learned" for method in methods.values()),
+        "steps": steps,
+        "tokens": total - held,
+        "apart": held,
+        "epochs": round(read / (total - held), 2),
+        "fisher_tokens": fisher_windows * recipe.seq_len,
+        "passes": round(_PASSES + (_STEP_PASSES * read + (_STEP_PASSES + 1) * fisher_windows * recipe.seq_len) / total, 2),
+        "source_reads": 4 if fisher_windows else 3,
+    }
+
+
+def learning_notes(recipe: Recipe, methods: Mapping[str, Method]) -> list[str]:
+    """What a user should know before it is begun. Raises ConfigError."""
+    if not (steps := _steps(methods)):
+        return []
+    if recipe.samples < 2:
+        raise ConfigError("learning needs 2 windows: one to learn from, one to judge by", "raise --samples")
+    if recipe.seq_len > _LONGEST:
+        raise ConfigError(
+            f"a step of learning holds whole windows, and seq_len is {recipe.seq_len}", f"give --seq-len {_LONGEST} or less"
+        )
+    given, wanted = (recipe.samples - apart(recipe.samples)) * recipe.seq_len, steps * STEP_TOKENS
+    if given >= wanted:
+        return []
+    enough = -(-wanted * 16 // (15 * recipe.seq_len))
+    return [
+        f"{counted(steps, 'step')} of learning read {wanted:,} tokens, and {given:,} fresh ones are given: each is read "
+        f"{wanted / given:.1f} times, and more text would lose less (--samples {enough})"
+    ]
+
+
+def tape_bytes(spec: ModelSpec, tokens: int, fisher_tokens: int) -> int:
+    """Scratch disk beside calibration's: the BF16 stream's hidden states in and out, MLP input and K/V, and what the other
+    parts add; of the Fisher pass the states between groups of layers, two gradients, MLP input and K/V, and the metrics."""
+    hidden, kv = spec.hidden, spec.layers[0].attention.kv_width
+    boundaries = fisher_tokens * ((len(spec.groups()) + 4) * hidden + kv) if fisher_tokens else 0
+    metrics = 2 * len(spec.layers) * hidden**2 if fisher_tokens else 0
+    return 4 * (tokens * (4 * hidden + kv) + boundaries + metrics)
