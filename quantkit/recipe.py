@@ -21,9 +21,10 @@ from pydantic import (
     model_validator,
 )
 
+from quantkit.choices import Effort
 from quantkit.errors import ConfigError
-from quantkit.model.spec import OPTION_ROLES, Linear
-from quantkit.quant.method import PARAMETERS, Method, MethodName
+from quantkit.model.spec import OPTION_ROLES, Linear, Role
+from quantkit.quant.method import BEST_TOKENS, PARAMETERS, Method, MethodName
 from quantkit.scheme import BF16, Scheme, scheme_named
 
 __all__ = ["Recipe", "Rule"]
@@ -117,6 +118,7 @@ class Recipe(BaseModel):
     linears: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     group_size: int | None = Field(default=None, ge=8)
+    effort: Effort | None = None  # which methods are meant where none is given, and how much text
     method: MethodName | None = None
     damping: _Damping | None = None
     steps: _Steps | None = None
@@ -138,6 +140,14 @@ class Recipe(BaseModel):
             raise ValueError(f"keep is {keep!r}, and must be a list of globs")
         first = [{"match": glob, "scheme": BF16} for glob in keep]
         return {**{key: value for key, value in fields.items() if key != "keep"}, "rules": [*first, *rules]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_for_the_effort(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("effort") != "best" or "samples" in fields:
+            return fields
+        length = fields.get("seq_len", cls.model_fields["seq_len"].default)
+        return {**fields, "samples": -(-BEST_TOKENS // length)} if isinstance(length, int) and length > 0 else fields
 
     @field_validator("scheme", *(role.value for role in OPTION_ROLES))
     @classmethod
@@ -190,10 +200,14 @@ class Recipe(BaseModel):
             return None
         rule = self.rule_of(ref.key) or _NOTHING
         few = scheme.weight.bits == 4
-        general = self.method if few or self.method != "learned" else None
-        name = rule.method or general or ("gptq" if few else "rtn")
+        general = self.method or ("learned" if self._is_learned(ref) else None)
+        name = rule.method or (general if few or general != "learned" else None) or ("gptq" if few else "rtn")
         parameters = {field: getattr(rule, field) or getattr(self, field) for field in PARAMETERS[name]}
         return Method(name, **{field: value for field, value in parameters.items() if value is not None})
+
+    def _is_learned(self, ref: Linear) -> bool:
+        """What the effort says: all, or those that every token passes, whose rounding costs most and is learned soonest."""
+        return self.effort == "best" or (self.effort == "default" and ref.role is not Role.EXPERTS)
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, object]) -> Recipe:

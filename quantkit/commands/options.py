@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from quantkit.choices import KERNELS, METHODS
+from quantkit.choices import EFFORTS, KERNELS, METHODS
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ def recipe_options(function: F) -> F:
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
             click.option("--method", type=click.Choice(METHODS), help="[default: gptq for INT4, rtn for 8 bits]"),
+            click.option(
+                "--effort",
+                type=click.Choice(EFFORTS),
+                help="fast: gptq. default: learned where every token passes. best: learned, on 437,000 tokens.",
+            ),
             click.option("--calibration", metavar="FILE|NAME", help="A text: docs/formats.md. [default: stdlib]"),
             click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),

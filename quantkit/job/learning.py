@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class Learning(Quantizing):
         if not len(fit.learned_from) or not len(fit.held_out):
             nobody = "no token to learn from" if not len(fit.learned_from) else "no token apart to judge learning by"
             self._replace({one.ref: one.kept(f"{nobody}: GPTQ's codes are kept") for one in chosen})
-            return {one.ref.key: {"steps": 0, "kept": 0, "tokens": 0} for one in chosen}
+            return {one.ref.key: {"steps": 0, "kept": 0, "tokens": fit.tokens, "change": 0.0} for one in chosen}
         plan = self.run.plan
         steps = max(plan.methods[one.ref.key].steps for one in chosen)
         drawn = batches(fit, steps, [plan.recipe.seed, zlib.crc32(part.last.key.encode())])
@@ -184,11 +185,9 @@ class Learning(Quantizing):
         self._replace(self._solutions(fit, chosen, learned))
         part.close()  # what was kept of it is of GPTQ's codes
         shares = [one.flipped(q) / q.codes.numel() for one, q in zip(soft, learned.weights, strict=True)]
-        same = {"steps": learned.steps, "kept": learned.kept, "tokens": fit.tokens, "before": learned.before}
-        return {
-            one.ref.key: {**same, "after": learned.after, "flipped": round(share, 6)}
-            for one, share in zip(chosen, shares, strict=True)
-        }
+        counts = {"steps": learned.steps, "kept": learned.kept, "tokens": fit.tokens}
+        same = {**counts, "metric": "plain" if objective.factor is None else "fisher", **_losses(learned)}
+        return {one.ref.key: {**same, "flipped": round(share, 6)} for one, share in zip(chosen, shares, strict=True)}
 
     def _factor(self, part: Part) -> Tensor | None:
         assert self._layer is not None
@@ -220,6 +219,14 @@ class Learning(Quantizing):
         for group, made in self._solved.items():
             self._solved[group] = [by.get(ref, one) for ref, one in zip(group, made, strict=True)]
             self.apply(group, self._solved[group])
+
+
+def _losses(learned: Learned) -> dict[str, float | None]:
+    """before, after: None where not finite; change: relative to before."""
+    if not math.isfinite(learned.before):
+        return {"before": None, "after": None, "change": 0.0}
+    change = learned.after / learned.before - 1 if learned.before else 0.0
+    return {"before": learned.before, "after": learned.after, "change": change}
 
 
 def _noted(outcome: Outcome, why: str) -> Outcome:

@@ -55,7 +55,10 @@ __all__ = ["DECISIVE", "Progress", "RunRecord", "Step", "describe", "quantize"]
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: `done` of `total` layers are quantized. error: the mean relative output error of this layer's linears."""
+    """Progress: `done` of `total` layers are quantized. error: the mean relative output error of this layer's linears.
+
+    learned: by how much learning has changed the loss of its parts on tokens apart, in the mean.
+    """
 
     layer: int
     done: int
@@ -66,6 +69,7 @@ class Step:
     error: float | None
     least_coverage: float | None
     fallbacks: int
+    learned: float | None = None
 
 
 # Modules whose code decides the bytes of OUT.
@@ -246,7 +250,8 @@ class _Job:
         self.source.check()
         hashes = {shard.file: sha256(self.partial / shard.file) for shard in unit.shards}
         digests = {name: self.reader.digests[name] for name in unit.source()}
-        line = {"shards": hashes, "linears": outcomes, "source": digests, **left}
+        overflowed = {} if self.place.metrics is None else {"overflowed": self.place.metrics.overflowed}
+        line = {"shards": hashes, "linears": outcomes, "source": digests, **left, **overflowed}
         self.journal.commit(index, {**line, "seconds": round(time.monotonic() - begun, 3)})
         self.tapes.committed(index, passages)
 
@@ -258,6 +263,7 @@ class _Job:
         """What to tell about a layer that has just been quantized."""
         elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
         of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
+        changes = [o["learned"]["change"] for o in of_layer if "learned" in o]
         covered = [o["coverage"] for o in of_layer if o["coverage"] is not None]
         self.layers_done += 1
         return Step(
@@ -270,6 +276,7 @@ class _Job:
             error=sum(o["error"] for o in of_layer) / len(of_layer) if of_layer else None,
             least_coverage=min(covered) if covered else None,
             fallbacks=sum(bool(o["fallback"]) for o in of_layer),
+            learned=sum(changes) / len(changes) if changes else None,
         )
 
     def _publish(self) -> RunRecord:
@@ -314,6 +321,12 @@ class _Job:
             },
         }
 
+    def _learning(self, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """kept: of how many linears OUT holds what was learned. overflowed: gradients that the Fisher pass left out."""
+        tried = [row["learned"] for row in linears.values() if "learned" in row]
+        overflowed = max(unit.get("overflowed", 0) for unit in self.journal.units.values())
+        return {"linears": len(tried), "kept": sum(row["kept"] > 0 for row in tried), "overflowed": overflowed}
+
     def _record(self, coverage: dict[str, Any]) -> RunRecord:
         linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
         fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
@@ -333,6 +346,7 @@ class _Job:
             "fallbacks": fallbacks,
             "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
             "linears": linears,
+            **({"learning": self._learning(linears)} if self.plan.learned else {}),
             "resumed_at_unit": self.resumed_at,
             "threads": self.threads,
             "recovered": self.recovered,

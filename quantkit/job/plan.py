@@ -104,6 +104,7 @@ class Plan:
             "damping": (None, DAMPING[0]),
             "steps": (None, STEPS),
             "fisher_tokens": (None,),
+            "effort": (None, "fast"),
         }
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:

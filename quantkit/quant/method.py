@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from quantkit.choices import MethodName
 
-__all__ = ["DAMPING", "FISHER_TOKENS", "PARAMETERS", "STEPS", "Method", "MethodName"]
+__all__ = ["BEST_TOKENS", "DAMPING", "FISHER_TOKENS", "PARAMETERS", "STEPS", "Method", "MethodName"]
 
 DAMPING = (0.05, 0.2, 1.0)  # fractions of mean(diag H) added to the diagonal: the first that Cholesky accepts
 STEPS = 200  # of learning
+BEST_TOKENS = 436_907  # of `--effort best`: fresh ones for all steps, and those that iterates are judged by
 FISHER_TOKENS = 32_768  # from which the metric of learning is
 PARAMETERS: dict[MethodName, tuple[str, ...]] = {  # of a method: fields of `Method`
     "rtn": (),

@@ -53,6 +53,12 @@ def test_each_part_is_learned_on_its_own_tokens_and_judged_by_others(learned: tu
             assert row["method"] in ("gptq", "rtn") and "GPTQ's codes are kept" in row["fallback"]
             assert record["fallbacks"][name] == row["fallback"]
     assert {row["method"] for row in rows.values()} > {"learned"}  # some were, some were not
+    assert record["learning"] == {
+        "linears": len(rows),
+        "kept": sum(row["method"] == "learned" for row in rows.values()),
+        "overflowed": 0,
+    }
+    assert {row["learned"]["metric"] for row in rows.values() if row["learned"]["steps"]} == {"fisher"}
     attention, experts = (
         next(row["learned"] for name, row in rows.items() if part in name) for part in ("0.self_attn", "0.mlp.experts")
     )
@@ -148,6 +154,23 @@ def test_an_expert_without_a_token_keeps_its_codes_and_says_so(make_model: Calla
     assert len(idle) == 3
     for row in idle.values():
         assert "no token to learn from: GPTQ's codes are kept" in row["fallback"] and row["learned"]["steps"] == 0
+
+
+def test_an_effort_is_a_bundle_that_what_is_given_overrides(model: Path) -> None:
+    from quantkit.checkpoint.reader import CheckpointReader
+    from quantkit.job.plan import make_plan
+
+    def learned(**fields: Any) -> set[str]:
+        plan = make_plan(CheckpointReader(model), Recipe(group_size=32, **fields))
+        return {ref.role.value for ref in plan.spec.linears() if plan.methods[ref.key].name == "learned"}
+
+    assert learned(effort="fast") == learned() == set()
+    assert learned(effort="default") == {"attention", "shared_experts"}
+    assert learned(effort="best") == {"attention", "shared_experts", "experts"}
+    assert learned(effort="best", attention="W8A16") == {"shared_experts", "experts"}
+    assert learned(effort="best", method="gptq") == set()
+    assert Recipe(effort="best").samples == 854 and Recipe(effort="best", seq_len=2048).samples == 214
+    assert Recipe(effort="best", samples=9).samples == 9 and Recipe(effort="default").samples == 128
 
 
 def test_a_plan_says_what_learning_reads_and_needs(model: Path) -> None:
