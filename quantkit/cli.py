@@ -100,11 +100,11 @@ def quantize(
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
         saved, learned = record["source_bytes"] / record["output_bytes"], record.get("learning")
-        kept = f"{learned['kept']} of {counted(learned['linears'], 'linear')} as learned; " if learned else ""
+        as_learned = f"{learned['kept']} of {counted(learned['linears'], 'linear')} as learned; " if learned else ""
         console().print(
             f"{out}: {size(record['source_bytes'])} -> {size(record['output_bytes'])} ({saved:.2f}x smaller), verified; "
             f"{counted(len(record['fallbacks']), 'fallback')}, {counted(record['lent_tokens'], 'linear')} with lent tokens; "
-            f"{kept}{share_line(record['bf16_share'])}",
+            f"{as_learned}{share_line(record['bf16_share'])}",
             soft_wrap=True,
         )
 

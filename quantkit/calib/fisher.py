@@ -133,15 +133,15 @@ class FisherPass:
         sums = {layer.index: _Sums(spec.hidden, device) for layer in layers}
         for span in self._spans(_BATCH_TOKENS):
             start = source.read(span.start, span.stop).to(device).unflatten(0, (-1, self.length)).requires_grad_()
-            h, store, seen = start, OneGroup(), list[tuple[_Sums, Tensor, Tensor]]()
+            h, store, states = start, OneGroup(), list[tuple[_Sums, Tensor, Tensor]]()
             for layer in layers:
                 middle = attention_half(layer, h, weights, Positions(tables), store)
                 h, _ = mlp_half(layer, middle, weights)
                 middle.retain_grad()
                 h.retain_grad()
-                seen.append((sums[layer.index], middle, h))
+                states.append((sums[layer.index], middle, h))
             h.backward(above.read(span.start, span.stop).to(device).view_as(h))
-            for total, middle, out in seen:
+            for total, middle, out in states:
                 total.add(middle, out)
             assert start.grad is not None
             below.write(span.start, start.grad.flatten(0, 1))

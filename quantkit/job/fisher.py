@@ -148,13 +148,13 @@ class _Run:
     def _backward(self, number: int) -> tuple[list[Tape], int]:
         group = len(self.groups) - 1 - number
         below = self._tape(f"gradient-{number + 1}", new=True)
-        found = self.fisher.backward(
+        by_layer = self.fisher.backward(
             self.groups[group], self._tape(f"boundary-{group}"), self._tape(f"gradient-{number}"), below
         )
         tapes = [below]
-        for layer, metrics in found.items():
+        for layer, metrics in by_layer.items():
             tapes += [self._stored(layer, half, metrics) for half in _HALVES]
-        return tapes, sum(metrics.overflowed for metrics in found.values())
+        return tapes, sum(metrics.overflowed for metrics in by_layer.values())
 
     def _stored(self, layer: int, half: str, metrics: Metrics) -> Tape:
         tape = Tape.create(_file(self.folder, layer, half), self.spec.hidden, self.spec.hidden)

@@ -138,16 +138,16 @@ class Learning(Quantizing):
         reports = self._learn(part) if part is not None else {}
         if isinstance(part, MLPPart):
             self.ahead.add(part, self.run.weights, 1.0)
-        for group, made in self._solved.items():
-            self.run.write(group, made)
+        for group, solutions in self._solved.items():
+            self.run.write(group, solutions)
         for key, report in reports.items():
             self.run.outcomes[key]["learned"] = report
         self._solved = {}
 
-    def made(self, group: Group, made: Made) -> None:
+    def made(self, group: Group, solutions: Made) -> None:
         """Written once the whole part is learned."""
-        self.apply(group, made)
-        self._solved[group] = made
+        self.apply(group, solutions)
+        self._solved[group] = solutions
 
     def done(self, layer: Layer) -> None:
         self.ahead.done()
@@ -156,12 +156,12 @@ class Learning(Quantizing):
         self.ahead.remove()
 
     def _chosen(self) -> list[_Chosen]:
-        run, found = self.run, []
-        for group, made in self._solved.items():
-            for ref, one in zip(group, made, strict=True):
+        run, chosen = self.run, list[_Chosen]()
+        for group, solutions in self._solved.items():
+            for ref, one in zip(group, solutions, strict=True):
                 if isinstance(one, Solution) and run.plan.methods[ref.key].name == "learned":
-                    found.append(_Chosen(ref, run.place.weight(ref).to(run.place.device).float(), one))
-        return found
+                    chosen.append(_Chosen(ref, run.place.weight(ref).to(run.place.device).float(), one))
+        return chosen
 
     def _learn(self, part: Part) -> dict[str, dict[str, Any]]:
         """What to report of each linear that was learned; `_solved` has the best of it then, and so do the weights."""
@@ -204,7 +204,7 @@ class Learning(Quantizing):
         weights = _Measuring(self.run.weights, soft, {one.ref.key: one.weight for one in chosen})
         for items in looked_at(fit):
             fit.error(items, weights)
-        found = {}
+        replaced = {}
         for one, q, value in zip(chosen, learned.weights, values, strict=True):
             outcome = dataclasses.replace(
                 _noted(one.solution.outcome, learned.stopped),
@@ -212,12 +212,12 @@ class Learning(Quantizing):
                 error=weights.error(one.ref),
                 weight_error=weight_error(one.weight, value),
             )
-            found[one.ref] = Solution(q, outcome)
-        return found
+            replaced[one.ref] = Solution(q, outcome)
+        return replaced
 
     def _replace(self, by: Mapping[Linear, Solution]) -> None:
-        for group, made in self._solved.items():
-            self._solved[group] = [by.get(ref, one) for ref, one in zip(group, made, strict=True)]
+        for group, solutions in self._solved.items():
+            self._solved[group] = [by.get(ref, one) for ref, one in zip(group, solutions, strict=True)]
             self.apply(group, self._solved[group])
 
 

@@ -28,14 +28,14 @@ def learning(recipe: Recipe, methods: Mapping[str, Method], fisher_windows: int)
     """In numbers. tokens: learned from. apart: by which iterates are judged. epochs: how often a part that reads all tokens
     learns from each. passes: how often all tokens pass a layer, where backward counts as two."""
     steps, total = _steps(methods), recipe.samples * recipe.seq_len
-    held = apart(recipe.samples) * recipe.seq_len
-    read = steps * min(STEP_TOKENS, total - held)
+    judged_by = apart(recipe.samples) * recipe.seq_len
+    read = steps * min(STEP_TOKENS, total - judged_by)
     return {
         "linears": sum(method.name == "learned" for method in methods.values()),
         "steps": steps,
-        "tokens": total - held,
-        "apart": held,
-        "epochs": round(read / (total - held), 2),
+        "tokens": total - judged_by,
+        "apart": judged_by,
+        "epochs": round(read / (total - judged_by), 2),
         "fisher_tokens": fisher_windows * recipe.seq_len,
         "passes": round(_PASSES + (_STEP_PASSES * read + (_STEP_PASSES + 1) * fisher_windows * recipe.seq_len) / total, 2),
         "source_reads": 4 if fisher_windows else 3,
@@ -52,13 +52,13 @@ def learning_notes(recipe: Recipe, methods: Mapping[str, Method]) -> list[str]:
         raise ConfigError(
             f"a step of learning holds whole windows, and seq_len is {recipe.seq_len}", f"give --seq-len {_LONGEST} or less"
         )
-    given, wanted = (recipe.samples - apart(recipe.samples)) * recipe.seq_len, steps * STEP_TOKENS
-    if given >= wanted:
+    fresh, needed = (recipe.samples - apart(recipe.samples)) * recipe.seq_len, steps * STEP_TOKENS
+    if fresh >= needed:
         return []
-    enough = -(-wanted * 16 // (15 * recipe.seq_len))
+    enough = -(-needed * 16 // (15 * recipe.seq_len))
     return [
-        f"{counted(steps, 'step')} of learning read {wanted:,} tokens, and {given:,} fresh ones are given: each is read "
-        f"{wanted / given:.1f} times, and more text would lose less (--samples {enough})"
+        f"{counted(steps, 'step')} of learning read {needed:,} tokens, and {fresh:,} fresh ones are given: each is read "
+        f"{needed / fresh:.1f} times, and more text would lose less (--samples {enough})"
     ]
 
 

@@ -52,12 +52,12 @@ class Quantizing(Maker):
         for group in wave:
             self.made(group, run.solve(group, statistics.pop(group)))  # a Hessian is not kept longer than that
 
-    def made(self, group: Group, made: Made) -> None:
-        self.apply(group, made)
-        self.run.write(group, made)
+    def made(self, group: Group, solutions: Made) -> None:
+        self.apply(group, solutions)
+        self.run.write(group, solutions)
 
-    def apply(self, group: Group, made: Made) -> None:
-        self.run.apply(group, [one.quantized if isinstance(one, Solution) else one for one in made])
+    def apply(self, group: Group, solutions: Made) -> None:
+        self.run.apply(group, [one.quantized if isinstance(one, Solution) else one for one in solutions])
 
 
 class Committed(Maker):

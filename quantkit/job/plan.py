@@ -90,8 +90,8 @@ class Plan:
     @property
     def fisher_tokens(self) -> int:
         """At most so many are read for the metric of learning; 0: plain squared error."""
-        given = self.recipe.fisher_tokens
-        return 0 if not self.learned else FISHER_TOKENS if given is None else given
+        tokens = self.recipe.fisher_tokens
+        return 0 if not self.learned else FISHER_TOKENS if tokens is None else tokens
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -194,9 +194,9 @@ class UnitRun:
             return list(weights)
         return list(GroupJob(weights, stats, scheme, self.plan.methods[group[0].key]).run(self.place.device))
 
-    def write(self, group: Group, made: Made) -> None:
+    def write(self, group: Group, solutions: Made) -> None:
         """Write it, and what happened to each."""
-        for ref, one in zip(group, made, strict=True):
+        for ref, one in zip(group, solutions, strict=True):
             if isinstance(one, Tensor):
                 self._write(ref.weight, one)
                 continue

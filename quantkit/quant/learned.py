@@ -107,7 +107,7 @@ def learn(
     on other tokens. A loss or gradient that is not finite ends it, and costs nothing that was kept before."""
     best = [one.start for one in soft]
     before = least = held_out([q.dequantize() for q in best])
-    kept, stopped, step = 0, "", 0
+    best_step, stopped, step = 0, "", 0
     if not math.isfinite(before):
         return Learned(best, 0, 0, before, before, "the loss is not finite at the start")
     for step in range(1, steps + 1):
@@ -121,10 +121,10 @@ def learn(
             one.step((1 - (step - 1) / steps) / steps)
         if step % max(1, steps // _CHECKS) == 0 or step == steps:
             now = [one.hard() for one in soft]
-            seen = held_out([q.dequantize() for q in now])
-            if seen < least:
-                best, least, kept = now, seen, step
-    return Learned(best, kept, step, before, least, stopped)
+            loss_apart = held_out([q.dequantize() for q in now])
+            if loss_apart < least:
+                best, least, best_step = now, loss_apart, step
+    return Learned(best, best_step, step, before, least, stopped)
 
 
 def _finite(loss: Tensor, soft: Sequence[SoftWeight]) -> bool:
