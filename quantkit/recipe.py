@@ -123,6 +123,7 @@ class Recipe(BaseModel):
     damping: _Damping | None = None
     steps: _Steps | None = None
     fisher_tokens: int | None = Field(default=None, ge=0)  # by whose gradients errors are weighed in learning; 0: all alike
+    tune: bool = False  # scales, end to end, at last
     calibration: str = "stdlib"
     samples: int = Field(default=128, ge=1)
     seq_len: int = Field(default=512, ge=8)

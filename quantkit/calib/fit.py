@@ -27,7 +27,19 @@ from quantkit.model.layer import attention_half, mlp_input, routes
 from quantkit.model.spec import Layer, Linear, MoE
 from quantkit.model.weights import PlainWeights, Weights
 
-__all__ = ["Ahead", "AttentionFit", "Error", "Fit", "MLPFit", "ReadOnce", "SoftWeights", "batches", "fit_of", "looked_at"]
+__all__ = [
+    "Ahead",
+    "AttentionFit",
+    "Error",
+    "Fit",
+    "MLPFit",
+    "ReadOnce",
+    "SoftWeights",
+    "batches",
+    "fit_of",
+    "looked_at",
+    "windows_apart",
+]
 
 _FEWEST = 128  # tokens of a step of an expert that few reach: it reads them more than once
 _HELD = 2**28  # bytes of what an MLP reads and should add, that are held in memory; of more, blocks are read from tapes
@@ -174,7 +186,7 @@ def looked_at(fit: Fit) -> Iterator[Tensor]:
     yield from fit.held_out.split(max(1, STEP_TOKENS // fit.each))
 
 
-def _apart(windows: int) -> Tensor:
+def windows_apart(windows: int) -> Tensor:
     """bool [windows]: which of them are not learned from."""
     every = min(APART, windows)
     return torch.arange(windows) % every == every - 1
@@ -185,7 +197,7 @@ class AttentionFit(Fit):
 
     def __init__(self, part: AttentionPart, ahead: Ahead) -> None:
         self.part, self.ahead, self.each = part, ahead, part.stream.windows[1]
-        apart = _apart(part.stream.windows[0])
+        apart = windows_apart(part.stream.windows[0])
         self.learned_from, self.held_out = (~apart).nonzero().flatten(), apart.nonzero().flatten()
 
     def error(self, items: Tensor, weights: Weights) -> Error:
@@ -229,7 +241,7 @@ class MLPFit(Fit):
 
     def __init__(self, part: MLPPart, ahead: Ahead) -> None:
         self.part, self.ahead = part, ahead
-        apart = _apart(part.stream.windows[0])[part.rows // part.stream.windows[1]]
+        apart = windows_apart(part.stream.windows[0])[part.rows // part.stream.windows[1]]
         self.learned_from, self.held_out = (~apart).nonzero().flatten(), apart.nonzero().flatten()
         self._held: tuple[Tensor, Tensor] | None = None
         if 2 * len(part.rows) * part.stream.place.spec.hidden * 4 <= _HELD:

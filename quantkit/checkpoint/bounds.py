@@ -3,6 +3,7 @@
 Rounding: the scale covers exactly the range of its weights, and every code is a nearest one. GPTQ: the scale is that of a
 part of the range, from half to a little above it, of either sign where integers are symmetric; codes are bounded by the
 error that was recorded when they were made. Learned: as GPTQ's, and the scale within 0.3 of one of GPTQ's.
+Tuned: within 0.1 of one that was rounded, by GPTQ or learned.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["METHODS", "Range", "may_be_negative", "misplaced_codes", "range_of", "wrong_scales"]
 
-METHODS = ("rtn", "gptq", "learned")
+METHODS = ("rtn", "gptq", "learned", "tuned")
 Range = tuple[Tensor, Tensor]
-_PARTS = {"gptq": (0.5, 1.05), "learned": (0.35, 1.365)}  # of the range: what a search may choose, and 0.3 of that more
+# Of the range: what a search of scales may choose, 0.3 of that less or more, and 0.1 of that once more.
+_PARTS = {"gptq": (0.5, 1.05), "learned": (0.35, 1.365), "tuned": (0.315, 1.5015)}
 _TINY = torch.finfo(torch.bfloat16).tiny
 _LAST_BIT = 2.0**-7  # of a bfloat16, relative to it, at most
 _DIVISION = 1e-6  # what a division in float32 may be off, relative, on any device

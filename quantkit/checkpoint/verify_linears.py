@@ -126,7 +126,7 @@ def _check_against(
 
 
 def _by(method: str) -> str:
-    return {"rtn": "rounding", "learned": "learning"}.get(method, "a search of scales")
+    return {"rtn": "rounding", "learned": "learning", "tuned": "tuning"}.get(method, "a search of scales")
 
 
 def _first(wrong: Tensor, thing: str) -> str:

@@ -59,6 +59,7 @@ def recipe_options(function: F) -> F:
                 type=click.Choice(EFFORTS),
                 help="fast: gptq. default: learned where every token passes. best: learned, on 437,000 tokens.",
             ),
+            click.option("--tune/--no-tune", default=None, help="Learn scales end to end at last. [default: no]"),
             click.option("--calibration", metavar="FILE|NAME", help="A text: docs/formats.md. [default: stdlib]"),
             click.option("--samples", type=int, help="Calibration windows, 1 or more. [default: 128]"),
             click.option("--seq-len", type=int, help="Tokens in a window, 8 to max_position_embeddings. [default: 512]"),

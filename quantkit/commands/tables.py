@@ -75,6 +75,7 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
         f"scratch disk {size(plan['tape_bytes'])}"
         + ("" if plan["calibrated"] else "; no calibration needed")
         + (f"\n{_learning(plan['learning'])}" if "learning" in plan else "")
+        + (f"\n{_tuning(plan['tuning'])}" if "tuning" in plan else "")
         + "".join(f"\n{line}" for line in (share_line(plan["bf16_share"]), *plan["notes"]))
     )
     return Group(table, engine_table(plan["engine"])) if "engine" in plan else table
@@ -89,6 +90,12 @@ def _learning(learning: dict[str, Any]) -> str:
         f"{learning['apart']:,}; {reads}all tokens pass each layer {learning['passes']:.1f} times, weights are read "
         f"{learning['source_reads']} times"
     )
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    """`tuned: scales in 29 steps on 59,392 tokens, which read 342 MB of codes`."""
+    steps, codes = counted(tuning["steps"], "step"), size(tuning["codes_read"])
+    return f"tuned: scales in {steps} on {tuning['tokens']:,} tokens, which read {codes} of codes"
 
 
 def engine_table(assessment: dict[str, Any]) -> Group:

@@ -8,10 +8,10 @@ from typing import Any
 from quantkit.calib.extent import STEP_TOKENS, apart
 from quantkit.errors import ConfigError, counted
 from quantkit.model.spec import ModelSpec
-from quantkit.quant.method import Method
+from quantkit.quant.method import STEPS, Method
 from quantkit.recipe import Recipe
 
-__all__ = ["learning", "learning_notes", "tape_bytes"]
+__all__ = ["learning", "learning_notes", "tape_bytes", "tuning"]
 
 _LONGEST = 8192  # tokens of a window, which a step holds whole
 # How often a token passes a layer: the BF16 model ahead; the parts that are not quantized yet, once to add them and once to
@@ -44,7 +44,8 @@ def learning(recipe: Recipe, methods: Mapping[str, Method], fisher_windows: int)
 
 def learning_notes(recipe: Recipe, methods: Mapping[str, Method]) -> list[str]:
     """What a user should know before it is begun. Raises ConfigError."""
-    if not (steps := _steps(methods)):
+    steps = _steps(methods)
+    if not steps and not recipe.tune:
         return []
     if recipe.samples < 2:
         raise ConfigError("learning needs 2 windows: one to learn from, one to judge by", "raise --samples")
@@ -53,7 +54,7 @@ def learning_notes(recipe: Recipe, methods: Mapping[str, Method]) -> list[str]:
             f"a step of learning holds whole windows, and seq_len is {recipe.seq_len}", f"give --seq-len {_LONGEST} or less"
         )
     fresh, needed = (recipe.samples - apart(recipe.samples)) * recipe.seq_len, steps * STEP_TOKENS
-    if fresh >= needed:
+    if fresh >= needed:  # also where only scales are tuned
         return []
     enough = -(-needed * 16 // (15 * recipe.seq_len))
     return [
@@ -63,9 +64,16 @@ def learning_notes(recipe: Recipe, methods: Mapping[str, Method]) -> list[str]:
 
 
 def tape_bytes(spec: ModelSpec, tokens: int, fisher_tokens: int) -> int:
-    """Scratch disk beside calibration's: the BF16 stream's hidden states in and out, MLP input and K/V, and what the other
-    parts add; of the Fisher pass the states between groups of layers, two gradients, MLP input and K/V, and the metrics."""
+    """Scratch disk of learning beside calibration's: the BF16 stream's hidden states in and out, MLP input and K/V, and what
+    other parts add. Of the Fisher pass: states between groups of layers, two gradients, MLP input and K/V, and metrics."""
     hidden, kv = spec.hidden, spec.layers[0].attention.kv_width
     boundaries = fisher_tokens * ((len(spec.groups()) + 4) * hidden + kv) if fisher_tokens else 0
     metrics = 2 * len(spec.layers) * hidden**2 if fisher_tokens else 0
     return 4 * (tokens * (4 * hidden + kv) + boundaries + metrics)
+
+
+def tuning(recipe: Recipe, output_bytes: int) -> dict[str, Any]:
+    """Of tuning, in numbers. codes_read: bytes, where codes are not held in memory."""
+    fresh = (recipe.samples - apart(recipe.samples)) * recipe.seq_len
+    steps = max(1, min(STEPS, fresh // STEP_TOKENS))
+    return {"steps": steps, "tokens": min(fresh, steps * STEP_TOKENS), "codes_read": 2 * steps * output_bytes}

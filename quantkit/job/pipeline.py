@@ -29,7 +29,8 @@ from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.verify import verify
 from quantkit.errors import ConfigError, OutputError, QuantkitError, VerificationError
 from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
-from quantkit.job.fisher import FOLDER, fisher, windows_of
+from quantkit.job.fisher import FOLDER as FISHER
+from quantkit.job.fisher import fisher, windows_of
 from quantkit.job.journal import Journal
 from quantkit.job.partial import (
     RECORD,
@@ -46,6 +47,8 @@ from quantkit.job.partial import (
 )
 from quantkit.job.plan import Plan, make_plan, summary
 from quantkit.job.tapes import Passage, Tapes
+from quantkit.job.tuning import FOLDER as TUNE
+from quantkit.job.tuning import put_in_place, rewrite, tune
 from quantkit.job.unit import AHEAD, Place, UnitRun
 from quantkit.model.spec import Layer
 from quantkit.recipe import Recipe
@@ -100,6 +103,10 @@ def quantize(
     and leaves no `out`, when anything is wrong.
     """
     ready = _prepare(model, out, recipe or Recipe(), device)
+    if beside and ready.plan.recipe.tune:
+        raise ConfigError(
+            "text passes beside the weights before they are tuned", "leave out --held-out, and eval OUT afterwards"
+        )
     key = ready.key()
     if (record := finished(ready.target, key)) is not None:
         return record
@@ -192,6 +199,7 @@ class _Job:
         self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
         self.threads = int(self.journal.begun["threads"])
         self.recovered: list[str] = []
+        self.tuned: dict[str, Any] = {}
         kinds = () if ready.ids is None else ("tape", *((AHEAD,) if ready.plan.learned else ()))
         rows, width = (0, 0) if ready.ids is None else (ready.ids.numel(), ready.plan.model.hidden)
         self.tapes = Tapes(self.journal, kinds, rows, width, self._again)
@@ -207,6 +215,7 @@ class _Job:
                     self._commit(index, progress, lockstep)
                 elif lockstep is not None:  # committed by an earlier process: what passes beside starts anew
                     UnitRun(self.place, unit, lambda *_: None).show(lockstep)
+            self._tune()
             problem = self._finish(lockstep) if lockstep is not None else None
             record = self._publish()
             if problem is not None:  # what passed beside was not what it should be; what was quantized is
@@ -222,6 +231,16 @@ class _Job:
             metrics = fisher(self.plan.model, ids, read, self.place.device, self.work, self.key, seed)
             self.place = dataclasses.replace(self.place, metrics=metrics)
 
+    def _tune(self) -> None:
+        if not self.plan.recipe.tune:
+            return
+        with torch.no_grad():
+            changes, self.tuned = tune(self.place, self.key)
+            for index, unit in enumerate(self.plan.units):
+                if changes and unit.layers and "untuned" not in self.journal.units[index]:
+                    self.journal.commit(index, rewrite(self.place, unit, self.journal.units[index], changes))
+                    put_in_place(self.partial, self.work, self.journal.units[index])
+
     def _finish(self, lockstep: Lockstep) -> QuantkitError | None:
         """Let what passed beside say what it saw; what it raised, so that OUT does not wait for it."""
         try:
@@ -234,12 +253,13 @@ class _Job:
     def _take_stock(self) -> None:
         """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""
         for index, unit in sorted(self.journal.units.items()):
+            self.journal.units[index] = unit = put_in_place(self.partial, self.work, unit)
             if damage := set_aside_damaged(self.target, unit["shards"]):
                 self.recovered += [f"{problem}: unit {index} was quantized again" for problem in damage]
                 del self.journal.units[index]
         self.tapes.find()
         written = [name for unit in self.journal.units.values() for name in unit["shards"]]
-        drop_orphans(self.partial, [*written, *self.tapes.files, FOLDER])
+        drop_orphans(self.partial, [*written, *self.tapes.files, FISHER, TUNE])
 
     def _commit(self, index: int, progress: Progress, lockstep: Lockstep | None) -> None:
         begun, unit = time.monotonic(), self.plan.units[index]
@@ -347,6 +367,7 @@ class _Job:
             "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
             "linears": linears,
             **({"learning": self._learning(linears)} if self.plan.learned else {}),
+            **({"tuning": self.tuned} if self.tuned else {}),
             "resumed_at_unit": self.resumed_at,
             "threads": self.threads,
             "recovered": self.recovered,

@@ -26,7 +26,7 @@ from quantkit.errors import CheckpointError, ConfigError
 from quantkit.formats import compressed_tensors
 from quantkit.job.chosen import Chosen, choose, is_kept_by_rule, joined
 from quantkit.job.kept import check_meant
-from quantkit.job.learning_plan import learning, learning_notes, tape_bytes
+from quantkit.job.learning_plan import learning, learning_notes, tape_bytes, tuning
 from quantkit.job.methods import methods_of, needs_tokens
 from quantkit.job.placement import Unit, place
 from quantkit.model.names import target
@@ -80,7 +80,7 @@ class Plan:
     @cached_property
     def calibrated(self) -> bool:
         """Whether any linear needs tokens."""
-        return any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())
+        return self.recipe.tune or any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())
 
     @cached_property
     def learned(self) -> bool:
@@ -105,6 +105,7 @@ class Plan:
             "steps": (None, STEPS),
             "fisher_tokens": (None,),
             "effort": (None, "fast"),
+            "tune": (False,),
         }
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
@@ -119,9 +120,9 @@ class Plan:
         a, hidden = self.model.layers[0].attention, self.model.hidden
         width = 3 * hidden + a.kv_width + max(hidden, a.o.in_features)
         tokens = self.recipe.samples * self.recipe.seq_len
-        return tokens * width * 4 + (
-            tape_bytes(self.model, tokens, self.fisher_windows * self.recipe.seq_len) if self.learned else 0
-        )
+        learning = tape_bytes(self.model, tokens, self.fisher_windows * self.recipe.seq_len) if self.learned else 0
+        unit = max(sum(shard.nbytes for shard in unit.shards) for unit in self.units)  # is written once more, tuned
+        return tokens * width * 4 + learning + (tokens * hidden * 4 + unit if self.recipe.tune else 0)
 
     @property
     def fisher_windows(self) -> int:
@@ -210,6 +211,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "notes": list(plan.notes),
         "recipe": plan.recipe.model_dump(),
         **({"learning": learning(plan.recipe, plan.methods, plan.fisher_windows)} if plan.learned else {}),
+        **({"tuning": tuning(plan.recipe, plan.output_bytes)} if plan.recipe.tune else {}),
     }
 
 
@@ -243,6 +245,8 @@ def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
 
 def _check_by_name(plan: Plan) -> None:
     """Refuse what cannot be done without knowing the architecture."""
+    if plan.recipe.tune:
+        raise ConfigError("tuning needs an architecture that quantkit knows", "leave out --tune or --linears")
     for key, method in plan.methods.items():
         scheme = plan.schemes[key]
         if scheme and needs_tokens(scheme, method):

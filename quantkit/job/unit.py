@@ -103,7 +103,7 @@ class UnitRun:
         with ExitStack() as stack:
             self.writers = [stack.enter_context(ShardWriter(self.place.partial, s)) for s in self.unit.shards]
             for key in self.unit.kept:
-                self._write(key, self.place.reader.tensor(key))
+                self.store(key, self.place.reader.tensor(key))
             if passages or lockstep is not None:
                 self._quantize(passages, lockstep)
                 return self.outcomes
@@ -172,7 +172,7 @@ class UnitRun:
         loop.run(self.layers, maker, done=done)
         maker.close()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def store(self, name: str, tensor: Tensor) -> None:
         self.writers[self.shard_of[name]].write(name, tensor)
 
     def statistics(self, group: Group) -> LinearStats | None:
@@ -198,12 +198,12 @@ class UnitRun:
         """Write it, and what happened to each."""
         for ref, one in zip(group, solutions, strict=True):
             if isinstance(one, Tensor):
-                self._write(ref.weight, one)
+                self.store(ref.weight, one)
                 continue
             q, scheme = one.quantized, self.plan.schemes[ref.key]
             assert scheme is not None
             for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
-                self._write(name, tensor)
+                self.store(name, tensor)
             scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
             self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(one.outcome), **scale}
 
@@ -225,10 +225,10 @@ class UnitRun:
         scheme = self.plan.schemes[ref.key]
         if scheme is None:
             return self.place.tensor(ref.weight)
-        tensors = {plan.name: self._stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
+        tensors = {plan.name: self.stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
         return compressed_tensors.FORMAT.decode(ref, scheme, tensors)
 
-    def _stored(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         path = self.place.partial / self.unit.shards[self.shard_of[name]].file
         if path not in self._headers:
             self._headers[path] = read_header(path).tensors

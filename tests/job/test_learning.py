@@ -96,7 +96,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("lost", [(), ("tape-*.f32", "ahead-*.f32")], ids=["nothing", "both"])
+@pytest.mark.parametrize(
+    "lost", [pytest.param((), marks=pytest.mark.slow), ("tape-*.f32", "ahead-*.f32")], ids=["nothing", "both"]
+)
 def test_killed_between_units_and_after_tapes_were_lost_it_ends_with_the_same_bytes(
     lost: tuple[str, ...], learned: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -183,4 +185,6 @@ def test_a_plan_says_what_learning_reads_and_needs(model: Path) -> None:
     assert plan["tape_bytes"] > plain["tape_bytes"] and "learning" not in plain
     assert plan["learning"]["steps"] == 5 and plan["learning"]["tokens"] == 16 * 32
     assert any("fresh" in note for note in plan["notes"])
-    assert torch.get_num_threads() == 1
+    tuned = summary(make_plan(reader, Recipe(**FEW, tune=True)))
+    assert tuned["tape_bytes"] > plan["tape_bytes"] and tuned["tuning"]["steps"] == 1
+    assert tuned["tuning"]["codes_read"] == 2 * tuned["output_bytes"]
