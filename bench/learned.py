@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "learned, plain squared error": {"method": "learned", "fisher_tokens": 0},
     "learned": {"method": "learned"},
+    "learned, then tuned": {"method": "learned", "tune": True},
     "attention and shared experts learned": {"effort": "default"},
     "experts gptq, the rest W8A16": {**MIX, "effort": "fast"},
     "experts learned, the rest W8A16": {**MIX, "method": "learned"},

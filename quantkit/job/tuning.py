@@ -39,7 +39,7 @@ __all__ = ["FOLDER", "put_in_place", "rewrite", "tune"]
 FOLDER = "tune"  # in the job's own
 _CHANGES = "changes.safetensors"
 _FEW = 2**30  # bytes of a quantized model whose codes are held
-_RATE = 4e-3  # of the relative change of a scale, falling to 0
+_RATE = 1e-3  # of the relative change of a scale, falling to 0
 Line = dict[str, Any]
 
 

@@ -108,9 +108,10 @@ def test_a_gradient_that_overflows_ends_it() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_steps() -> Iterator[None]:
-    """Of 256 tokens: so many steps on so little text."""
+    """Of 256 tokens: so many steps on so little text, and as wide as so few must be."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("quantkit.job.tuning.STEP_TOKENS", 256)
+        patch.setattr("quantkit.job.tuning._RATE", 4e-3)
         yield
 
 
