@@ -26,7 +26,8 @@ def _steps(methods: Mapping[str, Method]) -> int:
 
 def learning(recipe: Recipe, methods: Mapping[str, Method], fisher_windows: int) -> dict[str, Any]:
     """In numbers. tokens: learned from. apart: by which iterates are judged. epochs: how often a part that reads all tokens
-    learns from each. passes: how often all tokens pass a layer, where backward counts as two."""
+    learns from each. passes: how often all tokens pass a layer, where backward counts as two. source_reads: of each weight: by
+    GPTQ, ahead, to be taken away from the rest, to be learned; and forward and backward in the Fisher pass."""
     steps, total = _steps(methods), recipe.samples * recipe.seq_len
     judged_by = apart(recipe.samples) * recipe.seq_len
     read = steps * min(STEP_TOKENS, total - judged_by)
@@ -38,7 +39,7 @@ def learning(recipe: Recipe, methods: Mapping[str, Method], fisher_windows: int)
         "epochs": round(read / (total - judged_by), 2),
         "fisher_tokens": fisher_windows * recipe.seq_len,
         "passes": round(_PASSES + (_STEP_PASSES * read + (_STEP_PASSES + 1) * fisher_windows * recipe.seq_len) / total, 2),
-        "source_reads": 4 if fisher_windows else 3,
+        "source_reads": 6 if fisher_windows else 4,
     }
 
 
