@@ -26,8 +26,8 @@ def _steps(methods: Mapping[str, Method]) -> int:
 
 def learning(recipe: Recipe, methods: Mapping[str, Method], fisher_windows: int) -> dict[str, Any]:
     """In numbers. tokens: learned from. apart: by which iterates are judged. epochs: how often a part that reads all tokens
-    learns from each. passes: how often all tokens pass a layer, where backward counts as two. source_reads: of each weight: by
-    GPTQ, ahead, to be taken away from the rest, to be learned; and forward and backward in the Fisher pass."""
+    learns from each. passes: how often all tokens pass a layer, where backward counts as two. source_reads: of each weight,
+    by GPTQ, ahead, to be taken away from the rest, to be learned; and forward and backward in the Fisher pass."""
     steps, total = _steps(methods), recipe.samples * recipe.seq_len
     judged_by = apart(recipe.samples) * recipe.seq_len
     read = steps * min(STEP_TOKENS, total - judged_by)
