@@ -5,13 +5,15 @@ from __future__ import annotations
 from enum import Enum
 from typing import Literal, get_args
 
-__all__ = ["KERNELS", "METHODS", "TARGETS", "FormatName", "KVFormat", "Kernels", "MethodName"]
+__all__ = ["EFFORTS", "KERNELS", "METHODS", "TARGETS", "Effort", "FormatName", "KVFormat", "Kernels", "MethodName"]
 
 Kernels = Literal["auto", "w4a8", "reference"]
-MethodName = Literal["rtn", "gptq"]
+MethodName = Literal["rtn", "gptq", "learned"]
+Effort = Literal["fast", "default", "best"]
 FormatName = Literal["compressed-tensors", "gptq", "gptq-v2", "awq", "deepseek-fp8", "fp8", "fp8-transformers"]
 
 KERNELS: tuple[Kernels, ...] = get_args(Kernels)
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 TARGETS = (*get_args(FormatName), "bf16")  # of a conversion
 

@@ -98,6 +98,10 @@ def quantize(
     )
     for line in record["recovered"]:
         click.echo(f"warning: {line}", err=True)
+    if lost := record.get("learning", {}).get("overflowed"):
+        click.echo(f"warning: {lost:,} gradients overflowed, and were left out of the metric of learning", err=True)
+    if stopped := record.get("tuning", {}).get("stopped"):
+        click.echo(f"warning: tuning ended early: {stopped}", err=True)
     if not recipe.linears and (missing := without_tokenizer(out)):
         click.echo(f"warning: {missing}", err=True)
     if skipped := (record["calibration_text"] or {}).get("skipped_rows"):
@@ -107,11 +111,14 @@ def quantize(
     if as_json:
         click.echo(json.dumps(record, indent=2))
     elif not quiet:
-        saved = record["source_bytes"] / record["output_bytes"]
+        saved, learned = record["source_bytes"] / record["output_bytes"], record.get("learning")
+        tuned = record.get("tuning")
+        change = f"tuned: KL {tuned['before']:.4f} -> {tuned['after']:.4f} on text apart; " if tuned else ""
+        as_learned = f"{learned['kept']} of {counted(learned['linears'], 'linear')} as learned; " if learned else ""
         console().print(
             f"{out}: {size(record['source_bytes'])} -> {size(record['output_bytes'])} ({saved:.2f}x smaller), verified; "
             f"{counted(len(record['fallbacks']), 'fallback')}, {counted(record['lent_tokens'], 'linear')} with lent tokens; "
-            f"{share_line(record['bf16_share'])}",
+            f"{as_learned}{change}{share_line(record['bf16_share'])}",
             soft_wrap=True,
         )
 

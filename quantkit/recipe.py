@@ -21,15 +21,17 @@ from pydantic import (
     model_validator,
 )
 
+from quantkit.choices import Effort
 from quantkit.errors import ConfigError
 from quantkit.model.spec import OPTION_ROLES, Linear, Role
-from quantkit.quant.method import PARAMETERS, Method, MethodName
+from quantkit.quant.method import BEST_TOKENS, PARAMETERS, Method, MethodName
 from quantkit.scheme import BF16, Scheme, scheme_named
 
 __all__ = ["Recipe", "Rule"]
 
 _PARAMETERS = tuple(dict.fromkeys(name for names in PARAMETERS.values() for name in names))  # fields of rules and recipes
 _Damping = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
+_Steps = Annotated[int, Field(ge=1, strict=True)]
 
 
 class _EachKeyOnce(yaml.SafeLoader):
@@ -68,6 +70,7 @@ class Rule(BaseModel):
     group_size: int | None = Field(default=None, ge=8)
     method: MethodName | None = None
     damping: _Damping | None = None
+    steps: _Steps | None = None
 
     @field_validator("scheme")
     @classmethod
@@ -116,8 +119,12 @@ class Recipe(BaseModel):
     linears: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     group_size: int | None = Field(default=None, ge=8)
+    effort: Effort | None = None  # which methods are meant where none is given, and how much text
     method: MethodName | None = None
     damping: _Damping | None = None
+    steps: _Steps | None = None
+    fisher_tokens: int | None = Field(default=None, ge=0)  # by whose gradients errors are weighed in learning; 0: all alike
+    tune: bool = False  # scales, end to end, at last
     calibration: str = "stdlib"
     samples: int | None = Field(default=None, ge=1)  # None: by the model's shapes, see job/forecast.py
     seq_len: int = Field(default=512, ge=8)
@@ -136,6 +143,14 @@ class Recipe(BaseModel):
             raise ValueError(f"keep is {keep!r}, and must be a list of globs")
         first = [{"match": glob, "scheme": BF16} for glob in keep]
         return {**{key: value for key, value in fields.items() if key != "keep"}, "rules": [*first, *rules]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_for_the_effort(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("effort") != "best" or "samples" in fields:
+            return fields
+        length = fields.get("seq_len", cls.model_fields["seq_len"].default)
+        return {**fields, "samples": -(-BEST_TOKENS // length)} if isinstance(length, int) and length > 0 else fields
 
     @field_validator("scheme", *(role.value for role in OPTION_ROLES))
     @classmethod
@@ -192,13 +207,20 @@ class Recipe(BaseModel):
 
     def method_of(self, ref: Linear) -> Method | None:
         """The method of one linear, None where it is kept: its rule's, else the general one, else GPTQ for 4 bits and
-        rounding to nearest for 8. A parameter that the method does not have is for other linears."""
+        rounding to nearest for 8, as where only 4 bits are learned. A parameter that the method does not have is for other
+        linears."""
         if (scheme := self.scheme_of(ref)) is None:
             return None
         rule = self.rule_of(ref.key) or _NOTHING
-        name = rule.method or self.method or ("gptq" if scheme.weight.bits == 4 else "rtn")
+        few = scheme.weight.bits == 4
+        general = self.method or ("learned" if self._is_learned(ref) else None)
+        name = rule.method or (general if few or general != "learned" else None) or ("gptq" if few else "rtn")
         parameters = {field: getattr(rule, field) or getattr(self, field) for field in PARAMETERS[name]}
         return Method(name, **{field: value for field, value in parameters.items() if value is not None})
+
+    def _is_learned(self, ref: Linear) -> bool:
+        """What the effort says: all, or those that every token passes, whose rounding costs most and is learned soonest."""
+        return self.effort == "best" or (self.effort == "default" and ref.role is not Role.EXPERTS)
 
     @classmethod
     def read(cls, path: Path, overrides: dict[str, object]) -> Recipe:

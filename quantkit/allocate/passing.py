@@ -221,7 +221,8 @@ class _Sensing(Observer):
         job = GroupJob(
             tuple(self.tensor(ref.weight) for ref in group), stats if needs_tokens(scheme, method) else None, scheme, method
         )
-        return [Applied(q.dequantize(), scheme, q.input_scale) for q, _ in job.run(self.device)]
+        made = (one.quantized for one in job.run(self.device))
+        return [Applied(q.dequantize(), scheme, q.input_scale) for q in made]
 
     def done(self, layer: Layer) -> None:
         """Variants that begin with the next layer branch off."""

@@ -135,16 +135,30 @@ class Stream:
             if given is None and (routing := routes(layer, x, self.weights)) is not None:
                 routings.append(Routing(routing.experts.cpu(), routing.weights.cpu(), routing.logits.cpu()))
         self.routing = given or (_joined(routings) if routings else None)
+        return self.parts(layer)
+
+    def parts(self, layer: Layer) -> list[MLPPart]:
+        """What `mlps` gave: parts of the layer whose MLPs it is before."""
+        assert self._inputs is not None
         every = torch.arange(self.rows)
         if not isinstance(layer.mlp, MoE):
             return [MLPPart(self, layer.mlp, self._inputs, every, None)]
         assert self.routing is not None
         shared = [MLPPart(self, layer.mlp.shared, self._inputs, every, None)] if layer.mlp.shared else []
-        parts, closeness = [], self.routing.logits.log_softmax(-1)
+        experts, closeness = [], self.routing.logits.log_softmax(-1)
         for index, expert in enumerate(layer.mlp.experts):
             rows, slot = (self.routing.experts == index).nonzero(as_tuple=True)
-            parts.append(MLPPart(self, expert, self._inputs, rows, self.routing.weights[rows, slot], closeness[:, index]))
-        return [*shared, *parts]
+            experts.append(MLPPart(self, expert, self._inputs, rows, self.routing.weights[rows, slot], closeness[:, index]))
+        return [*shared, *experts]
+
+    def kept_kv(self, rows: Tensor, batch: int) -> KeptKV:
+        """K and V of `batch` windows, as the layer that owns them has left them; rows: int64, of all their tokens."""
+        assert self.kv is not None
+        values = self.kv.gather(rows).to(self.place.device).unflatten(0, (batch, -1))
+        (k_heads, k_width), (v_heads, v_width) = self.kv_shape
+        key, value = values.split((k_heads * k_width, v_heads * v_width), dim=-1)
+        heads = (key.unflatten(-1, (k_heads, k_width)), value.unflatten(-1, (v_heads, v_width)))
+        return Kept(heads[0].transpose(1, 2)), Kept(heads[1].transpose(1, 2))
 
     def close(self) -> None:
         """The layer is done: what comes next reads what it left."""
@@ -186,11 +200,7 @@ class _OnTape:
         stream, span = self.stream, self.span
         if stream.kv is None:
             raise ValueError(f"K/V are borrowed from layer {layer}, which has not run")
-        rows = stream.kv.read(span.window, span.stop).to(stream.place.device).unflatten(0, (span.batch, -1))
-        (k_heads, k_width), (v_heads, v_width) = stream.kv_shape
-        key, value = rows.split((k_heads * k_width, v_heads * v_width), dim=-1)
-        heads = (key.unflatten(-1, (k_heads, k_width)), value.unflatten(-1, (v_heads, v_width)))
-        return Kept(heads[0].transpose(1, 2)), Kept(heads[1].transpose(1, 2))
+        return stream.kept_kv(torch.arange(span.window, span.stop), span.batch)
 
 
 class Part(ABC):
@@ -314,10 +324,12 @@ class MLPPart(Part):
     def inner(self, where: slice, x: Tensor, weights: Weights) -> Tensor:
         return gated(self.mlp, x, weights)
 
+    def weighted(self, where: slice | Tensor, y: Tensor) -> Tensor:
+        """The MLP's output [n, hidden] there, as it is added: times the router's weight."""
+        return y if self.weight is None else y * self.weight[where, None].to(y.device)
+
     def add(self, where: slice, y: Tensor) -> None:
-        if self.weight is not None:
-            y = y * self.weight[where, None].to(y.device)
-        self.stream.target.add(self.rows[where], y)
+        self.stream.target.add(self.rows[where], self.weighted(where, y))
 
     def keep(self, where: slice, inner: Tensor) -> None:
         """Not: it is wider than the hidden states."""

@@ -2,7 +2,8 @@
 
 Rounding: the scale covers exactly the range of its weights, and every code is a nearest one. GPTQ: the scale is that of a
 part of the range, from half to a little above it, of either sign where integers are symmetric; codes are bounded by the
-error that was recorded when they were made.
+error that was recorded when they were made. Learned: as GPTQ's, and the scale within 0.3 of one of GPTQ's.
+Tuned: within 0.1 of one that was rounded, by GPTQ or learned.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from quantkit.scheme import Grid, Kind, Strategy
 
 __all__ = ["METHODS", "TIE", "Range", "may_be_negative", "misplaced_codes", "range_of", "wrong_scales"]
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "learned", "tuned")
 Range = tuple[Tensor, Tensor]
-_PARTS = (0.5, 1.05)  # of the range, that a search of scales may choose
+# Of the range: what a search of scales may choose, 0.3 of that less or more, and 0.1 of that once more.
+_PARTS = {"gptq": (0.5, 1.05), "learned": (0.35, 1.365), "tuned": (0.315, 1.5015)}
 _TINY = torch.finfo(torch.bfloat16).tiny
 _LAST_BIT = 2.0**-7  # of a bfloat16, relative to it, at most
 _DIVISION = 1e-6  # what a division in float32 may be off, relative, on any device
@@ -46,7 +48,7 @@ def wrong_scales(q: QuantizedTensor, span: Range, method: str) -> Tensor:
     """bool of the scale's shape: where it is none that this method gives weights of that range."""
     low, high = span
     grid, scale = q.grid, q.scale.float()
-    if method == "gptq":
+    if method in _PARTS:
         scale = torch.where(may_be_negative(q), scale.abs(), scale)
     reach = grid.qmax if grid.kind is Kind.FLOAT else (grid.qmax - grid.qmin) / 2
     symmetric = _possible(scale, torch.maximum(high, -low) / reach, method)
@@ -57,8 +59,8 @@ def wrong_scales(q: QuantizedTensor, span: Range, method: str) -> Tensor:
 
 
 def _possible(scale: Tensor, exact: Tensor, method: str) -> Tensor:
-    if method == "gptq":
-        smallest, largest = (part * exact for part in _PARTS)
+    if method in _PARTS:
+        smallest, largest = (part * exact for part in _PARTS[method])
         none = (scale == 1) & (smallest <= _TINY)  # a range of nothing is given the scale 1
         return none | ((scale >= smallest * (1 - _LAST_BIT)) & (scale <= largest * (1 + _LAST_BIT)))
     candidates = (exact, exact * (1 - _DIVISION), exact * (1 + _DIVISION))

@@ -203,4 +203,4 @@ def _compared(weight: Tensor, q: QuantizedTensor, codes: bool, lost: WeightError
 
 
 def _by(method: str) -> str:
-    return "rounding" if method == "rtn" else "a search of scales"
+    return {"rtn": "rounding", "learned": "learning", "tuned": "tuning"}.get(method, "a search of scales")

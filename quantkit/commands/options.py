@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from quantkit.choices import KERNELS, METHODS
+from quantkit.choices import EFFORTS, KERNELS, METHODS
 from quantkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +65,12 @@ def recipe_options(function: F) -> F:
                 "--group-size", type=int, help="Weights per scale in schemes with groups, 8 or more. [default: 128]"
             ),
             click.option("--method", type=click.Choice(METHODS), help="[default: gptq for INT4, rtn for 8 bits]"),
+            click.option(
+                "--effort",
+                type=click.Choice(EFFORTS),
+                help="fast: gptq. default: learned where every token passes. best: learned, on 437,000 tokens.",
+            ),
+            click.option("--tune/--no-tune", default=None, help="Learn scales end to end at last. [default: no]"),
             click.option(
                 "--calibration", metavar="FILE|NAME", help="A text, or a=2+b+c: docs/formats.md. [default: stdlib]"
             ),

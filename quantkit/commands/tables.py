@@ -50,6 +50,8 @@ def layer_line(step: Step) -> str:
         parts.append(f"error {10 * math.log10(max(step.error, 1e-12)):.1f} dB")
     if step.least_coverage is not None:
         parts.append(f"coverage {step.least_coverage:.1f}")
+    if step.learned is not None:
+        parts.append(f"learned {step.learned:+.0%}")
     if step.fallbacks:
         parts.append(counted(step.fallbacks, "fallback"))
     parts += [clock(step.seconds), f"ETA {clock(step.eta_seconds)}", f"peak {size(step.peak_memory_bytes)}"]
@@ -73,11 +75,30 @@ def plan_table(plan: dict[str, Any]) -> Table | Group:
         f"{size(plan['source_bytes'])} -> {size(plan['output_bytes'])} in {counted(plan['shards'], 'shard')}; "
         f"scratch disk {size(plan['tape_bytes'])}"
         + ("" if plan["calibrated"] else "; no calibration needed")
+        + (f"\n{_learning(plan['learning'])}" if "learning" in plan else "")
+        + (f"\n{_tuning(plan['tuning'])}" if "tuning" in plan else "")
         + "".join(f"\n{line}" for line in (share_line(plan["bf16_share"]), *plan["notes"]))
     )
     sections = {"allocation": allocation_table, "measuring": cost_table, "engine": engine_table}
     parts = [render(plan[name]) for name, render in sections.items() if name in plan]
     return Group(table, *parts) if parts else table
+
+
+def _learning(learning: dict[str, Any]) -> str:
+    """`learned: 216 linears in 200 steps on 399,360 tokens (1.0 times), judged by 26,624; ...`."""
+    reads = f"{learning['fisher_tokens']:,} tokens backward first; " if learning["fisher_tokens"] else ""
+    linears, steps = counted(learning["linears"], "linear"), counted(learning["steps"], "step")
+    return (
+        f"learned: {linears} in {steps} on {learning['tokens']:,} tokens ({learning['epochs']:.1f} times), judged by "
+        f"{learning['apart']:,}; {reads}all tokens pass each layer {learning['passes']:.1f} times, weights are read "
+        f"{learning['source_reads']} times"
+    )
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    """`tuned: scales in 29 steps on 59,392 tokens, which read 342 MB of codes`."""
+    steps, codes = counted(tuning["steps"], "step"), size(tuning["codes_read"])
+    return f"tuned: scales in {steps} on {tuning['tokens']:,} tokens, which read {codes} of codes"
 
 
 def engine_table(assessment: dict[str, Any]) -> Group:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from quantkit.kernels.cpu import build
 from quantkit.kernels.cpu import solve as compiled
-from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.loops import PLAIN, Loops
 from quantkit.quant.method import Method
-from quantkit.quant.solve import Outcome, solve
+from quantkit.quant.solve import Solution, solutions
 from quantkit.scheme import Kind, Scheme
 from quantkit.stats import LinearStats
 
@@ -30,10 +29,10 @@ class GroupJob:
     scheme: Scheme
     method: Method
 
-    def run(self, device: torch.device) -> list[tuple[QuantizedTensor, Outcome]]:
+    def run(self, device: torch.device) -> list[Solution]:
         """Codes and scales of each, and what happened to it."""
         weights = [weight.to(device) for weight in self.weights]
-        return solve(weights, self.scheme, self.method, self.stats, loops_on(device, self.scheme.weight.kind))
+        return solutions(weights, self.scheme, self.method, self.stats, loops_on(device, self.scheme.weight.kind))
 
 
 def loops_on(device: torch.device, kind: Kind) -> Loops:

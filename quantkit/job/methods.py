@@ -7,7 +7,7 @@ from quantkit.errors import ConfigError
 from quantkit.model.spec import ModelSpec
 from quantkit.quant.method import PARAMETERS, Method
 from quantkit.recipe import Recipe, Rule
-from quantkit.scheme import Scheme, Strategy
+from quantkit.scheme import Kind, Scheme, Strategy
 
 __all__ = ["methods_of", "needs_tokens"]
 
@@ -33,8 +33,18 @@ def methods_of(spec: ModelSpec | NamedSpec, recipe: Recipe, schemes: dict[str, S
                         "but engines fuse them into one weight, and so they are solved as one",
                         "write a rule that covers both alike",
                     )
+    _only_integers_learned(schemes, methods)
     _no_idle_fields(recipe, schemes, methods)
     return methods
+
+
+def _only_integers_learned(schemes: dict[str, Scheme | None], methods: dict[str, Method]) -> None:
+    for key, method in methods.items():
+        scheme = schemes[key]
+        if method.name == "learned" and scheme and scheme.weight.kind is not Kind.INT:
+            raise ConfigError(
+                f"'{key}' in {scheme.name} cannot be learned: its codes are no integers", "choose method rtn or gptq for it"
+            )
 
 
 def _no_idle_fields(recipe: Recipe, schemes: dict[str, Scheme | None], methods: dict[str, Method]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,6 @@ from quantkit.calib.covering import POOL
 from quantkit.calib.lockstep import Lockstep, Observer
 from quantkit.calib.mixture import read_mixture
 from quantkit.calib.profile import one_kind, profile_of
-from quantkit.calib.tape import Tape
 from quantkit.calib.tokenizer import load_text_tokenizer
 from quantkit.checkpoint.by_name import Part
 from quantkit.checkpoint.coverage import reconcile
@@ -32,6 +32,8 @@ from quantkit.checkpoint.verify import verify
 from quantkit.errors import ConfigError, OutputError, QuantkitError, VerificationError
 from quantkit.host import arithmetic, code_digest, peak_memory, pick_device, plain_arithmetic, using_threads
 from quantkit.job.covered import chosen_file, covered
+from quantkit.job.fisher import FOLDER as FISHER
+from quantkit.job.fisher import fisher, windows_of
 from quantkit.job.journal import Journal
 from quantkit.job.partial import (
     RECORD,
@@ -47,7 +49,10 @@ from quantkit.job.partial import (
     shortage,
 )
 from quantkit.job.plan import Plan, make_plan, summary
-from quantkit.job.unit import Place, UnitRun
+from quantkit.job.tapes import Passage, Tapes
+from quantkit.job.tuning import FOLDER as TUNE
+from quantkit.job.tuning import put_in_place, rewrite, tune
+from quantkit.job.unit import AHEAD, Place, UnitRun
 from quantkit.model.spec import Layer
 from quantkit.recipe import Recipe
 
@@ -56,7 +61,10 @@ __all__ = ["DECISIVE", "Progress", "RunRecord", "Step", "describe", "quantize"]
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: `done` of `total` layers are quantized. error: the mean relative output error of this layer's linears."""
+    """Progress: `done` of `total` layers are quantized. error: the mean relative output error of this layer's linears.
+
+    learned: by how much learning has changed the loss of its parts on tokens apart, in the mean.
+    """
 
     layer: int
     done: int
@@ -67,6 +75,7 @@ class Step:
     error: float | None
     least_coverage: float | None
     fallbacks: int
+    learned: float | None = None
 
 
 # Modules whose code decides the bytes of OUT.
@@ -99,6 +108,10 @@ def quantize(
     and leaves no `out`, when anything is wrong.
     """
     ready = _prepare(model, out, recipe or Recipe(), device)
+    if beside and ready.plan.recipe.tune:
+        raise ConfigError(
+            "text passes beside the weights before they are tuned", "leave out --held-out, and eval OUT afterwards"
+        )
     key = ready.key()
     if (record := finished(ready.target, key)) is not None:
         return record
@@ -208,23 +221,47 @@ class _Job:
         self.journal = Journal(self.work, key, {"threads": torch.get_num_threads()})
         self.threads = int(self.journal.begun["threads"])
         self.recovered: list[str] = []
-        self.tapes: dict[int, Tape] = {}  # sound ones, by the unit that reads them
+        self.tuned: dict[str, Any] = {}
+        kinds = () if ready.ids is None else ("tape", *((AHEAD,) if ready.plan.learned else ()))
+        rows, width = (0, 0) if ready.ids is None else (ready.ids.numel(), ready.plan.model.hidden)
+        self.tapes = Tapes(self.journal, kinds, rows, width, self._again)
         self.resumed_at, self.layers_done = len(self.journal.units), 0
 
     def run(self, progress: Progress) -> RunRecord:
         with using_threads(self.threads):
             self._take_stock()
+            self._measure()
             lockstep = Lockstep(self.place.pair, self.work, self.beside) if self.beside else None
             for index, unit in enumerate(self.plan.units):
                 if index not in self.journal.units:
                     self._commit(index, progress, lockstep)
                 elif lockstep is not None:  # committed by an earlier process: what passes beside starts anew
                     UnitRun(self.place, unit, lambda *_: None).show(lockstep)
+            self._tune()
             problem = self._finish(lockstep) if lockstep is not None else None
             record = self._publish()
             if problem is not None:  # what passed beside was not what it should be; what was quantized is
                 raise problem
             return record
+
+    def _measure(self) -> None:
+        """The metrics by which rounding is learned, of layers that are still to come."""
+        if self.plan.fisher_tokens and len(self.journal.units) < len(self.plan.units):
+            assert self.ids is not None
+            ids, read = windows_of(self.ids, self.plan.fisher_tokens), self.reader.tensor
+            seed = self.plan.recipe.seed
+            metrics = fisher(self.plan.model, ids, read, self.place.device, self.work, self.key, seed)
+            self.place = dataclasses.replace(self.place, metrics=metrics)
+
+    def _tune(self) -> None:
+        if not self.plan.recipe.tune:
+            return
+        with torch.no_grad():
+            changes, self.tuned = tune(self.place, self.key)
+            for index, unit in enumerate(self.plan.units):
+                if changes and unit.layers and "untuned" not in self.journal.units[index]:
+                    self.journal.commit(index, rewrite(self.place, unit, self.journal.units[index], changes))
+                    put_in_place(self.partial, self.work, self.journal.units[index])
 
     def _finish(self, lockstep: Lockstep) -> QuantkitError | None:
         """Let what passed beside say what it saw; what it raised, so that OUT does not wait for it."""
@@ -238,58 +275,37 @@ class _Job:
     def _take_stock(self) -> None:
         """Void units of which a shard is damaged; remove what a killed run left behind and no journal line vouches for."""
         for index, unit in sorted(self.journal.units.items()):
+            self.journal.units[index] = unit = put_in_place(self.partial, self.work, unit)
             if damage := set_aside_damaged(self.target, unit["shards"]):
                 self.recovered += [f"{problem}: unit {index} was quantized again" for problem in damage]
                 del self.journal.units[index]
-        for index, unit in self.journal.units.items():
-            if unit["tape"] and (tape := Tape.found(*self._tape(index + 1), unit["tape"])):
-                self.tapes[index + 1] = tape
+        self.tapes.find()
         written = [name for unit in self.journal.units.values() for name in unit["shards"]]
-        drop_orphans(self.partial, [*written, *(tape.path.name for tape in self.tapes.values())])
+        drop_orphans(self.partial, [*written, *self.tapes.files, FISHER, TUNE])
 
     def _commit(self, index: int, progress: Progress, lockstep: Lockstep | None) -> None:
         begun, unit = time.monotonic(), self.plan.units[index]
-        calibrated, last = self.plan.calibrated, index + 1 == len(self.plan.units)
-        tape = self._input_tape(index)
-        following = Tape.create(*self._tape(index + 1)) if calibrated else None
+        passages, last = self.tapes.passages(index), index + 1 == len(self.plan.units)
         done = UnitRun(self.place, unit, lambda layer, outcomes: progress(self.step(layer, outcomes)))
-        outcomes = done.run(tape, following, lockstep)
-        digest = following.sync() if following and not last else None
+        outcomes = done.run(passages, lockstep)
+        left = {kind: None if last else following.sync() for kind, (_, following) in passages.items()}
         self.source.check()
         hashes = {shard.file: sha256(self.partial / shard.file) for shard in unit.shards}
         digests = {name: self.reader.digests[name] for name in unit.source()}
-        line = {"shards": hashes, "linears": outcomes, "source": digests, "tape": digest}
+        overflowed = {} if self.place.metrics is None else {"overflowed": self.place.metrics.overflowed}
+        line = {"shards": hashes, "linears": outcomes, "source": digests, **left, **overflowed}
         self.journal.commit(index, {**line, "seconds": round(time.monotonic() - begun, 3)})
-        for number in [number for number in self.tapes if number <= index]:
-            self.tapes.pop(number).remove()
-        if following is not None:
-            self.tapes[index + 1] = following
+        self.tapes.committed(index, passages)
 
-    def _tape(self, index: int) -> tuple[Path, int, int]:
-        assert self.ids is not None
-        return self.work / f"tape-{index}.f32", self.ids.numel(), self.plan.model.hidden
-
-    def _input_tape(self, index: int) -> Tape | None:
-        """The tape that unit `index` reads: none for unit 0 and without calibration. Where it is lost, it is computed again
-        from the last one that is not, through what is committed."""
-        if index == 0 or not self.plan.calibrated:
-            return None
-        start = max((number for number in self.tapes if number <= index), default=0)
-        for number in range(start, index):
-            following = Tape.create(*self._tape(number + 1))
-            UnitRun(self.place, self.plan.units[number], lambda *_: None).again(self.tapes.get(number), following)
-            if following.sync() != self.journal.units[number]["tape"]:
-                problem = f"{self.partial}: the hidden states after unit {number} cannot be computed again as they were"
-                raise OutputError(problem, f"remove {self.partial} and repeat the command")
-            if number in self.tapes:
-                self.tapes.pop(number).remove()
-            self.tapes[number + 1] = following
-        return self.tapes[index]
+    def _again(self, kind: str, index: int, passage: Passage) -> None:
+        run = UnitRun(self.place, self.plan.units[index], lambda *_: None)
+        run.ahead_again(passage) if kind == AHEAD else run.again(passage)
 
     def step(self, layer: Layer | Part, outcomes: dict[str, dict[str, Any]]) -> Step:
         """What to tell about a layer that has just been quantized."""
         elapsed, total = time.monotonic() - self.start, len(self.plan.spec.layers)
         of_layer = [outcomes[ref.key] for ref in layer.linears() if ref.key in outcomes]
+        changes = [o["learned"]["change"] for o in of_layer if "learned" in o]
         covered = [o["coverage"] for o in of_layer if o["coverage"] is not None]
         self.layers_done += 1
         return Step(
@@ -302,6 +318,7 @@ class _Job:
             error=sum(o["error"] for o in of_layer) / len(of_layer) if of_layer else None,
             least_coverage=min(covered) if covered else None,
             fallbacks=sum(bool(o["fallback"]) for o in of_layer),
+            learned=sum(changes) / len(changes) if changes else None,
         )
 
     def _publish(self) -> RunRecord:
@@ -316,7 +333,7 @@ class _Job:
             raise self._kept(error, hashes) from error
         self.source.check()
         record = self._record(coverage)
-        for tape in self.work.glob("*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
+        for tape in self.work.rglob("*.f32"):  # as large as all hidden states: not to be left in OUT by a kill
             tape.unlink()
         write_json(self.partial / RECORD, record)
         publish(self.partial, self.target)
@@ -346,6 +363,12 @@ class _Job:
             },
         }
 
+    def _learning(self, linears: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """kept: of how many linears OUT holds what was learned. overflowed: gradients that the Fisher pass left out."""
+        tried = [row["learned"] for row in linears.values() if "learned" in row]
+        overflowed = max(unit.get("overflowed", 0) for unit in self.journal.units.values())
+        return {"linears": len(tried), "kept": sum(row["kept"] > 0 for row in tried), "overflowed": overflowed}
+
     def _record(self, coverage: dict[str, Any]) -> RunRecord:
         linears = {key: outcome for unit in self.journal.units.values() for key, outcome in unit["linears"].items()}
         fallbacks = {key: o["fallback"] for key, o in linears.items() if o["fallback"]}
@@ -365,6 +388,8 @@ class _Job:
             "fallbacks": fallbacks,
             "lent_tokens": sum(o["lent"] > 0 for o in linears.values()),
             "linears": linears,
+            **({"learning": self._learning(linears)} if self.plan.learned else {}),
+            **({"tuning": self.tuned} if self.tuned else {}),
             "resumed_at_unit": self.resumed_at,
             "threads": self.threads,
             "recovered": self.recovered,

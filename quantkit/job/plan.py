@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
+from quantkit.calib.extent import fisher_windows
 from quantkit.calib.mixture import short_name
 from quantkit.checkpoint.by_name import NamedSpec, is_known, spec_by_name
 from quantkit.checkpoint.coverage import Coverage, Fate, account, bystanders
@@ -26,12 +27,13 @@ from quantkit.formats import compressed_tensors
 from quantkit.job.chosen import Chosen, choose, is_kept_by_rule, joined
 from quantkit.job.forecast import Forecast, forecast, windows_for
 from quantkit.job.kept import check_meant
+from quantkit.job.learning_plan import learning, learning_notes, tape_bytes, tuning
 from quantkit.job.methods import methods_of, needs_tokens
 from quantkit.job.placement import Unit, place
 from quantkit.model.names import target
 from quantkit.model.registry import build_spec
 from quantkit.model.spec import OPTION_ROLES, Linear, ModelSpec, Role
-from quantkit.quant.method import DAMPING, PARAMETERS, Method
+from quantkit.quant.method import DAMPING, FISHER_TOKENS, PARAMETERS, STEPS, Method
 from quantkit.recipe import Recipe
 from quantkit.scheme import BF16, Scheme, Strategy, labels
 
@@ -86,7 +88,18 @@ class Plan:
     @cached_property
     def calibrated(self) -> bool:
         """Whether any linear needs tokens."""
-        return any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())
+        return self.recipe.tune or any(needs_tokens(self.schemes[key], method) for key, method in self.methods.items())
+
+    @cached_property
+    def learned(self) -> bool:
+        """Whether any linear's rounding is learned."""
+        return any(method.name == "learned" for method in self.methods.values())
+
+    @property
+    def fisher_tokens(self) -> int:
+        """At most so many are read for the metric of learning; 0: plain squared error."""
+        tokens = self.recipe.fisher_tokens
+        return 0 if not self.learned else FISHER_TOKENS if tokens is None else tokens
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -94,7 +107,15 @@ class Plan:
         fields = self.recipe.model_dump(mode="json")
         fields |= {role.value: fields[role.value] or self.recipe.scheme for role in OPTION_ROLES}
         # Fields that recipes had not always: those that decide nothing are left out, as in what was made before.
-        usual = {"mlp": (self.recipe.scheme,), "damping": (None, DAMPING[0]), "cover": (False,)}
+        usual = {
+            "mlp": (self.recipe.scheme,),
+            "damping": (None, DAMPING[0]),
+            "cover": (False,),
+            "steps": (None, STEPS),
+            "fisher_tokens": (None,),
+            "effort": (None, "fast"),
+            "tune": (False,),
+        }
         fields = {name: value for name, value in fields.items() if value not in usual.get(name, ())}
         if not self.calibrated:
             return {name: value for name, value in fields.items() if name not in _TEXT}
@@ -121,7 +142,14 @@ class Plan:
             return 0
         a, hidden = self.model.layers[0].attention, self.model.hidden
         width = 3 * hidden + a.kv_width + max(hidden, a.o.in_features)
-        return self.samples * self.recipe.seq_len * width * 4
+        tokens = self.samples * self.recipe.seq_len
+        learning = tape_bytes(self.model, tokens, self.fisher_windows * self.recipe.seq_len) if self.learned else 0
+        unit = max(sum(shard.nbytes for shard in unit.shards) for unit in self.units)  # is written once more, tuned
+        return tokens * width * 4 + learning + (tokens * hidden * 4 + unit if self.recipe.tune else 0)
+
+    @property
+    def fisher_windows(self) -> int:
+        return fisher_windows(self.samples, self.recipe.seq_len, self.fisher_tokens) if self.fisher_tokens else 0
 
     def by_role(self) -> dict[str, dict[str, Any]]:
         """Per role: the schemes, how many linears and weights, and bits per weight on disk."""
@@ -172,6 +200,7 @@ def make_plan(reader: CheckpointReader, recipe: Recipe) -> Plan:
             *weight_sets(reader.folder),
             *(chosen.notes if chosen else ()),
             *_unused(recipe, schemes, methods),
+            *learning_notes(recipe, methods),
             *published_notes(reader.folder, reader.config),
         )
         + (_engine_notes(reader, spec, schemes) if isinstance(spec, ModelSpec) else ()),
@@ -208,6 +237,8 @@ def summary(plan: Plan) -> dict[str, Any]:
         "bf16_share": plan.kept_share,
         "notes": list(plan.notes),
         "recipe": plan.recipe.model_dump(),
+        **({"learning": learning(plan.recipe, plan.methods, plan.fisher_windows)} if plan.learned else {}),
+        **({"tuning": tuning(plan.recipe, plan.output_bytes)} if plan.recipe.tune else {}),
     }
 
 
@@ -241,6 +272,8 @@ def _by_name(reader: CheckpointReader, recipe: Recipe) -> NamedSpec:
 
 def _check_by_name(plan: Plan) -> None:
     """Refuse what cannot be done without knowing the architecture."""
+    if plan.recipe.tune:
+        raise ConfigError("tuning needs an architecture that quantkit knows", "leave out --tune or --linears")
     for key, method in plan.methods.items():
         scheme = plan.schemes[key]
         if scheme and needs_tokens(scheme, method):
@@ -338,8 +371,12 @@ def _unused(recipe: Recipe, schemes: dict[str, Scheme | None], methods: dict[str
     notes, names = [], ", ".join(sorted({scheme.name for scheme in schemes.values() if scheme}))
     if recipe.group_size is not None and not any(scheme and scheme.weight.group_size for scheme in schemes.values()):
         notes.append(f"group size {recipe.group_size} changes nothing: {names} has no groups")
-    if recipe.damping is not None and not any("damping" in PARAMETERS[method.name] for method in methods.values()):
-        notes.append(f"damping {recipe.damping:g} changes nothing: no linear is made by a method that has it")
+    for field in ("damping", "steps"):
+        value = getattr(recipe, field)
+        if value is not None and not any(field in PARAMETERS[method.name] for method in methods.values()):
+            notes.append(f"{field} {value:g} changes nothing: no linear is made by a method that has it")
+    if recipe.fisher_tokens is not None and not any(method.name == "learned" for method in methods.values()):
+        notes.append(f"fisher_tokens {recipe.fisher_tokens} changes nothing: no rounding is learned")
     if recipe.calibration != Recipe().calibration and not any(needs_tokens(schemes[k], m) for k, m in methods.items()):
         notes.append(f"calibration '{recipe.calibration}' is not read: {names} is rounded without calibration")
     return notes

@@ -4,7 +4,7 @@ or simply rounded; or passed once more as they were committed, to get hidden sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from quantkit.calib import streams
-from quantkit.calib.lockstep import Lockstep, Observer, Pair, Track
-from quantkit.calib.replay import Applied, Listening, gather
-from quantkit.calib.streams import Part, Stream
-from quantkit.calib.tape import Tape
+from quantkit.calib.fit import Ahead, ReadOnce
+from quantkit.calib.lockstep import Lockstep, Pair, Track
+from quantkit.calib.replay import Applied, Listening
+from quantkit.calib.streams import Stream
 from quantkit.checkpoint import by_name
 from quantkit.checkpoint.reader import CheckpointReader
 from quantkit.checkpoint.shard import OpenShard, read_header, tensor_of
@@ -28,27 +28,31 @@ from quantkit.errors import CalibrationError
 from quantkit.formats import compressed_tensors
 from quantkit.host import every
 from quantkit.job import rows
+from quantkit.job.fisher import LayerMetrics
 from quantkit.job.group import GroupJob
+from quantkit.job.learning import Learning
+from quantkit.job.makers import Committed, Group, Made, Maker, Quantizing
 from quantkit.job.methods import needs_tokens
 from quantkit.job.placement import Unit
 from quantkit.job.plan import Plan
+from quantkit.job.tapes import Passage
 from quantkit.model.spec import Layer, Linear
-from quantkit.model.weights import PlainWeights
+from quantkit.model.weights import PlainWeights, Weights
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant import rounding
 from quantkit.quant.solve import Outcome
 from quantkit.stats import LinearStats
 
-__all__ = ["Outcomes", "Place", "UnitRun"]
+__all__ = ["AHEAD", "Outcomes", "Place", "UnitRun"]
 
+AHEAD = "ahead"  # the kind of the BF16 stream's tapes; the quantized one's is "tape"
 Outcomes = dict[str, dict[str, Any]]  # of linears, by name: scheme, `Outcome`, and a fixed input_scale
-Group = Sequence[Linear]
 
 
 @dataclass(frozen=True)
 class Place:
     """Where a run works. ids: int64 [windows, seq_len] if it is calibrated. shares: whether a baseline passes too, which
-    reads the weights that are quantized."""
+    reads the weights that are quantized. metrics: by which rounding is learned; None: plain squared error."""
 
     reader: CheckpointReader
     plan: Plan
@@ -57,6 +61,7 @@ class Place:
     partial: Path
     work: Path
     shares: bool = False
+    metrics: LayerMetrics | None = None
     _read: dict[str, Tensor] = field(default_factory=dict)  # by the present part
 
     def weight(self, ref: Linear) -> Tensor:
@@ -96,14 +101,14 @@ class UnitRun:
         self._headers: dict[Path, dict[str, Entry]] = {}  # of its shards, once they are committed
         self.shard_of = {t.name: i for i, shard in enumerate(unit.shards) for t in shard.tensors}
 
-    def run(self, tape: Tape | None, following: Tape | None, lockstep: Lockstep | None = None) -> Outcomes:
-        """Write the unit's shards. tape: the hidden states that it reads; following: where it leaves its own. lockstep: what
-        else passes through it."""
+    def run(self, passages: Mapping[str, Passage], lockstep: Lockstep | None = None) -> Outcomes:
+        """Write the unit's shards. passages: of the streams of calibration text, by kind. lockstep: what else passes through
+        it."""
         with ExitStack() as stack:
             self.writers = [stack.enter_context(ShardWriter(self.place.partial, s)) for s in self.unit.shards]
             every(self._carry, self.unit.kept)
-            if following is not None or lockstep is not None:
-                self._pass(tape, following, lockstep, _Quantizing(self))
+            if passages or lockstep is not None:
+                self._quantize(passages, lockstep)
             else:
                 self._round()
         return self.outcomes
@@ -122,7 +127,7 @@ class UnitRun:
                 elif rounding.by_rows(scheme):
                     streamed += group
                 else:
-                    self.store(group, None)
+                    self.write(group, self.solve(group, None))
             every(self._carry, carried)
             for ref, outcome in zip(streamed, every(self._round_one, streamed), strict=True):
                 self._record(ref, outcome)
@@ -141,34 +146,66 @@ class UnitRun:
         assert scheme is not None
         self.outcomes[ref.key] = {"scheme": scheme.name, **asdict(outcome), **more}
 
-    def again(self, tape: Tape | None, following: Tape) -> None:
+    def again(self, passage: Passage) -> None:
         """Leave the hidden states that `run` left, to the bit, by the weights in the unit's shards."""
-        self._pass(tape, following, None, _Committed(self))
+        self._pass(self._stream(passage, self.weights), None, Committed(self))
+
+    @torch.no_grad()
+    def ahead_again(self, passage: Passage) -> None:
+        """The same of the BF16 stream."""
+        ahead = self._ahead(passage)
+        for layer in self.layers:
+            ahead.attention(layer)
+            ahead.mlps(layer, None)
+            ahead.done()
+        ahead.remove()
 
     def show(self, lockstep: Lockstep) -> None:
         """Let what else passes through the unit pass, by the weights in its shards."""
-        self._pass(None, None, lockstep, _Committed(self))
+        self._pass(None, lockstep, Committed(self))
 
-    @torch.inference_mode()
-    def _pass(self, tape: Tape | None, following: Tape | None, lockstep: Lockstep | None, maker: _Maker) -> None:
-        """All texts through the unit's layers; maker makes each part's weights. The unit around the layers has none: there
-        texts begin."""
-        ids, layers = self.place.ids, [layer for layer in self.unit.layers if isinstance(layer, Layer)]
+    def _quantize(self, passages: Mapping[str, Passage], lockstep: Lockstep | None) -> None:
+        stream = self._stream(passages["tape"], self.weights) if passages else None
+        learns = stream is not None and AHEAD in passages
+        maker = Learning(self, self._ahead(passages[AHEAD]), self.place.metrics) if learns else Quantizing(self)
+        self._pass(stream, lockstep, maker, lambda layer: self.done(layer, self.outcomes))
+
+    @property
+    def layers(self) -> list[Layer]:
+        """None in the unit around the layers: there texts begin."""
+        return [layer for layer in self.unit.layers if isinstance(layer, Layer)]
+
+    def _stream(self, passage: Passage, weights: Weights, name: str = "") -> Stream:
+        ids, (source, target) = self.place.ids, passage
+        assert ids is not None
+        where = streams.Place(self.plan.model, self.place.device, self.place.work, name)
+        stream = Stream(where, (ids.shape[0], ids.shape[1]), weights, source or target, target)
+        if source is None and not self.layers:
+            stream.embed(ids)
+        return stream
+
+    def _ahead(self, passage: Passage) -> Ahead:
+        weights = ReadOnce(lambda key: self.place.reader.tensor(key).to(self.place.device))
+        ahead = Ahead(self._stream(passage, weights, "ahead-"), weights)
+        weights.forget()
+        return ahead
+
+    @torch.no_grad()
+    def _pass(
+        self, stream: Stream | None, lockstep: Lockstep | None, maker: Maker, done: Callable[[Layer], None] = lambda _: None
+    ) -> None:
+        """All texts through the unit's layers; maker makes each part's weights."""
         loop = lockstep or Lockstep(self.place.pair, self.place.work)
-        if following is not None:
-            assert ids is not None
-            where = streams.Place(self.plan.model, self.place.device, self.place.work)
-            stream = Stream(where, (ids.shape[0], ids.shape[1]), self.weights, tape or following, following)
-            if tape is None and not layers:
-                stream.embed(ids)
-            maker.tracks = [Track(stream, ids)]
-        if not layers:
+        if stream is not None:
+            assert self.place.ids is not None
+            maker.tracks = [Track(stream, self.place.ids)]
+        if not self.layers:
             loop.embed()
             return
-        quantizing = isinstance(maker, _Quantizing)
-        loop.run(layers, maker, done=lambda layer: self.done(layer, self.outcomes) if quantizing else None)
+        loop.run(self.layers, maker, done=done)
+        maker.close()
 
-    def _write(self, name: str, tensor: Tensor) -> None:
+    def store(self, name: str, tensor: Tensor) -> None:
         self._writer(name).write(name, tensor)
 
     def statistics(self, group: Group) -> LinearStats | None:
@@ -179,26 +216,31 @@ class UnitRun:
             return None
         return LinearStats.empty(group[0].in_features, self.place.device, method.hessian)
 
-    def store(self, group: Group, stats: LinearStats | None) -> list[Tensor] | list[QuantizedTensor]:
-        """Quantize linears that read one input, and write them; what was written of each."""
+    def solve(self, group: Group, stats: LinearStats | None) -> Made:
+        """What linears that read one input become."""
         scheme = self.plan.schemes[group[0].key]
         if stats is not None and not math.isfinite(max(stats.amax, stats.lent_amax)):
             problem = f"the input of '{group[0].key}' is not finite on the calibration text"
             raise CalibrationError(problem, "check the source model: its hidden states overflow before this layer")
         weights = tuple(self.place.weight(ref) for ref in group)
         if scheme is None:
-            for ref, weight in zip(group, weights, strict=True):
-                self._write(ref.weight, weight)
             return list(weights)
-        solved = GroupJob(weights, stats, scheme, self.plan.methods[group[0].key]).run(self.place.device)
-        for ref, (q, outcome) in zip(group, solved, strict=True):
-            for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
-                self._write(name, tensor)
-            scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
-            self._record(ref, outcome, **scale)
-        return [q for q, _ in solved]
+        return list(GroupJob(weights, stats, scheme, self.plan.methods[group[0].key]).run(self.place.device))
 
-    def apply(self, group: tuple[Linear, ...], stored: Sequence[Tensor | QuantizedTensor]) -> None:
+    def write(self, group: Group, solutions: Made) -> None:
+        """Write it, and what happened to each."""
+        for ref, one in zip(group, solutions, strict=True):
+            if isinstance(one, Tensor):
+                self.store(ref.weight, one)
+                continue
+            q, scheme = one.quantized, self.plan.schemes[ref.key]
+            assert scheme is not None
+            for name, tensor in compressed_tensors.encode(ref, scheme, q).items():
+                self.store(name, tensor)
+            scale = {} if q.input_scale is None else {"input_scale": float(q.input_scale)}
+            self._record(ref, one.outcome, **scale)
+
+    def apply(self, group: Group, stored: Sequence[Tensor | QuantizedTensor]) -> None:
         """Let what passes through the part meet these."""
         scheme, device = self.plan.schemes[group[0].key], self.place.device
         self.weights.apply(
@@ -216,10 +258,10 @@ class UnitRun:
         scheme = self.plan.schemes[ref.key]
         if scheme is None:
             return self.place.tensor(ref.weight)
-        tensors = {plan.name: self._stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
+        tensors = {plan.name: self.stored(plan.name) for plan in compressed_tensors.planned(ref, scheme)}
         return compressed_tensors.FORMAT.decode(ref, scheme, tensors)
 
-    def _stored(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         path = self.place.partial / self.unit.shards[self.shard_of[name]].file
         if path not in self._headers:
             self._headers[path] = read_header(path).tensors
@@ -228,35 +270,3 @@ class UnitRun:
             return tensor_of(file, name, entry).to(self.place.device)
         finally:
             file.close()
-
-
-class _Maker(Observer):
-    """Makes the weights of each part before anything passes through it."""
-
-    def __init__(self, run: UnitRun) -> None:
-        self.run = run
-
-
-class _Quantizing(_Maker):
-    """Quantizes a part's linears on the calibration tokens that reach it, if there are any, and writes them."""
-
-    def before(self, parts: Sequence[Part]) -> None:
-        own = [part for part in parts if any(part.stream is track.stream for track in self.tracks)]
-        for wave in parts[0].waves:
-            self._solve(own[0] if own else None, wave)
-
-    def _solve(self, part: Part | None, wave: Sequence[tuple[Linear, ...]]) -> None:
-        run = self.run
-        statistics = {group: run.statistics(group) if part else None for group in wave}
-        if part is not None:
-            gather(part, run.weights, statistics)
-        for group in wave:
-            run.apply(group, run.store(group, statistics.pop(group)))  # a Hessian is not kept longer than that
-
-
-class _Committed(_Maker):
-    """Takes what was written then."""
-
-    def before(self, parts: Sequence[Part]) -> None:
-        for group in (group for wave in parts[0].waves for group in wave):
-            self.run.apply(group, [self.run.written(ref) for ref in group])

@@ -16,7 +16,7 @@ from quantkit.quant.rounding import Rounding, by_rows, rtn
 from quantkit.scheme import Scheme, Strategy
 from quantkit.stats import LinearStats, weight_error
 
-__all__ = ["Outcome", "solve"]
+__all__ = ["Outcome", "Solution", "solutions", "solve"]
 
 _ROWS = 1024  # of a weight multiplied by the Hessian at once
 _SAMPLE = 128  # rows that stand for all
@@ -46,12 +46,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Solved:
-    """lost: e H e^T of each row's error e, [out]; None without a Hessian that is finite."""
+    """lost: e H e^T of each row's error e, [out]; None without a Hessian that is finite. latent: of `gptq`."""
 
     quantized: QuantizedTensor
     method: str
     fallback: str
     lost: Tensor | None
+    latent: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Of one weight. latent: what was rounded to its codes (see `gptq`), where rounding is learned from there."""
+
+    quantized: QuantizedTensor
+    outcome: Outcome
+    latent: Tensor | None = None
 
 
 def _one(weight: Tensor, scheme: Scheme, method: Method, hessian: Tensor | None, loops: Loops) -> _Solved:
@@ -62,7 +72,7 @@ def _one(weight: Tensor, scheme: Scheme, method: Method, hessian: Tensor | None,
     if hessian is None:
         return _Solved(rtn(weight, scheme), "rtn", "no calibration token reached this weight", None)
     try:
-        solved = gptq(weight, hessian, scheme.weight, loops, method.dampings)
+        solved = gptq(weight, hessian, scheme.weight, loops, method.dampings, keep_latent=method.name == "learned")
     except NotPositive:
         rounded = rtn(weight, scheme)
         finite = bool(hessian.diagonal().isfinite().all())  # bounds all of it, by Cauchy and Schwarz
@@ -75,7 +85,7 @@ def _one(weight: Tensor, scheme: Scheme, method: Method, hessian: Tensor | None,
         if by_rounding.sum() < lost.sum():
             return _Solved(rounded, "rtn", "rounding loses less than GPTQ here", by_rounding)
     raised = f"damping raised to {solved.damping}" if solved.damping > method.damping else ""
-    return _Solved(solved.quantized, "gptq", raised, lost)
+    return _Solved(solved.quantized, "gptq", raised, lost, solved.latent)
 
 
 def _lost(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> Tensor:
@@ -123,13 +133,20 @@ def _with_input_scale(quantized: QuantizedTensor, scheme: Scheme, stats: LinearS
 def solve(
     weights: list[Tensor], scheme: Scheme, method: Method, stats: LinearStats | None, loops: Loops = PLAIN
 ) -> list[tuple[QuantizedTensor, Outcome]]:
+    """As `solutions`, without what only learning needs."""
+    return [(one.quantized, one.outcome) for one in solutions(weights, scheme, method, stats, loops)]
+
+
+def solutions(
+    weights: list[Tensor], scheme: Scheme, method: Method, stats: LinearStats | None, loops: Loops = PLAIN
+) -> list[Solution]:
     """Quantize weights [out_i, in], floats, that read the same input (q, k, v; or gate and up).
 
     They are stacked, as engines stack them: one solve serves all, and a per-tensor scale is shared, which an engine
     that fuses them would otherwise force upon them by requantizing. Blocks are cut per weight. loops: who runs them.
     """
     if scheme.weight.strategy is Strategy.BLOCK and len(weights) > 1:
-        return [result for weight in weights for result in solve([weight], scheme, method, stats, loops)]
+        return [result for weight in weights for result in solutions([weight], scheme, method, stats, loops)]
     if not method.hessian and by_rows(scheme):
         return [_rounded(weight, scheme, stats) for weight in weights]
     hessian = stats.whole_hessian() if stats is not None else None
@@ -140,7 +157,8 @@ def solve(
     results = []
     sizes = [len(weight) for weight in weights]
     losses = [None] * len(sizes) if solved.lost is None else list(solved.lost.split(sizes))
-    for weight, part, lost in zip(weights, _split(solved.quantized, sizes), losses, strict=True):
+    latents = [None] * len(sizes) if solved.latent is None else list(solved.latent.split(sizes))
+    for weight, part, lost, latent in zip(weights, _split(solved.quantized, sizes), losses, latents, strict=True):
         own = weight_error(weight, part.dequantize())
         outcome = Outcome(
             method=solved.method,
@@ -150,18 +168,18 @@ def solve(
             lent=0 if stats is None else stats.lent,
             weight_error=own,
         )
-        results.append((_with_input_scale(part, scheme, stats), outcome))
+        results.append(Solution(_with_input_scale(part, scheme, stats), outcome, latent))
     return results
 
 
-def _rounded(weight: Tensor, scheme: Scheme, stats: LinearStats | None) -> tuple[QuantizedTensor, Outcome]:
+def _rounded(weight: Tensor, scheme: Scheme, stats: LinearStats | None) -> Solution:
     """To nearest, where no row needs another."""
     rounding = Rounding(scheme, weight.shape[1])
     quantized = rounding.whole(weight)
     fallback = "input scale not from tokens routed here" if scheme.static and (stats is None or not stats.tokens) else ""
     coverage, lent = (None, 0) if stats is None else (round(stats.coverage, 4), stats.lent)
     outcome = Outcome("rtn", fallback, rounding.error**2, coverage, lent, rounding.error)
-    return _with_input_scale(quantized, scheme, stats), outcome
+    return Solution(_with_input_scale(quantized, scheme, stats), outcome)
 
 
 def _split(stacked: QuantizedTensor, sizes: list[int]) -> list[QuantizedTensor]:

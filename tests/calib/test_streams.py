@@ -163,7 +163,8 @@ WORKER = """
 import pickle, sys, torch
 torch.set_num_threads(1)
 job = pickle.loads(sys.stdin.buffer.read())
-solved = [(q.codes.float(), q.scale, q.input_scale, outcome) for q, outcome in job.run(torch.device("cpu"))]
+done = [(one.quantized, one.outcome) for one in job.run(torch.device("cpu"))]
+solved = [(q.codes.float(), q.scale, q.input_scale, outcome) for q, outcome in done]
 sys.stdout.buffer.write(pickle.dumps(solved))
 """
 
@@ -182,7 +183,8 @@ def test_a_groups_job_runs_in_another_process(name: str) -> None:
     finally:
         torch.set_num_threads(threads)
     sent = subprocess.run([sys.executable, "-c", WORKER], input=pickle.dumps(job), capture_output=True, check=True)
-    for (q, outcome), (codes, scale, input_scale, said) in zip(expected, pickle.loads(sent.stdout), strict=True):
+    for one, (codes, scale, input_scale, said) in zip(expected, pickle.loads(sent.stdout), strict=True):
+        q, outcome = one.quantized, one.outcome
         assert torch.equal(q.codes.float(), codes) and torch.equal(q.scale, scale) and outcome == said
         assert outcome.weight_error > 0 and (input_scale is None) == (q.input_scale is None) == (name != "FP8")
 
