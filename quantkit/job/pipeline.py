@@ -185,8 +185,7 @@ def _calibration(
     """Windows, what they were made of, and what to tell of it. dry: without a pass of the model that chooses them."""
     recipe = plan.recipe
     tokenizer, mixture = load_text_tokenizer(reader.folder, recipe.add_bos), read_mixture(recipe.calibration)
-    choice: dict[str, Any] = {}
-    notes = list(mixture.notes())
+    choice, notes = dict[str, Any](), list(mixture.notes())
     if recipe.cover and (not dry or chosen_file(target).exists()):
         ids, choice = covered(reader, plan, tokenizer, mixture, device, target)
     else:

@@ -41,7 +41,11 @@ class Latent(AttentionKind[MLA]):
         latent, shared = kv
         if continues(query.shape[2], latent.shape[2]) and weights.absorbs(a.kv_b):
             return _absorbed(a, query, kv, weights.matrix(a.kv_b), at.padding)
-        expanded = split_heads(weights.linear(a.kv_b, latent.decode(query.dtype)[:, 0].contiguous()), a.nope_dim + a.v_dim)
+        latents, past = latent.decode(query.dtype)[:, 0].contiguous(), latent.shape[2] - query.shape[2]
+        products = weights.linear(a.kv_b, latents[:, past:])
+        if past:
+            products = torch.cat((weights.again(a.kv_b, latents[:, :past]), products), dim=1)
+        expanded = split_heads(products, a.nope_dim + a.v_dim)
         plain, values = expanded.split((a.nope_dim, a.v_dim), dim=-1)
         keys = torch.cat((plain, shared.decode(query.dtype).to(plain.dtype).expand(-1, a.heads, -1, -1)), dim=-1)
         return attend(query, Kept(keys), Kept(values), a.scale, at.padding)

@@ -35,6 +35,10 @@ class Weights(ABC):
     def linear(self, ref: Linear, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in x.dtype."""
 
+    def again(self, ref: Linear, x: Tensor) -> Tensor:
+        """`linear` of an input that has passed before, in an earlier piece of its text: who listens has heard it."""
+        return self.linear(ref, x)
+
     def matrix(self, ref: Linear) -> Tensor:
         """What `linear` multiplies by, [out, in], any float. A subclass whose weights are not plain overrides this."""
         return self.tensor(ref.weight)

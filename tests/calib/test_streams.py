@@ -39,13 +39,15 @@ RIDING = Extent(seq_len=48, windows=6, samples=0)
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     """How often each tensor of each folder is read."""
-    counted, real = Counter[tuple[str, str]](), CheckpointReader.tensor
+    counted = Counter[tuple[str, str]]()
+    for name in ("tensor", "rows"):
+        read = getattr(CheckpointReader, name)
 
-    def tensor(self: CheckpointReader, key: str) -> torch.Tensor:
-        counted[self.folder.name, key] += 1
-        return real(self, key)
+        def reading(self: CheckpointReader, key: str, *at_once: int, read: Any = read) -> Any:
+            counted[self.folder.name, key] += 1
+            return read(self, key, *at_once)
 
-    monkeypatch.setattr(CheckpointReader, "tensor", tensor)
+        monkeypatch.setattr(CheckpointReader, name, reading)
     return counted
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -18,10 +17,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import quantkit
+from quantkit.checkpoint.ranges import write_from
 from quantkit.checkpoint.reader import CheckpointReader
+from quantkit.checkpoint.shard import OpenShard
 from quantkit.cli import main
 from quantkit.errors import CheckpointError, ConfigError, QuantkitError
 from quantkit.job import pipeline
@@ -67,31 +67,26 @@ def test_partial_of_another_job(model: Path, tmp_path: Path) -> None:
     assert "out.partial belongs to another job" in message and 'recipe.experts: "W4A16" there, "W8A16" here' in message
 
 
-class Full(io.BufferedWriter):
-    """A file on a disk that has no room beyond 100 kB."""
-
-    def __init__(self, path: Path, mode: str) -> None:
-        super().__init__(io.FileIO(path, mode.replace("b", "")))
-
-    def write(self, data: Any) -> int:
-        if self.tell() > 100_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
+def full(handle: int, view: memoryview, start: int) -> None:
+    """Writes to a disk that has no room in a file beyond 100 kB."""
+    if start > 100_000:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_from(handle, view, start)
 
 
 def test_what_cannot_be_read_at_the_end_costs_no_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that fails while the result is verified: the same command goes on from there."""
     recipe, out = Recipe(scheme="W4A16", method="rtn", group_size=32), tmp_path / "out"
-    real, verifying = CheckpointReader.tensor, pipeline.verify
+    real, verifying = CheckpointReader._file, pipeline.verify
 
     def fails(folder: Path, source: Path) -> object:
-        def tensor(reader: CheckpointReader, key: str) -> Tensor:
+        def file(reader: CheckpointReader, shard: str) -> OpenShard:
             if reader.folder == source:
                 raise CheckpointError("the disk does not answer", "try again")
-            return real(reader, key)
+            return real(reader, shard)
 
         with monkeypatch.context() as patch:
-            patch.setattr(CheckpointReader, "tensor", tensor)
+            patch.setattr(CheckpointReader, "_file", file)
             return verifying(folder, source)
 
     with monkeypatch.context() as patch:
@@ -133,7 +128,7 @@ def test_disk_fills_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         message = refused(*command)
         assert "1,000 bytes free" in message and "needed" in message and not (tmp_path / "out.partial").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("quantkit.checkpoint.writer.open", Full, raising=False)
+        patch.setattr("quantkit.checkpoint.writer.write_from", full)
         message = refused(*command)
         assert "00002-of-00003.safetensors: No space left" in message and "resumes" in message
     assert not (tmp_path / "out").exists() and not [*(tmp_path / "out.partial").glob(".*.tmp")]

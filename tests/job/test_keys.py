@@ -34,7 +34,7 @@ def test_each_module_of_a_run_is_in_the_key_or_known_to_decide_nothing(part: obj
     decisive = part.DECISIVE  # type: ignore[attr-defined]
     assert all(any(within(module, name) for module in MODULES) for name in decisive)
     start = part.__name__.removeprefix("quantkit.")  # type: ignore[attr-defined]
-    others = (*CHECKS, *(("host", "stats", "job.journal", "job.partial") if part is conversion else ()))
+    others = (*CHECKS, *(("host", "stats", "rowwise", "job.journal", "job.partial") if part is conversion else ()))
     known = {module for module in MODULES if any(within(module, name) for name in (*decisive, *others))}
     assert not reached(start) - known
     assert not any(within("report.html", name) for name in decisive)

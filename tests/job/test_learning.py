@@ -25,7 +25,15 @@ from tests.conftest import SMALL
 from tests.helpers.paths import ROOT
 
 # Few steps and few tokens, since each of them is a step of Python.
-FEW: dict[str, Any] = {**SMALL, "samples": 17, "seq_len": 32, "method": "learned", "steps": 5, "fisher_tokens": 128}
+FEW: dict[str, Any] = {
+    **SMALL,
+    "scheme": "W4A16",
+    "samples": 17,
+    "seq_len": 32,
+    "method": "learned",
+    "steps": 5,
+    "fisher_tokens": 128,
+}
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +171,7 @@ def test_an_effort_is_a_bundle_that_what_is_given_overrides(model: Path) -> None
     from quantkit.job.plan import make_plan
 
     def learned(**fields: Any) -> set[str]:
-        plan = make_plan(CheckpointReader(model), Recipe(group_size=32, **fields))
+        plan = make_plan(CheckpointReader(model), Recipe(scheme="W4A16", group_size=32, **fields))
         return {ref.role.value for ref in plan.spec.linears() if plan.methods[ref.key].name == "learned"}
 
     assert learned(effort="fast") == learned() == set()
@@ -172,7 +180,7 @@ def test_an_effort_is_a_bundle_that_what_is_given_overrides(model: Path) -> None
     assert learned(effort="best", attention="W8A16") == {"shared_experts", "experts"}
     assert learned(effort="best", method="gptq") == set()
     assert Recipe(effort="best").samples == 854 and Recipe(effort="best", seq_len=2048).samples == 214
-    assert Recipe(effort="best", samples=9).samples == 9 and Recipe(effort="default").samples == 128
+    assert Recipe(effort="best", samples=9).samples == 9 and Recipe(effort="default").samples is None
 
 
 def test_a_plan_says_what_learning_reads_and_needs(model: Path) -> None:
