@@ -211,7 +211,7 @@ def test_replay_equals_forward(name: str, theirs: Callable[[str], Theirs], tmp_p
         assert stats.tokens == len(x) and len(x) + stats.lent >= min(ref.in_features, ids.numel())
         if not stats.lent and stats.hessian is not None:
             torch.testing.assert_close(
-                stats.hessian, x.T @ x, atol=5e-3 * float((x * x).sum(0).max()), rtol=0
+                stats.hessian, x.T @ x, atol=1e-2 * float((x * x).sum(0).max()), rtol=0
             )  # of bfloat16
 
 

@@ -299,12 +299,12 @@ def test_replay_equals_forward(
     assert seen.keys() == {ref.key for ref in spec.linears()}
     for ref in spec.linears():
         x, stats = recording.inputs.get(ref.key, torch.empty(0, ref.in_features)), seen[ref.key]
-        if kv_format is not None and x.shape[0] != stats.tokens and ref.key.endswith("kv_b_proj"):
-            continue  # with a cache its halves are multiplied instead
+        if (kv_format is not None or length > longest) and len(x) != stats.tokens and ref.key.endswith("kv_b_proj"):
+            continue  # with a cache its halves are multiplied instead; of a window in pieces it expands earlier ones again
         assert stats.tokens == len(x)
         if exact and not stats.lent and stats.hessian is not None:
             torch.testing.assert_close(
-                stats.hessian, x.T @ x, atol=5e-3 * float((x * x).sum(0).max()), rtol=0
+                stats.hessian, x.T @ x, atol=1e-2 * float((x * x).sum(0).max()), rtol=0
             )  # of bfloat16
 
 
