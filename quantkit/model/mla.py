@@ -42,9 +42,9 @@ class Latent(AttentionKind[MLA]):
         if continues(query.shape[2], latent.shape[2]) and weights.absorbs(a.kv_b):
             return _absorbed(a, query, kv, weights.matrix(a.kv_b), at.padding)
         latents, past = latent.decode(query.dtype)[:, 0].contiguous(), latent.shape[2] - query.shape[2]
-        products = weights.linear(a.kv_b, latents[:, past:])
+        products = weights.linear(a.kv_b, latents[:, past:].contiguous())
         if past:
-            products = torch.cat((weights.again(a.kv_b, latents[:, :past]), products), dim=1)
+            products = torch.cat((weights.again(a.kv_b, latents[:, :past].contiguous()), products), dim=1)
         expanded = split_heads(products, a.nope_dim + a.v_dim)
         plain, values = expanded.split((a.nope_dim, a.v_dim), dim=-1)
         keys = torch.cat((plain, shared.decode(query.dtype).to(plain.dtype).expand(-1, a.heads, -1, -1)), dim=-1)
