@@ -21,7 +21,7 @@ from quantkit.recipe import Recipe, Rule
 from quantkit.report.words import size
 from quantkit.scheme import BF16, Scheme, scheme_named
 
-__all__ = ["Allocation", "Target", "allocate", "bytes_of"]
+__all__ = ["Allocation", "Target", "allocate", "bytes_of", "check_bytes"]
 
 _POINTS = 12  # of the curve
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", re.IGNORECASE)
@@ -95,6 +95,18 @@ def bytes_of(text: str) -> int:
         raise ConfigError(f"'{text}' is no size", "give bytes, such as 200GB or 186GiB")
     unit = 1024 if match[3] else 1000
     return int(float(match[1]) * unit ** " KMGT".index(match[2].upper() or " "))
+
+
+def check_bytes(reader: CheckpointReader, groups: Sequence[Group], target: Target) -> None:
+    """Raises ConfigError for bytes or bits that no choice meets, with the least that one does; nothing need be measured."""
+    weights, entries = sum(group.weights for group in groups), reader.entries.values()
+    fixed = sum(entry.nbytes for entry in entries) - sum(nbytes(reader, group, None) for group in groups)
+    inside = sum(min(nbytes(reader, group, scheme) for scheme in group.choices) for group in groups)
+    limit = target.bits * weights / 8 if target.bits is not None else target.nbytes and target.nbytes - fixed
+    if limit is not None and inside > limit:
+        schemes = ", ".join(dict.fromkeys(label(scheme) for group in groups for scheme in group.choices))
+        least = f"{8 * inside / weights:.3f} bits a weight, {size(fixed + inside)} in all"
+        raise ConfigError(f"{target} cannot be met with {schemes}: the least is {least}", "raise the target, or name others")
 
 
 class _Choice:

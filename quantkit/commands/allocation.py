@@ -123,7 +123,7 @@ def found(
     it. Raises ConfigError."""
     if request.target is None:
         return Found(recipe)
-    from quantkit.allocate.choose import allocate
+    from quantkit.allocate.choose import allocate, check_bytes
     from quantkit.allocate.measuring import measuring_of
     from quantkit.allocate.sensitivity import Sensitivity
     from quantkit.checkpoint.folder import find_model
@@ -137,6 +137,7 @@ def found(
     file = request.file or (out.with_name(f"{out.name}.sensitivity.json") if out else None)
     if request.file is None and (file is None or not file.exists()):
         measuring = measuring_of(reader, recipe, _extent(request.extent, recipe))
+        check_bytes(reader, measuring.groups, request.target)
         if out is None or file is None:
             return Found(recipe, measuring=measuring.summary())
         _measure(reader, measuring, file, device, quiet)

@@ -73,6 +73,8 @@ def unused(recipe: Recipe, schemes: dict[str, Scheme | None], methods: dict[str,
         value = getattr(recipe, field)
         if value is not None and not any(field in PARAMETERS[method.name] for method in methods.values()):
             notes.append(f"{field} {value:g} changes nothing: no linear is made by a method that has it")
+    if recipe.effort == "default" and not any(method.name == "learned" for method in methods.values()):
+        notes.append("effort default changes nothing: what every token passes has no 4 bits to learn; best learns experts")
     if recipe.fisher_tokens is not None and not any(method.name == "learned" for method in methods.values()):
         notes.append(f"fisher_tokens {recipe.fisher_tokens} changes nothing: no rounding is learned")
     if recipe.calibration != Recipe().calibration and not any(needs_tokens(schemes[k], m) for k, m in methods.items()):

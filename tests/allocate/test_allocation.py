@@ -107,6 +107,8 @@ def test_what_cannot_be_met_says_the_least(measured: tuple[Path, Sensitivity]) -
     given = ("plan", folder, *OPTIONS, "--sensitivity", folder.parent / "s.json")
     said = refused(*given, "--target-bits", 3)
     assert "3 bits a weight cannot be met with W4A16:32, W8A16:32: the least is 4.5" in said
+    unmeasured = refused("plan", folder, *OPTIONS, "--target-bits", 3)  # known before anything is measured
+    assert "3 bits a weight cannot be met with W4A16:32, W8A16:32: the least is 4.5" in unmeasured
     assert "100.0 kB cannot be met" in (said := refused(*given, "--target-size", "100kB")) and "442.5 kB in all" in said
     assert "the least is" in refused(*given, "--target-kl", 1e-9)
     assert "no size" in refused(*given, "--target-size", "much")

@@ -179,6 +179,8 @@ def test_an_effort_is_a_bundle_that_what_is_given_overrides(model: Path) -> None
     assert learned(effort="best") == {"attention", "shared_experts", "experts"}
     assert learned(effort="best", attention="W8A16") == {"shared_experts", "experts"}
     assert learned(effort="best", method="gptq") == set()
+    mix = make_plan(CheckpointReader(model), Recipe(group_size=32, effort="default"))
+    assert any("effort default changes nothing" in note for note in mix.notes)
     assert Recipe(effort="best").samples == 854 and Recipe(effort="best", seq_len=2048).samples == 214
     assert Recipe(effort="best", samples=9).samples == 9 and Recipe(effort="default").samples is None
 
