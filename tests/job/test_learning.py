@@ -76,7 +76,7 @@ def test_each_part_is_learned_on_its_own_tokens_and_judged_by_others(learned: tu
 @pytest.mark.slow
 def test_what_was_learned_loses_less_than_gptq(tmp_path: Path) -> None:
     """On the bundled model, which is trained, with a tenth of the tokens that learning asks for."""
-    model, few = ROOT / "examples" / "tiny-hunyuan", {"samples": 80, "seq_len": 512}
+    model, few = ROOT / "examples" / "tiny-hunyuan", {"scheme": "W4A16", "samples": 80, "seq_len": 512}
     kl = {}
     for method in ("learned", "gptq"):
         quantkit.quantize(model, tmp_path / method, Recipe(method=method, **few))  # type: ignore[arg-type]
