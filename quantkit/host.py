@@ -93,10 +93,11 @@ def using_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def every(work: Callable[[Given], Made], items: Iterable[Given]) -> list[Made]:
-    """Of each item, in order; as many at once as torch has threads, with one of torch's in each of them. Reading, hashing,
-    torch's arithmetic and writing leave Python's lock. When one fails, what was not begun is not."""
-    number = torch.get_num_threads()
+def every(work: Callable[[Given], Made], items: Iterable[Given], most: int | None = None) -> list[Made]:
+    """Of each item, in order; as many at once as torch has threads, `most` where each takes much memory, with one of torch's
+    in each of them. Reading, hashing, torch's arithmetic and writing leave Python's lock. When one fails, what was not begun
+    is not."""
+    number = min(torch.get_num_threads(), most or torch.get_num_threads())
     if number == 1:
         return [work(item) for item in items]
     with using_threads(1), ThreadPoolExecutor(number) as pool:

@@ -27,6 +27,7 @@ from quantkit.stats import WeightError
 __all__ = ["Found", "check_linears"]
 
 _ELEMENTS = 1 << 18  # of a weight that are looked at together: in float32 they stay in a core's cache
+_AT_ONCE = 4  # linears: each is held whole, as its codes, however many processors there are
 _LAST_DIGITS = 1e-9  # relative: what another machine's float64 may differ by
 
 
@@ -84,7 +85,7 @@ def check_linears(
         return findings
 
     total = Found()
-    for findings in every(check, [group for layer in spec.layers for group in layer.same_input()]):
+    for findings in every(check, [group for layer in spec.layers for group in layer.same_input()], _AT_ONCE):
         total.add(findings)
     return total
 

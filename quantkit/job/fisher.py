@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,12 +59,13 @@ def fisher(
 
     Interrupted, the same call goes on after the last group of layers."""
     folder = work / FOLDER
-    run = _Run(spec, ids, read, device, folder, key, seed)
+    begin = partial(_Run, spec, ids, read, device, folder, key, seed)
+    run = begin()
     try:
         if not run.sound():
             run.journal.close()
             shutil.rmtree(folder)
-            run = _Run(spec, ids, read, device, folder, key, seed)
+            run = begin()
         return run.finish()
     finally:
         run.journal.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from quantkit.checkpoint.finite import first_not_finite
 from quantkit.checkpoint.shard import read_header
 from quantkit.checkpoint.writer import ShardPlan, ShardWriter
 from quantkit.dtypes import TensorPlan
+from quantkit.host import every, using_threads
 from quantkit.kernels.cpu import build
 from quantkit.qtensor import QuantizedTensor
 from quantkit.quant.rounding import Rounding, by_rows, rtn
@@ -164,3 +167,22 @@ def test_rows_are_appended_in_order_and_as_planned(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="misses 1 tensor"), ShardWriter(tmp_path, plan) as writer:
         writer.write("b", b)
         writer.append("a", a[:4])  # the last row is missing
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, 3), (2, 2), (1, 1)])
+def test_only_so_many_are_on_their_way_at_once(most: int | None, expected: int) -> None:
+    """What holds a whole linear must not be multiplied by the processors of a machine."""
+    running, largest, lock = [0], [0], threading.Lock()
+
+    def work(item: int) -> int:
+        with lock:
+            running[0] += 1
+            largest[0] = max(largest[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        return item
+
+    with using_threads(3):
+        assert every(work, range(12), most) == [*range(12)]
+    assert largest[0] == expected
